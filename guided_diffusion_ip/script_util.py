@@ -1,0 +1,180 @@
+"""From settings to objects: networks and processes under the factory names that existing scripts call.
+
+The factories take flags by name; which flags exist, and their defaults, is declared in config.py alone.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .config import SECTIONS, nearest, str2bool
+from .diffusion.gaussian_diffusion import GaussianDiffusion
+from .diffusion.kinds import LossType, ModelMeanType, ModelVarType
+from .diffusion.noise_schedule import get_named_beta_schedule
+from .diffusion.respace import SpacedDiffusion, space_timesteps
+from .networks.unet import (
+    EncoderUNetModel, SuperResModel, UNetModel, attention_downsample_rates, default_channel_mult, parse_channel_mult)
+
+NUM_CLASSES = 1000  # what existing scripts import; ours have --num_classes
+
+# The published process flags; input_pertub is their spelling of gamma.
+_PROCESS = ("learn_sigma", "diffusion_steps", "noise_schedule", "timestep_respacing", "use_kl", "predict_xstart",
+            "rescale_timesteps", "rescale_learned_sigmas")
+_UNET = ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_heads_upsample", "num_head_channels",
+         "attention_resolutions", "channel_mult", "dropout", "class_cond", "use_checkpoint", "use_scale_shift_norm",
+         "resblock_updown", "use_fp16", "use_new_attention_order")
+
+
+def _defaults(names: Iterable[str]) -> dict[str, Any]:
+    declared = {flag.name: flag.default for section in ("model", "diffusion", "sample") for flag in SECTIONS[section]}
+    return {name: declared[name] for name in names}
+
+
+def diffusion_defaults() -> dict[str, Any]:
+    """The published process flags."""
+    return _defaults(_PROCESS)
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """The published flags of a U-Net and its process, and eps_scaler, eps_scaler_k, num_classes."""
+    return {**_defaults(_UNET), "input_pertub": 0.0, **diffusion_defaults(),
+            **_defaults(("eps_scaler", "eps_scaler_k", "num_classes"))}
+
+
+def parse_image_size(image_size: int | str | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of 64, "64", "64x96" or (64, 96)."""
+    if isinstance(image_size, str):
+        image_size = [int(side) for side in image_size.lower().split("x")]
+    if isinstance(image_size, int):
+        return image_size, image_size
+    height, width = image_size if len(image_size) == 2 else (image_size[0], image_size[0])
+    return int(height), int(width)
+
+
+def _channel_mult(text: str | Sequence[float], size: tuple[int, int], super_resolution: bool = False) -> tuple[float, ...]:
+    return parse_channel_mult(text) if text else default_channel_mult(size, super_resolution=super_resolution)
+
+
+def create_model(
+    image_size: int | str | Sequence[int], num_channels: int, num_res_blocks: int, channel_mult: str | Sequence[float] = "",
+    learn_sigma: bool = False, class_cond: bool = False, use_checkpoint: bool = False,
+    attention_resolutions: str = "16", num_heads: int = 1, num_head_channels: int = -1, num_heads_upsample: int = -1,
+    use_scale_shift_norm: bool = False, dropout: float = 0.0, resblock_updown: bool = False, use_fp16: bool = False,
+    use_new_attention_order: bool = False, num_classes: int = NUM_CLASSES, in_channels: int = 3,
+) -> UNetModel:
+    """ADM's U-Net for images [N, in_channels, H, W]; 2 * in_channels outputs if learn_sigma."""
+    size = parse_image_size(image_size)
+    return UNetModel(
+        image_size=size, in_channels=in_channels, model_channels=num_channels,
+        out_channels=in_channels * (2 if learn_sigma else 1), num_res_blocks=num_res_blocks,
+        attention_resolutions=attention_downsample_rates(size, attention_resolutions), dropout=dropout,
+        channel_mult=_channel_mult(channel_mult, size), num_classes=num_classes if class_cond else None,
+        use_checkpoint=use_checkpoint, use_fp16=use_fp16, num_heads=num_heads, num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order)
+
+
+def sr_create_model(
+    large_size: int, small_size: int, num_channels: int, num_res_blocks: int, learn_sigma: bool, class_cond: bool,
+    use_checkpoint: bool, attention_resolutions: str, num_heads: int, num_head_channels: int, num_heads_upsample: int,
+    use_scale_shift_norm: bool, dropout: float, resblock_updown: bool, use_fp16: bool, num_classes: int = NUM_CLASSES,
+    in_channels: int = 3, channel_mult: str | Sequence[float] = "", use_new_attention_order: bool = False,
+) -> SuperResModel:
+    """The U-Net that also sees a low-resolution image. small_size is not needed: the model upsamples what it is given."""
+    size = parse_image_size(large_size)
+    return SuperResModel(
+        image_size=size, in_channels=in_channels, model_channels=num_channels,
+        out_channels=in_channels * (2 if learn_sigma else 1), num_res_blocks=num_res_blocks,
+        attention_resolutions=attention_downsample_rates(size, attention_resolutions), dropout=dropout,
+        channel_mult=_channel_mult(channel_mult, size, super_resolution=True),
+        num_classes=num_classes if class_cond else None, use_checkpoint=use_checkpoint, use_fp16=use_fp16,
+        num_heads=num_heads, num_head_channels=num_head_channels, num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown,
+        use_new_attention_order=use_new_attention_order)
+
+
+def create_classifier(
+    image_size: int | str | Sequence[int], classifier_use_fp16: bool, classifier_width: int, classifier_depth: int,
+    classifier_attention_resolutions: str, classifier_use_scale_shift_norm: bool, classifier_resblock_updown: bool,
+    classifier_pool: str, num_classes: int = NUM_CLASSES, in_channels: int = 3,
+) -> EncoderUNetModel:
+    """The downsampling half of the U-Net with a pooled head: logits [N, num_classes]."""
+    size = parse_image_size(image_size)
+    return EncoderUNetModel(
+        image_size=size, in_channels=in_channels, model_channels=classifier_width, out_channels=num_classes,
+        num_res_blocks=classifier_depth,
+        attention_resolutions=attention_downsample_rates(size, classifier_attention_resolutions),
+        channel_mult=default_channel_mult(size), use_fp16=classifier_use_fp16, num_head_channels=64,
+        use_scale_shift_norm=classifier_use_scale_shift_norm, resblock_updown=classifier_resblock_updown,
+        pool=classifier_pool)
+
+
+def create_gaussian_diffusion(
+    *, steps: int = 1000, learn_sigma: bool = False, sigma_small: bool = False, noise_schedule: str = "linear",
+    use_kl: bool = False, predict_xstart: bool = False, rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False, timestep_respacing: str | Sequence[int] = "", input_perturbation: float = 0.0,
+    eps_scaler: float | Sequence[float] = 1.0, eps_scaler_k: float = 0.0, loss_weight: str = "uniform",
+    input_pertub: float | None = None,
+) -> SpacedDiffusion:
+    """The process that the published flags describe; see GaussianDiffusion for gamma, lambda and errors."""
+    if learn_sigma:
+        var_type = ModelVarType.LEARNED_RANGE
+    else:
+        var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    if use_kl:
+        loss_type = LossType.RESCALED_KL
+    else:
+        loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_var_type=var_type, loss_type=loss_type, rescale_timesteps=rescale_timesteps,
+        input_perturbation=input_perturbation, eps_scaler=eps_scaler, eps_scaler_k=eps_scaler_k,
+        loss_weight=loss_weight, input_pertub=input_pertub)
+
+
+def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:
+    """Network and process from flags; those left out have their defaults.
+
+    Raises:
+        TypeError: a flag that neither knows.
+        ValueError: input_pertub and input_perturbation given with different values, or what the factories refuse.
+    """
+    model_names = [flag.name for flag in SECTIONS["model"]]
+    process_names = [flag.name for flag in SECTIONS["diffusion"]] + [
+        "timestep_respacing", "eps_scaler", "eps_scaler_k", "input_pertub"]
+    for name in flags:
+        if name not in model_names and name not in process_names:
+            raise TypeError(f"create_model_and_diffusion got an unknown flag {name!r}."
+                            + nearest(name, model_names + process_names))
+    model_flags = {**_defaults(model_names), **{name: flags[name] for name in model_names if name in flags}}
+    process_flags = {name: flags[name] for name in process_names if name in flags}
+    process_flags["steps"] = process_flags.pop("diffusion_steps", 1000)
+    return (create_model(**model_flags),
+            create_gaussian_diffusion(learn_sigma=model_flags["learn_sigma"], **process_flags))
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:
+    """One option for each entry, typed like its default; a None default takes text."""
+    for name, default in default_dict.items():
+        kind = str if default is None else str2bool if isinstance(default, bool) else type(default)
+        parser.add_argument(f"--{name}", default=default, type=kind)
+
+
+def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
+    """The named entries of a namespace."""
+    return {key: getattr(args, key) for key in keys}
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Number of trainable numbers."""
+    return sum(p.numel() for p in model.parameters())
+
+
+__all__ = ["GaussianDiffusion", "NUM_CLASSES", "add_dict_to_argparser", "args_to_dict", "create_classifier",
+           "create_gaussian_diffusion", "create_model", "create_model_and_diffusion", "diffusion_defaults",
+           "model_and_diffusion_defaults", "parameter_count", "parse_image_size", "sr_create_model", "str2bool"]

@@ -197,6 +197,7 @@ class Config:
     values: dict[str, Any]
     given: dict[str, str] = field(default_factory=dict)  # flag -> where it was set, for messages
     paper: dict[str, Any] = field(default_factory=dict)
+    config_path: str = ""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -317,7 +318,7 @@ def parse(script: str, description: str, argv: Sequence[str] | None = None) -> C
         from_file = values_from_yaml(content, spec.sections, namespace.config)
         cfg.values.update(from_file)
         cfg.given.update({name: namespace.config for name in from_file})
-        cfg.paper = content.get("paper", {})
+        cfg.paper, cfg.config_path = content.get("paper", {}), namespace.config
     for name, (option, value) in namespace.given.items():
         cfg.values[name] = value
         cfg.given[name] = option
@@ -339,6 +340,32 @@ def adopt_checkpoint_config(cfg: Config, path: str) -> None:
         if name not in cfg.given:
             cfg.values[name] = value
     cfg.paper = cfg.paper or content.get("paper", {})
+
+
+def write_config(cfg: Config, path: str) -> None:
+    """Write the merged settings."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(cfg.as_yaml())
+
+
+def published_lambda(cfg: Config) -> tuple[float, float]:
+    """(b, k) of `--eps_scaler published`: the paper's value for this number of DDPM steps, from the config's table.
+
+    Raises:
+        ValueError: no table, DDIM, or a number of steps that the table does not have.
+    """
+    table = cfg.paper.get("eps_scaler", {})
+    if not table:
+        raise ValueError("--eps_scaler published needs a table of lambdas: give --config with one (section paper, such as "
+                         "configs/cifar10.yaml), or a number")
+    if cfg.use_ddim:
+        raise ValueError("the published lambdas belong to DDPM sampling: give a number with --use_ddim")
+    steps = cfg.timestep_respacing or str(cfg.diffusion_steps)
+    by_steps = {str(key): value for key, value in table.items()}
+    if steps not in by_steps:
+        raise ValueError(f"no lambda was published for {steps} steps; there is one for {', '.join(by_steps)} "
+                         "(--timestep_respacing), or give a number")
+    return float(by_steps[steps]), 0.0
 
 
 def _raised_by_us(error: BaseException) -> bool:

@@ -1,8 +1,8 @@
 """Self-attention over the pixels of a feature map.
 
 Shapes: N images, C channels, H x W pixels, T = H * W tokens, h heads of d = C / h channels.
-Projections are stored as 1x1 convolutions (the published parameter names and shapes), but applied to
-tokens [N, T, C]: of a channels_last feature map these are a view, so nothing is copied or transposed.
+Projections are stored as 1x1 convolutions (the published parameter names and shapes), but applied
+to tokens [N, T, C]: of a channels_last feature map these are a view, so nothing is copied.
 """
 from __future__ import annotations
 
@@ -41,25 +41,26 @@ def project(tokens: Tensor, conv: nn.Conv1d) -> Tensor:
 
 
 def head_count(channels: int, num_heads: int, num_head_channels: int) -> int:
-    """Number of heads: `num_heads`, unless `num_head_channels` (-1: not given) fixes the width of each.
+    """Number of heads: `num_heads`, unless `num_head_channels` (-1: not set) fixes their width.
 
     Raises:
         ValueError: the channels cannot be shared out evenly.
     """
     by_width = num_head_channels != -1
-    divisor, name = (num_head_channels, "num_head_channels") if by_width else (num_heads, "num_heads")
+    name = "num_head_channels" if by_width else "num_heads"
+    divisor = num_head_channels if by_width else num_heads
     if divisor < 1 or channels % divisor:
         raise ValueError(
-            f"attention over {channels} channels with {name} {divisor}: {name} must be a positive divisor "
-            "of the channels at every level that attends; change it, the base channels or channel_mult")
+            f"attention over {channels} channels with {name} {divisor}: {name} must divide the "
+            "channels wherever there is attention; change it, the base channels or channel_mult")
     return channels // num_head_channels if by_width else num_heads
 
 
 class AttentionBlock(nn.Module):
-    """x + proj(attention(qkv(norm(x)))), every pixel attending to every other; [N, C, H, W] in and out.
+    """x + proj(attention(qkv(norm(x)))), all pixels attending to all; [N, C, H, W] in and out.
 
-    Vaswani et al. 2017, Sec. 3.2, in the place where Ho et al. 2020, App. B puts it. The output
-    projection starts at zero, so a new block is the identity.
+    Vaswani et al. 2017, Sec. 3.2, placed in a UNet as by Ho et al. 2020, App. B. The output
+    projection starts at zero, so that a new block is the identity.
 
     Raises:
         ValueError: channels not divisible by 32, or by the heads.
@@ -94,8 +95,8 @@ class AttentionBlock(nn.Module):
 class AttentionPool2d(nn.Module):
     """One vector per image by attention from the mean token: [N, C, H, W] -> [N, output_dim].
 
-    The mean over the pixels joins them as token 0, learned positions are added, and only token 0 asks
-    (the pooling of CLIP: Radford et al. 2021, Sec. 2.4). Only its query is computed.
+    The mean over the pixels joins them as token 0, learned positions are added, and the answer is
+    that of token 0 (as in CLIP: Radford et al. 2021, Sec. 2.4), so only its query is computed.
 
     Args:
         spacial_dim: H = W, or (H, W). The spelling is the published one.
@@ -103,7 +104,7 @@ class AttentionPool2d(nn.Module):
         output_dim: channels of the result; None for `embed_dim`.
 
     Raises:
-        ValueError: embed_dim not divisible by num_heads_channels; at call, another H x W than built for.
+        ValueError: embed_dim not divisible by num_heads_channels; at call, not the H x W built for.
     """
 
     def __init__(
@@ -125,8 +126,8 @@ class AttentionPool2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] != self.spatial:
             raise ValueError(
-                f"attention pooling was built for a {self.spatial[0]}x{self.spatial[1]} feature map, got "
-                f"{tuple(x.shape[2:])}: give images of the size in the configuration, or use another pool")
+                f"attention pooling was built for feature maps of {self.spatial}, got "
+                f"{tuple(x.shape[2:])}: give images of the model's image_size, or use another pool")
         pixels = x.flatten(2).transpose(1, 2)  # [N, T, C]
         tokens = torch.cat([pixels.mean(dim=1, keepdim=True), pixels], dim=1)  # [N, T + 1, C]
         tokens = tokens + self.positional_embedding.t().to(tokens.dtype)

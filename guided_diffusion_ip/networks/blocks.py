@@ -12,7 +12,7 @@ from .layers import SiLU, avg_pool_nd, checkpoint, conv_nd, linear, normalizatio
 
 
 class TimestepBlock(nn.Module):
-    """A module that takes the time embedding besides its input; TimestepEmbedSequential passes it on."""
+    """A module that takes the time embedding besides its input."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map x [N, C, H, W] under the embedding emb [N, E]."""
@@ -39,29 +39,34 @@ class Upsample(nn.Module):
     [N, C, H, W] -> [N, out_channels, 2 H, 2 W].
 
     Raises:
-        ValueError: `out_channels` differs from `channels` but there is no convolution to change them.
+        ValueError: `out_channels` differs from `channels`, but no convolution changes them.
     """
 
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None
+    ) -> None:
         super().__init__()
         self.factors = tuple(float(s) for s in resampling_strides(dims))
         out_channels = _resampled_channels(channels, out_channels, use_conv)
-        self.conv = conv_nd(dims, channels, out_channels, 3, padding=1) if use_conv else nn.Identity()
+        self.conv = (conv_nd(dims, channels, out_channels, 3, padding=1) if use_conv
+                     else nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=self.factors, mode="nearest"))
 
 
 class Downsample(nn.Module):
-    """Halve height and width: a 3x3 convolution of stride 2 with `use_conv`, else the mean of 2 x 2 pixels.
+    """Halve height and width: with `use_conv` a 3x3 convolution of stride 2, else 2 x 2 means.
 
     [N, C, H, W] -> [N, out_channels, H / 2, W / 2].
 
     Raises:
-        ValueError: `out_channels` differs from `channels` but there is no convolution to change them.
+        ValueError: `out_channels` differs from `channels`, but no convolution changes them.
     """
 
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None
+    ) -> None:
         super().__init__()
         strides = resampling_strides(dims)
         out_channels = _resampled_channels(channels, out_channels, use_conv)
@@ -83,15 +88,15 @@ def _resampled_channels(channels: int, out_channels: int | None, use_conv: bool)
 class ResBlock(TimestepBlock):
     """skip(x) + conv(act(norm(conv(act(norm(x)))))), told the time between the convolutions.
 
-    [N, channels, H, W], [N, emb_channels] -> [N, out_channels, H', W'], H' = H unless `up` or `down`.
-    The embedding is added before the second norm, or, with `use_scale_shift_norm`, turned into a scale
-    and a shift after it (Dhariwal & Nichol 2021, Sec. 3: adaptive group normalisation). The last
+    [N, channels, H, W], [N, emb_channels] -> [N, out_channels, H', W'], H' = H unless `up`, `down`.
+    The embedding is added before the second norm or, with `use_scale_shift_norm`, becomes a scale
+    and a shift after it (adaptive group normalisation: Dhariwal & Nichol 2021, Sec. 3). The last
     convolution starts at zero.
 
     Args:
         use_conv: where the channels change, a 3x3 instead of a 1x1 convolution on the skip path.
-        up, down: resample both paths by 2, without parameters; on the residual path between the first
-            activation and the first convolution (the BigGAN residual block: Brock et al. 2019, App. B).
+        up, down: resample both paths by 2, without parameters; on the residual path before the
+            first convolution (the residual block of BigGAN: Brock et al. 2019, App. B).
 
     Raises:
         ValueError: channel counts not divisible by 32, or both `up` and `down`.
@@ -112,7 +117,7 @@ class ResBlock(TimestepBlock):
     ) -> None:
         super().__init__()
         if up and down:
-            raise ValueError("a residual block got up=True and down=True: it can resample one way, choose one")
+            raise ValueError("got up=True and down=True: a block resamples one way, choose one")
         out_channels = out_channels or channels
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
@@ -141,7 +146,6 @@ class ResBlock(TimestepBlock):
         return self.skip_connection(self.resample(x)) + h
 
     def _tell_time(self, norm: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
-        # h comes first in each sum and product: the result takes the memory format of the first operand.
         message = self.emb_layers(emb).to(h.dtype)
         message = message.view(*message.shape, *[1] * (h.ndim - 2))  # [N, C or 2 C, 1, 1]
         if not self.use_scale_shift_norm:

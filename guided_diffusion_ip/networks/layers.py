@@ -1,6 +1,6 @@
-"""The primitives of the UNets: normalisation, convolution by dimension, time embedding, checkpointing.
+"""The primitives of the UNets: norms, convolution by dimension, time embedding, recomputation.
 
-Shapes: N images, C channels, H x W pixels, E embedding channels. Functions work for one, two and
+Shapes: N images, C channels, H x W pixels. Functions work for one, two and
 three spatial dimensions; two are written out in the text.
 """
 from __future__ import annotations
@@ -37,9 +37,10 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        y = F.group_norm(x.to(wide), self.num_groups, self.weight.to(wide), self.bias.to(wide), self.eps)
-        # The CUDA kernel answers contiguously whatever it was given; the next convolution would then
-        # change layout as well. Where nothing has to be moved, this line costs nothing.
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        y = F.group_norm(x.to(wide), self.num_groups, weight, bias, self.eps)
+        # The CUDA kernel answers contiguously whatever it was given, and all that follows would
+        # then leave the model's layout as well. Where nothing has to move, this costs nothing.
         return y.to(dtype=x.dtype, memory_format=memory_format_of(x))
 
 
@@ -64,7 +65,7 @@ def normalization(channels: int) -> GroupNorm32:
     """
     if channels < 1 or channels % NUM_GROUPS:
         raise ValueError(
-            f"a block of {channels} channels cannot be normalised in {NUM_GROUPS} groups: choose the base "
+            f"{channels} channels cannot be normalised in {NUM_GROUPS} groups: choose base "
             f"channels and channel_mult so that every product is a multiple of {NUM_GROUPS}")
     return GroupNorm32(NUM_GROUPS, channels)
 
@@ -89,7 +90,7 @@ def avg_pool_nd(dims: int, *args, **kwargs) -> nn.Module:
 
 def _by_dims(table: dict[int, type[nn.Module]], dims: int) -> type[nn.Module]:
     if dims not in table:
-        raise ValueError(f"dims is {dims}: use {', '.join(map(str, table))} (images have 2 spatial dimensions)")
+        raise ValueError(f"dims is {dims}: use {', '.join(map(str, table))}; images have 2")
     return table[dims]
 
 
@@ -109,7 +110,8 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
     """
     half = dim // 2
     index = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    angles = torch.outer(timesteps.float(), torch.exp(index * (-math.log(max_period) / max(half, 1))))
+    frequencies = torch.exp(index * (-math.log(max_period) / max(half, 1)))
+    angles = torch.outer(timesteps.float(), frequencies)
     waves = torch.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(waves, (0, dim - 2 * half))
 
@@ -124,7 +126,7 @@ def scale_module(module: ModuleT, scale: float) -> ModuleT:
 
 @torch.no_grad()
 def zero_module(module: ModuleT) -> ModuleT:
-    """Set every parameter of `module` to zero and return it: a residual branch that starts as nothing."""
+    """Zero every parameter of `module`, in place, and return it: a branch starting as nothing."""
     for p in module.parameters():
         p.zero_()
     return module
@@ -133,7 +135,7 @@ def zero_module(module: ModuleT) -> ModuleT:
 def checkpoint(
     func: Callable[..., ResultT], inputs: Sequence[Tensor], params: Iterable[Tensor], flag: bool
 ) -> ResultT:
-    """func(*inputs); with `flag`, activations are recomputed in the backward pass instead of stored.
+    """func(*inputs); with `flag`, activations are recomputed in the backward pass, not stored.
 
     Gradients are the same (Chen et al. 2016), dropout included: its random numbers are replayed.
     `params` is unused, for autograd finds the parameters by itself; existing callers pass it.

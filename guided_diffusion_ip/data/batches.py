@@ -1,0 +1,151 @@
+"""Batch number `step` as a pure function: which images, which crop, which flip.
+
+Shapes: uint8 [b, H, W, C] pixels, int64 [b] labels; b images per rank.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ..noise import Stream, permutation, uniform
+from .image_io import center_crop_arr, random_crop_arr
+from .sources import NpzSource, Source
+
+
+def render(image: Image.Image, size: tuple[int, int],
+           crop: Sequence[float] | None = None) -> np.ndarray:
+    """uint8 [H, W, C] of the wanted size, from the middle or where three uniforms `crop` say."""
+    if crop is None:
+        pixels = center_crop_arr(image, size)
+    else:
+        pixels = random_crop_arr(image, size, uniforms=crop)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+@dataclass
+class Order:
+    """Which images a rank sees at a step: a function of (seed, position in the endless stream).
+
+    Position p = step * global batch + rank * batch + j holds image p mod n of epoch p div n, each
+    epoch in an order of its own. Fewer images than the batch simply means several epochs per batch.
+    """
+
+    n: int
+    batch_size: int
+    rank: int
+    world: int
+    seed: int
+    deterministic: bool
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def in_batch(self) -> torch.Tensor:
+        """Positions in the global batch, int64 [b]."""
+        return self.rank * self.batch_size + torch.arange(self.batch_size)
+
+    def images(self, step: int) -> np.ndarray:
+        """Image numbers, int64 [b]."""
+        positions = step * self.world * self.batch_size + self.in_batch().numpy()
+        epochs, places = np.divmod(positions, self.n)
+        if self.deterministic:
+            return places
+        needed = np.unique(epochs).tolist()
+        self._orders = {
+            epoch: self._orders[epoch] if epoch in self._orders
+            else permutation(self.seed, Stream.SHUFFLE, epoch, self.n).numpy() for epoch in needed}
+        images = np.empty_like(places)
+        for epoch in needed:
+            images[epochs == epoch] = self._orders[epoch][places[epochs == epoch]]
+        return images
+
+
+@dataclass
+class Failure:
+    """A message on its way from a worker process; raising there would bury it in tracebacks."""
+
+    message: str
+
+
+class BatchMaker(torch.utils.data.Dataset):
+    """Maps a step to its batch. `memory` (uint8 [n, H, W, C]) replaces decoding where it is set."""
+
+    def __init__(self, source: Source, order: Order, size: tuple[int, int], channels: int,
+                 random_crop: bool, random_flip: bool) -> None:
+        self.source = source
+        self.order = order
+        self.size = size
+        self.channels = channels
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+        self.memory: np.ndarray | None = None
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pixels uint8 [b, H, W, C] and labels int64 [b] (None without classes).
+
+        Raises:
+            ValueError: an image cannot be read; names it.
+        """
+        images, index = self.order.images(step), self.order.in_batch()
+        if self.memory is not None:
+            pixels = self.memory[images]
+        else:
+            crops: Sequence = [None] * len(images)
+            if self.random_crop:
+                crops = uniform(self.order.seed, Stream.CROP, index, step, (3,)).tolist()
+            pixels = np.stack([render(self.source.image(int(i), self.channels), self.size, crop)
+                               for i, crop in zip(images, crops)])
+        if self.random_flip:
+            flip = (uniform(self.order.seed, Stream.FLIP, index, step) < 0.5).numpy()
+            pixels[flip] = pixels[flip][:, :, ::-1]
+        labels = None
+        if self.source.labels is not None:
+            labels = torch.from_numpy(self.source.labels[images])
+        return torch.from_numpy(pixels), labels
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None] | Failure:
+        try:
+            return self.batch(step)
+        except ValueError as error:
+            return Failure(str(error))
+
+    def fill_memory(self, limit: int, threads: int, quiet: bool) -> str | None:
+        """Set `memory` if no pixel depends on the step and it takes at most `limit` bytes.
+
+        Returns: what was done, for the log; None if nothing.
+
+        Raises:
+            ValueError: an image cannot be read; names it.
+        """
+        if self.random_crop:
+            return None
+        shape = (len(self.source), *self.size, self.channels)
+        if isinstance(self.source, NpzSource) and self.source.pixels.shape == shape:
+            self.memory = self.source.pixels
+            return "read as it is"
+        megabytes = int(np.prod(shape, dtype=np.int64)) / 2**20
+        if megabytes * 2**20 > limit:
+            return None
+        memory = np.empty(shape, dtype=np.uint8)
+        decode_all(lambda i: self._decode_into(memory, i), len(memory), threads, quiet)
+        self.memory = memory
+        return f"kept in memory ({megabytes:.1f} MB)"
+
+    def _decode_into(self, memory: np.ndarray, i: int) -> None:
+        memory[i] = render(self.source.image(i, self.channels), self.size)
+
+
+def decode_all(decode: Callable[[int], None], n: int, threads: int, quiet: bool) -> None:
+    """Call decode(0 .. n-1) in threads (Pillow works outside the interpreter lock), with a bar."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        # disable=None: no bar where nobody watches, that is when stderr is a file.
+        for _ in tqdm(pool.map(decode, range(n)), "decoding images", n, leave=False, delay=1,
+                      disable=True if quiet else None):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)

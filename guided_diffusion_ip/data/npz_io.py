@@ -1,0 +1,284 @@
+"""npz files larger than memory: written member by member from chunks, read row by row.
+
+An npz is a zip of `.npy` files. Ours are stored uncompressed (images hardly compress), which lets
+a reader map the pixels instead of loading them. Files appear under their final name only when they
+are complete: they are written under a temporary one, flushed to disk and renamed. Nothing here ever
+unpickles: an array of Python objects is an error.
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import IO
+
+import numpy as np
+from numpy.lib import format as npy
+
+_CHUNK_BYTES = 1 << 24  # 16 MB: few system calls, little memory
+_LOCAL_HEADER = 30  # fixed part of a zip member's local header, before its name and extra field
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike, flush: bool = True) -> Iterator[IO[bytes]]:
+    """A file open for writing that becomes `path` when the block ends well, and else vanishes.
+
+    With `flush` its contents are on the disk before the name is, so that it survives a power cut.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+    try:
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 would hide the file from colleagues
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.remove(temporary)
+        raise
+
+
+class NpzWriter:
+    """Write an npz that need not fit in memory, to be used in a `with` block.
+
+        with NpzWriter("samples.npz") as out:
+            out.write("arr_0", (n, h, w, c), np.uint8, chunks)
+
+    `path` appears (or is replaced) when the block ends well; if it raises, nothing is left behind.
+    The bytes depend on the contents only, not on the time of writing.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = os.fspath(path)
+        self._zip: zipfile.ZipFile | None = None
+
+    def __enter__(self) -> NpzWriter:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(atomic_file(self.path))
+            self._zip = stack.enter_context(zipfile.ZipFile(file, "w", zipfile.ZIP_STORED))
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, key: str, shape: Sequence[int], dtype: np.dtype | type,
+              chunks: Iterable[np.ndarray]) -> None:
+        """Add the array `key` of the given shape; `chunks` are its consecutive rows.
+
+        Raises:
+            ValueError: a chunk of another dtype or row shape, or too few or too many rows.
+        """
+        assert self._zip is not None, "NpzWriter.write works inside its `with` block"
+        shape, dtype = tuple(int(side) for side in shape), np.dtype(dtype)
+        if dtype.hasobject:
+            raise ValueError(f"{self.path}: {key} has dtype {dtype}: Python objects are not stored")
+        header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        rows = 0
+        member = zipfile.ZipInfo(f"{key}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+        with self._zip.open(member, "w", force_zip64=True) as out:
+            npy.write_array_header_1_0(out, header)
+            for chunk in chunks:
+                chunk = np.asarray(chunk)
+                if chunk.dtype != dtype or chunk.shape[1:] != shape[1:] or chunk.ndim != len(shape):
+                    raise ValueError(f"{self.path}: {key} was announced as {dtype} {list(shape)}, "
+                                     f"but a chunk is {chunk.dtype} {list(chunk.shape)}")
+                rows += len(chunk) if shape else 1  # a single number has no rows
+                out.write(memoryview(np.ascontiguousarray(chunk)).cast("B") if chunk.size else b"")
+        if rows != (shape[0] if shape else 1):
+            raise ValueError(f"{self.path}: {key} was announced as {list(shape)}, got {rows} rows")
+
+    def __exit__(self, *error: object) -> None:
+        self._zip = None
+        self._stack.__exit__(*error)
+
+
+def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays that are in memory, uncompressed and atomically, as `NpzWriter` does."""
+    with NpzWriter(path) as out:
+        for key, array in arrays.items():
+            array = np.asarray(array)
+            out.write(key, array.shape, array.dtype, [array])
+
+
+def merge_npz(path: str | os.PathLike, shard_paths: Sequence[str | os.PathLike], n: int) -> None:
+    """Join the first `n` rows of the shards, in the order given, into one npz; memory stays flat.
+
+    Every key of the first shard (`arr_0` uint8 [N, H, W, C], maybe `arr_1` int64 [N]) is joined.
+
+    Raises:
+        ValueError: fewer than n rows in all, or shards whose keys, dtypes or row shapes differ.
+    """
+    if not shard_paths:
+        raise ValueError(f"{path}: there are no shards to merge")
+    readers = [NpzReader(shard) for shard in shard_paths]
+    try:
+        with NpzWriter(path) as out:
+            for key in readers[0].keys:
+                for reader in readers:
+                    if reader.keys != readers[0].keys:
+                        raise ValueError(f"{reader.path} has the arrays {reader.keys}, but "
+                                         f"{readers[0].path} has {readers[0].keys}")
+                total = sum(reader.shape(key)[0] for reader in readers)
+                if total < n:
+                    raise ValueError(f"{path}: {n} rows wanted, but the {len(readers)} shards hold "
+                                     f"only {total} of {key}")
+                out.write(key, (n, *readers[0].shape(key)[1:]), readers[0].dtype(key),
+                          _first_rows(readers, key, n))
+    finally:
+        for reader in readers:
+            reader.close()
+
+
+def _first_rows(readers: Sequence[NpzReader], key: str, n: int) -> Iterator[np.ndarray]:
+    for reader in readers:
+        rows = min(n, reader.shape(key)[0])
+        yield from reader.chunks(key, stop=rows)
+        n -= rows
+
+
+class NpzReader:
+    """Rows of the arrays in an npz, without loading the rest.
+
+    `keys` lists the arrays. Uncompressed ones can be memory-mapped; compressed ones are
+    decompressed as a stream, so read them forwards (going back starts again from the top).
+
+    Raises:
+        ValueError: no such file, not an npz, or an array that only pickle could read.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = os.fspath(path)
+        try:
+            self._zip = zipfile.ZipFile(self.path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{self.path} cannot be read as an npz file: {error}") from error
+        self._members = {info.filename.removesuffix(".npy"): info for info in self._zip.infolist()
+                         if info.filename.endswith(".npy")}
+        self.keys = list(self._members)
+        self._headers: dict[str, tuple[tuple[int, ...], np.dtype, int]] = {}
+        self._streams: dict[str, IO[bytes]] = {}
+        self._maps: dict[str, np.ndarray] = {}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the array, from its header alone."""
+        return self._header(key)[0]
+
+    def dtype(self, key: str) -> np.dtype:
+        """Number type of the array, from its header alone."""
+        return self._header(key)[1]
+
+    def rows(self, key: str, start: int, stop: int) -> np.ndarray:
+        """Rows start .. stop-1 as an array of their own (a copy)."""
+        shape, dtype, offset = self._header(key)
+        if not shape or not 0 <= start <= stop <= shape[0]:
+            raise ValueError(f"{self.path}: {key} {list(shape)} has no rows {start}:{stop}")
+        row = math.prod(shape[1:])
+        count, skip = (stop - start) * row, start * row * dtype.itemsize
+        if self._stored(key):  # read, not mapped: touched pages of a map count as memory in use
+            data = np.fromfile(self.path, dtype, count, offset=self._offset(key) + skip)
+        else:
+            data = np.frombuffer(
+                self._decompress(key, offset + skip, count * dtype.itemsize), dtype).copy()
+        if len(data) != count:
+            raise ValueError(f"{self.path}: {key} ends before row {stop}: the file is cut short")
+        return data.reshape(stop - start, *shape[1:])
+
+    def chunks(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Consecutive rows, about 16 MB at a time."""
+        shape, dtype, _ = self._header(key)
+        stop = shape[0] if stop is None else stop
+        row_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
+        rows = max(1, _CHUNK_BYTES // row_bytes)
+        for first in range(start, stop, rows):
+            yield self.rows(key, first, min(first + rows, stop))
+
+    def mapped(self, key: str) -> np.ndarray | None:
+        """The whole array as a read-only memory map, or None where it is compressed or empty."""
+        shape, dtype, _ = self._header(key)
+        if not self._stored(key) or 0 in shape:
+            return None
+        if key not in self._maps:
+            try:
+                self._maps[key] = np.memmap(self.path, dtype, "r", self._offset(key), shape)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self.path}: {key} is damaged: {error}") from error
+        return self._maps[key]
+
+    def close(self) -> None:
+        """Close the file. Arrays handed out stay valid."""
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+        self._maps.clear()
+        self._zip.close()
+
+    def __enter__(self) -> NpzReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"path": self.path}  # for worker processes: open again instead of copying the pixels
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.__init__(state["path"])
+
+    def _stored(self, key: str) -> bool:
+        info = self._members[key]
+        return info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1  # 1: encrypted
+
+    def _offset(self, key: str) -> int:
+        """Where in the file the first row of a stored array begins."""
+        start = self._members[key].header_offset
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            fixed = file.read(_LOCAL_HEADER)
+        # The lengths of name and extra field may differ from those in the zip's directory.
+        variable = int.from_bytes(fixed[26:28], "little") + int.from_bytes(fixed[28:30], "little")
+        return start + _LOCAL_HEADER + variable + self._header(key)[2]
+
+    def _decompress(self, key: str, start: int, count: int) -> bytes:
+        try:
+            if key not in self._streams:
+                self._streams[key] = self._zip.open(self._members[key])
+            self._streams[key].seek(start)
+            return self._streams[key].read(count)[:count]
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+            raise ValueError(f"{self.path}: {key} is damaged: {error}") from error
+
+    def _header(self, key: str) -> tuple[tuple[int, ...], np.dtype, int]:
+        """(shape, dtype, bytes before the first row)."""
+        if key not in self._members:
+            raise ValueError(f"{self.path} has no array {key!r}; it has {self.keys}")
+        if key not in self._headers:
+            try:
+                with self._zip.open(self._members[key]) as file:
+                    version = npy.read_magic(file)
+                    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+                    shape, fortran, dtype = read[version](file)
+                    offset = file.tell()
+            except (KeyError, ValueError, OSError, RuntimeError, zlib.error,
+                    zipfile.BadZipFile) as error:
+                raise ValueError(f"{self.path}: {key} is not a readable array: {error}") from error
+            if dtype.hasobject:
+                raise ValueError(f"{self.path}: {key} holds Python objects, which could run code "
+                                 "when read: save plain numbers")
+            if fortran and len(shape) > 1:
+                raise ValueError(f"{self.path}: {key} is stored column by column: save "
+                                 "numpy.ascontiguousarray(...) of it")
+            self._headers[key] = (shape, dtype, offset)
+        return self._headers[key]
+
+
+def read_npz_rows(path: str | os.PathLike, key: str, start: int, stop: int) -> np.ndarray:
+    """Rows start .. stop-1 of one array; see `NpzReader`, which is faster for repeated reading."""
+    with NpzReader(path) as reader:
+        return reader.rows(key, start, stop)

@@ -1,0 +1,60 @@
+"""A batch of samples in which image i depends on (seed, i) alone: not on batch size, processes or device."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..noise import NormalStream, Stream, integers
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How to sample: the process is already respaced, and knows its lambda(t)."""
+
+    diffusion: Any
+    image_shape: tuple[int, int, int]  # C, H, W
+    seed: int = 0
+    use_ddim: bool = False
+    eta: float = 0.0
+    clip_denoised: bool = True
+
+    def __call__(
+        self, model: Callable[..., Tensor], index: Sequence[int], model_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu", progress: bool = False,
+    ) -> Tensor:
+        """The images numbered `index`, float32 [N, C, H, W] in about [-1, 1]."""
+        options = {"clip_denoised": self.clip_denoised, "model_kwargs": model_kwargs, "device": device,
+                   "progress": progress,
+                   "randn_like": NormalStream(self.seed, Stream.SAMPLE, torch.as_tensor(index))}
+        shape = (len(index), *self.image_shape)
+        if self.use_ddim:
+            return self.diffusion.ddim_sample_loop(model, shape, eta=self.eta, **options)
+        return self.diffusion.p_sample_loop(model, shape, **options)
+
+
+def draw_labels(seed: int, index: Sequence[int], class_ids: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """The class of each image, int64 [N], drawn from class_ids by (seed, image number) alone."""
+    choice = integers(seed, Stream.LABEL, torch.as_tensor(index), 0, len(class_ids))
+    return torch.as_tensor(class_ids)[choice].to(device)
+
+
+def parse_class_ids(text: str, num_classes: int) -> list[int]:
+    """[0, 1, 2, 7] from "0-2,7"; all classes from "".
+
+    Raises:
+        ValueError: not of this form, or not below num_classes.
+    """
+    ids: list[int] = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        ends = part.split("-")
+        if len(ends) > 2 or not all(e.strip().isdigit() for e in ends):
+            raise ValueError(f"class_ids {text!r} is not understood: use numbers and ranges, such as 0-9 or 3,5")
+        ids.extend(range(int(ends[0]), int(ends[-1]) + 1))
+    ids = ids or list(range(num_classes))
+    if max(ids) >= num_classes:
+        raise ValueError(f"class_ids asks for class {max(ids)}, but the model knows 0 to {num_classes - 1}")
+    return ids

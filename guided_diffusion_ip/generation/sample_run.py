@@ -1,0 +1,125 @@
+"""A sampling run: all images of one set, over all processes, into one folder.
+
+    out_dir/samples_{N}x{H}x{W}x{C}.npz   arr_0 uint8 [N, H, W, C], arr_1 int64 [N] if there are labels
+    out_dir/grid.png                      the first images
+    out_dir/settings.yaml                 what they were made with
+    out_dir/png/000000.png ...            if asked for
+
+The same command again continues an interrupted run; memory does not grow with the number of images.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import dist_util
+from ..data.image_io import save_grid, save_png, to_uint8
+from ..data.npz_io import NpzReader, atomic_file
+from .sample_batch import Sampler
+from .shards import ShardFolder
+
+GRID_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class SampleRun:
+    """What is wanted, and where it goes.
+
+    Args:
+        settings: everything that the images depend on, as plain values; a folder made with others is refused.
+        kwargs_for: model_kwargs (labels y, low_res, ...) of the images numbered [N].
+    """
+
+    sampler: Sampler
+    num_samples: int
+    out_dir: str
+    settings: dict[str, Any]
+    kwargs_for: Callable[[list[int]], dict[str, Any]] = lambda index: {}
+
+    @property
+    def npz_path(self) -> str:
+        channels, height, width = self.sampler.image_shape
+        return os.path.join(self.out_dir, f"samples_{self.num_samples}x{height}x{width}x{channels}.npz")
+
+    def __call__(self, model: Callable[..., Tensor], batch_size: int, device: torch.device, png: bool = False) -> str:
+        """Make what is missing and join it; a collective. Returns the path of the npz.
+
+        Raises:
+            ValueError: out_dir holds samples made with other settings.
+        """
+        self._claim_folder()
+        if not os.path.exists(self.npz_path):
+            self._fill(model, batch_size, device)
+        if dist_util.is_main():
+            self._show(png)
+        dist_util.barrier()
+        return self.npz_path
+
+    def _claim_folder(self) -> None:
+        """Rank 0 writes settings.yaml, or compares with the one that is there; all ranks learn what it found."""
+        complaint = None
+        if dist_util.is_main():
+            path = os.path.join(self.out_dir, "settings.yaml")
+            if os.path.exists(path):
+                with open(path, encoding="utf-8") as file:
+                    complaint = _difference(yaml.safe_load(file) or {}, self.settings)
+            else:
+                with atomic_file(path) as file:
+                    file.write(yaml.safe_dump(self.settings, sort_keys=False).encode())
+        complaint = dist_util.broadcast_object(complaint)
+        if complaint:
+            raise ValueError(f"{self.out_dir} holds samples made with {complaint}: give another --out_dir, or remove it")
+
+    def _fill(self, model: Callable[..., Tensor], batch_size: int, device: torch.device) -> None:
+        folder = ShardFolder(os.path.join(self.out_dir, "shards"), self.num_samples)
+        pieces = dist_util.broadcast_object(folder.missing(batch_size))
+        mine = pieces[dist_util.get_rank()::dist_util.get_world_size()]
+        left = sum(stop - start for start, stop in pieces)
+        with tqdm(total=self.num_samples, initial=self.num_samples - left, unit="img", desc="sampling",
+                  disable=not dist_util.is_main()) as bar:
+            for start, stop in mine:
+                index = list(range(start, stop))
+                kwargs = {name: value.to(device) for name, value in self.kwargs_for(index).items()}
+                images = self.sampler(model, index, kwargs, device, progress=dist_util.is_main())
+                arrays = {"arr_0": to_uint8(images)}
+                if "y" in kwargs:
+                    arrays["arr_1"] = kwargs["y"].cpu().numpy()
+                folder.write(start, {name: np.asarray(a) for name, a in arrays.items()})
+                bar.update(min(len(index) * dist_util.get_world_size(), self.num_samples - bar.n))
+        dist_util.barrier()
+        if dist_util.is_main():
+            folder.merge(self.npz_path)
+
+    def _show(self, png: bool) -> None:
+        reader = NpzReader(self.npz_path)
+        try:
+            first = reader.rows("arr_0", 0, min(GRID_IMAGES, self.num_samples))
+            captions = None
+            if "arr_1" in reader.keys:
+                captions = [str(y) for y in reader.rows("arr_1", 0, len(first))]
+            save_grid(first, os.path.join(self.out_dir, "grid.png"), captions=captions)
+            if png:
+                digits = max(6, len(str(self.num_samples - 1)))
+                os.makedirs(os.path.join(self.out_dir, "png"), exist_ok=True)
+                number = 0
+                for chunk in reader.chunks("arr_0"):
+                    for image in chunk:
+                        save_png(image, os.path.join(self.out_dir, "png", f"{number:0{digits}d}.png"))
+                        number += 1
+        finally:
+            reader.close()
+
+
+def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """'seed 1 instead of 0, ...', or ''."""
+    keys = [*wanted, *(key for key in there if key not in wanted)]
+    odd = [f"{key} {there.get(key)!r} instead of {wanted.get(key)!r}" for key in keys if there.get(key) != wanted.get(key)]
+    return ", ".join(odd)

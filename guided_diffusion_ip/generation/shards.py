@@ -1,0 +1,54 @@
+"""Samples on disk: shards written as they are produced, gaps filled by the next run, joined into one npz at the end.
+
+A shard holds the images start .. stop-1 under a name that says so, and exists only when it is whole. Because image i does
+not depend on who makes it, a run may be continued with another batch size or number of processes.
+"""
+from __future__ import annotations
+
+import os
+import re
+
+import numpy as np
+
+from ..data.npz_io import merge_npz, write_npz
+
+Range = tuple[int, int]
+
+
+class ShardFolder:
+    """The shards of one set of num_samples images."""
+
+    def __init__(self, path: str, num_samples: int) -> None:
+        self.path = path
+        self.num_samples = num_samples
+        os.makedirs(path, exist_ok=True)
+
+    def present(self) -> list[Range]:
+        """(start, stop) of the whole shards, in order."""
+        matches = (re.fullmatch(r"shard-(\d+)-(\d+)\.npz", name) for name in os.listdir(self.path))
+        return sorted((int(m[1]), int(m[2])) for m in matches if m)
+
+    def missing(self, batch_size: int) -> list[Range]:
+        """(start, stop) of what is to be made, in pieces of at most batch_size images."""
+        gaps, end = [], 0
+        for start, stop in [*self.present(), (self.num_samples, self.num_samples)]:
+            gaps.extend((a, min(a + batch_size, start)) for a in range(end, start, batch_size))
+            end = max(end, stop)
+        return gaps
+
+    def write(self, start: int, arrays: dict[str, np.ndarray]) -> None:
+        """Store the images (arr_0 uint8 [n, H, W, C], maybe arr_1) numbered from start."""
+        stop = start + len(arrays["arr_0"])
+        write_npz(self._file((start, stop)), arrays)
+
+    def merge(self, path: str) -> None:
+        """Join all shards into `path`, whose images are in order, and remove them."""
+        ranges = self.present()
+        assert not self.missing(1), f"{self.path} still has gaps"
+        merge_npz(path, [self._file(r) for r in ranges], self.num_samples)
+        for r in ranges:
+            os.remove(self._file(r))
+        os.rmdir(self.path)
+
+    def _file(self, r: Range) -> str:
+        return os.path.join(self.path, f"shard-{r[0]:08d}-{r[1]:08d}.npz")

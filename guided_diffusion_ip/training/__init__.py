@@ -1,0 +1,1 @@
+"""Training: the loop and its parts (timestep samplers, averaged weights, precision, checkpoints, previews)."""

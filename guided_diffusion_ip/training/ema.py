@@ -1,0 +1,57 @@
+"""Exponential moving average of a network's weights."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """weights <- rate * weights + (1 - rate) * parameters, after every update. Kept in float32.
+
+    Raises:
+        ValueError: rate outside [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, rate: float) -> None:
+        if not 0 <= rate < 1:
+            raise ValueError(f"ema_rate must be at least 0 and below 1, got {rate}: 0.9999 is usual")
+        self.rate = float(rate)
+        self.weights = {name: p.detach().clone().float() for name, p in model.named_parameters()}
+
+    @property
+    def name(self) -> str:
+        """The stem of its checkpoint files, ema_RATE."""
+        return f"ema_{self.rate}"
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move towards the model's present parameters."""
+        torch._foreach_lerp_(list(self.weights.values()), [p.detach().float() for p in model.parameters()], 1 - self.rate)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A plain state_dict, as a network loads it."""
+        return self.weights
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over saved weights; names and shapes must agree."""
+        if state.keys() != self.weights.keys():
+            odd = sorted(state.keys() ^ self.weights.keys())[0]
+            raise ValueError(f"the averaged weights in the checkpoint are of another network: {odd} is in one of them only")
+        for name, weight in self.weights.items():
+            weight.copy_(state[name])
+
+
+def parse_rates(text: str | float) -> list[float]:
+    """[0.99, 0.9999] from "0.99,0.9999" or a number."""
+    try:
+        return [float(part) for part in str(text).split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"ema_rate must be numbers separated by commas, such as 0.9999 or 0.99,0.9999, got {text!r}"
+                         ) from None
+
+
+def update_ema(target_params: list[Tensor], source_params: list[Tensor], rate: float = 0.99) -> None:
+    """target <- rate * target + (1 - rate) * source, in place."""
+    with torch.no_grad():
+        for target, source in zip(target_params, source_params):
+            target.lerp_(source.detach().to(target.dtype), 1 - rate)

@@ -1,0 +1,38 @@
+"""Mean losses between two log lines, whole and by quarter of the process, without a host sync per step."""
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class LossStatistics:
+    """Sums on the device; `reduce` adds those of all ranks and brings them to the host.
+
+    Quartile q0 is the clean quarter of the timesteps, q3 the noisy one.
+    """
+
+    def __init__(self, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+        self._sums: dict[str, Tensor] = {}  # name -> [2, 4]: sum and count per quartile
+
+    @torch.no_grad()
+    def add(self, t: Tensor, losses: dict[str, Tensor], weights: Tensor) -> None:
+        """t, weights: [N]; losses: [N] each. Each loss counts with the weight that training gives it."""
+        quartile = (4 * t) // self.num_timesteps
+        for name, values in losses.items():
+            both = torch.stack([values.detach().float() * weights, torch.ones_like(weights)])
+            sums = self._sums.setdefault(name, torch.zeros(2, 4, device=values.device, dtype=torch.float64))
+            sums.index_add_(1, quartile, both.double())
+
+    def reduce(self) -> dict[str, float]:
+        """{name: mean, name_q0 ... name_q3: means of the quartiles seen}; a collective. Starts afresh."""
+        result: dict[str, float] = {}
+        for name, sums in self._sums.items():
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(sums)
+            total, count = sums.tolist()
+            result[name] = sum(total) / max(sum(count), 1)
+            result.update({f"{name}_q{q}": total[q] / count[q] for q in range(4) if count[q]})
+        self._sums = {}
+        return result

@@ -1,0 +1,128 @@
+"""Which timesteps to train on: uniformly, or in proportion to the size of their losses.
+
+A sampler has weights() [T]; an image's t is drawn by inverting their cumulative sum at a uniform number, which training
+takes from noise.py, so that t depends on (seed, step, position in the global batch) alone. The loss is weighted by
+1 / (T p(t)), which keeps its expectation. Everything a sampler learns is the same on all ranks, and in its state_dict.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import dist_util
+
+
+class ScheduleSampler:
+    """Base: draws t in proportion to `weights()`, float64 [T], positive."""
+
+    def weights(self) -> np.ndarray:
+        raise NotImplementedError
+
+    def sample(
+        self, batch_size: int, device: torch.device | str, uniforms: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """t, int64 [N], and the weights of their losses, float32 [N].
+
+        Args:
+            uniforms: numbers in [0, 1), [N], that decide t; drawn if absent.
+        """
+        p = self.weights()
+        p = p / p.sum()
+        edges = torch.from_numpy(np.cumsum(p)).to(device)
+        if uniforms is None:
+            uniforms = torch.rand(batch_size, device=device)
+        t = torch.searchsorted(edges, uniforms.to(device, torch.float64), right=True).clamp(max=len(p) - 1)
+        loss_weights = torch.from_numpy(1 / (len(p) * p)).to(device)[t].float()
+        return t, loss_weights
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Told the timesteps [N] and losses [N] of this rank's batch, once per step, on every rank. Nothing to learn here."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class UniformSampler(ScheduleSampler):
+    """Each t equally often."""
+
+    def __init__(self, diffusion) -> None:
+        self._weights = np.ones(diffusion.num_timesteps)
+
+    def weights(self) -> np.ndarray:
+        return self._weights
+
+
+class LossAwareSampler(ScheduleSampler):
+    """Base of samplers that look at the losses: gathers those of all ranks, in rank order, before learning from them."""
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        self.update_with_local_losses(t, losses)
+
+    def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
+        """A collective: every rank calls it with as many t [N] and losses [N] as the others."""
+        ts = dist_util.all_gather_tensor(local_ts.detach())
+        losses = dist_util.all_gather_tensor(local_losses.detach().float())
+        self.update_with_all_losses(ts.tolist(), losses.tolist())
+
+    def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
+        raise NotImplementedError
+
+
+class LossSecondMomentResampler(LossAwareSampler):
+    """p(t) ~ sqrt(E[loss_t^2]) over the last few losses of each t (Nichol & Dhariwal 2021, Eq. 18).
+
+    Uniform until every t has been seen `history_per_term` times; afterwards a share `uniform_prob` stays uniform. Losses that
+    are not finite are left out: one of them would poison the history for good.
+    """
+
+    def __init__(self, diffusion, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
+        self.history_per_term = history_per_term
+        self.uniform_prob = uniform_prob
+        self._history = np.zeros((diffusion.num_timesteps, history_per_term))
+        self._seen = np.zeros(diffusion.num_timesteps, dtype=np.int64)
+
+    def weights(self) -> np.ndarray:
+        steps = len(self._seen)
+        if (self._seen < self.history_per_term).any():
+            return np.ones(steps)
+        rms = np.sqrt(np.mean(self._history**2, axis=1))
+        if not rms.sum() > 0:
+            return np.ones(steps)
+        return rms / rms.sum() * (1 - self.uniform_prob) + self.uniform_prob / steps
+
+    def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
+        for t, loss in zip(ts, losses):
+            if np.isfinite(loss):
+                # A ring: the mean square does not care where the oldest stands.
+                self._history[t, self._seen[t] % self.history_per_term] = loss
+                self._seen[t] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": torch.from_numpy(self._history.copy()), "seen": torch.from_numpy(self._seen.copy())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if tuple(state["history"].shape) != self._history.shape:
+            raise ValueError(f"the checkpoint's timestep sampler has a history of {tuple(state['history'].shape)}, "
+                             f"this process needs {self._history.shape}")
+        self._history = state["history"].numpy().copy()
+        self._seen = state["seen"].numpy().copy()
+
+
+SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
+
+
+def create_named_schedule_sampler(name: str, diffusion) -> ScheduleSampler:
+    """A sampler for the T of `diffusion`.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in SCHEDULE_SAMPLERS:
+        raise ValueError(f"unknown schedule_sampler {name!r}: use one of {', '.join(SCHEDULE_SAMPLERS)}")
+    return SCHEDULE_SAMPLERS[name](diffusion)

@@ -1,0 +1,144 @@
+"""UNets in memory: which dtype and which layout every tensor has."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from golden_tools import load_seeded_weights, seeded_normal
+from guided_diffusion_ip.networks import (
+    AttentionBlock, EncoderUNetModel, GroupNorm32, SuperResModel, UNetModel)
+
+CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d)
+T = torch.tensor([3, 741])
+
+
+def small(cls=UNetModel, **changes):
+    options = dict(
+        image_size=16, in_channels=3, model_channels=32, out_channels=6, num_res_blocks=1,
+        attention_resolutions=(2,), channel_mult=(1, 2), num_head_channels=16)
+    return load_seeded_weights(cls(**{**options, **changes}))
+
+
+def images(n=2, channels=3, height=16, width=16):
+    return seeded_normal("images", (n, channels, height, width))
+
+
+# Layout
+
+
+@pytest.mark.parametrize("shape, layout", [
+    ((2, 32, 4, 6), torch.channels_last), ((2, 32, 3, 4, 6), torch.channels_last_3d)])
+def test_group_norm_keeps_the_layout_even_if_the_kernel_does_not(shape, layout, monkeypatch):
+    native = F.group_norm
+    monkeypatch.setattr(F, "group_norm", lambda *args: native(*args).contiguous())  # as on CUDA
+    x = seeded_normal("layout", shape)
+    norm = GroupNorm32(32, 32)
+    assert norm(x).is_contiguous()
+    y = norm(x.contiguous(memory_format=layout))
+    assert y.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(y, norm(x))
+
+
+class Copies(TorchDispatchMode):
+    """Collects the operations that copy or move a whole feature map or its tokens."""
+
+    KINDS = (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy)
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in self.KINDS and args[0].ndim > 2:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_attention_copies_nothing_in_channels_last(new_order):
+    block = AttentionBlock(64, num_heads=4, use_new_attention_order=new_order)
+    x = seeded_normal("x", (2, 64, 4, 4)).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), Copies() as copies:
+        block(x)
+    assert copies.seen == []
+
+
+@pytest.mark.parametrize("cls", [UNetModel, EncoderUNetModel, SuperResModel])
+@pytest.mark.parametrize("options", [
+    dict(), dict(resblock_updown=True, use_scale_shift_norm=True, use_new_attention_order=True),
+    dict(conv_resample=False)])
+def test_a_channels_last_model_stays_channels_last(cls, options):
+    model, x = small(cls, **options), images()
+    more = {"low_res": images(height=8, width=8)} if cls is SuperResModel else {}
+    want = model(x, T, **more)
+    model.to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    more = {n: z.contiguous(memory_format=torch.channels_last) for n, z in more.items()}
+    strayed, seen = [], 0
+
+    def watch(name):
+        def hook(module, args, out):
+            nonlocal seen
+            if out.ndim == 4 and out.shape[2] > 1:
+                seen += 1
+                if not out.is_contiguous(memory_format=torch.channels_last):
+                    strayed.append(name)
+        return hook
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(watch(name))
+    with torch.no_grad(), Copies() as copies:
+        got = model(x, T, **more)
+    assert not strayed and seen > 50
+    assert copies.seen == []
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_contiguous_images_stay_contiguous():
+    model = small()
+    outputs = []
+    for module in model.modules():
+        if isinstance(module, (AttentionBlock, GroupNorm32)):
+            module.register_forward_hook(lambda m, args, out: outputs.append(out))
+    model(images(), T)
+    assert outputs and all(out.is_contiguous() for out in outputs)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("cls", [UNetModel, EncoderUNetModel, SuperResModel])
+def test_convert_to_fp16_and_back(cls):
+    model = small(cls, use_scale_shift_norm=True)
+    more = {"low_res": images(height=8, width=8)} if cls is SuperResModel else {}
+    full = model(images(), T, **more)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    model.convert_to_fp16()
+    assert model.dtype == torch.float16
+    convolutions = {name for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
+    for name, value in model.state_dict().items():
+        inside = name.split(".")[0] in ("input_blocks", "middle_block", "output_blocks")
+        halved = inside and name.rpartition(".")[0] in convolutions
+        assert value.dtype == (torch.float16 if halved else torch.float32), name
+    half = model(images(), T, **more)
+    assert half.dtype == torch.float32
+    assert 0 < (half - full).norm() / full.norm() < 1e-2
+    model.convert_to_fp32()
+    assert model.dtype == torch.float32
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, before[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_moved_to_another_dtype_computes_there(dtype):
+    full, x = small()(images(), T), images().to(dtype)
+    got = small().to(dtype)(x, T)
+    assert got.dtype == dtype
+    assert (got - full).norm() / full.norm() < (1e-5 if dtype == torch.float64 else 5e-2)
+
+
+def test_images_of_another_dtype_are_welcome_and_set_the_dtype_of_the_answer():
+    assert small()(images().double(), T).dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert small()(images(), T).dtype == torch.float32

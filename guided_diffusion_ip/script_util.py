@@ -15,6 +15,7 @@ from .diffusion.gaussian_diffusion import GaussianDiffusion
 from .diffusion.kinds import LossType, ModelMeanType, ModelVarType
 from .diffusion.noise_schedule import get_named_beta_schedule
 from .diffusion.respace import SpacedDiffusion, space_timesteps
+from .networks.trunk import height_width
 from .networks.unet import (
     EncoderUNetModel, SuperResModel, UNetModel, attention_downsample_rates, default_channel_mult, parse_channel_mult)
 
@@ -47,11 +48,9 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
 def parse_image_size(image_size: int | str | Sequence[int]) -> tuple[int, int]:
     """(height, width) of 64, "64", "64x96" or (64, 96)."""
     if isinstance(image_size, str):
-        image_size = [int(side) for side in image_size.lower().split("x")]
-    if isinstance(image_size, int):
-        return image_size, image_size
-    height, width = image_size if len(image_size) == 2 else (image_size[0], image_size[0])
-    return int(height), int(width)
+        sides = [int(side) for side in image_size.lower().split("x")]
+        image_size = sides * 2 if len(sides) == 1 else sides
+    return height_width(image_size)
 
 
 def _channel_mult(text: str | Sequence[float], size: tuple[int, int], super_resolution: bool = False) -> tuple[float, ...]:

@@ -1,0 +1,1 @@
+"""Images in memory and on disk: formats, data sets, npz files."""

@@ -1,0 +1,19 @@
+"""One process or many: who started us, how the processes meet, and what they say to each other.
+
+Scripts call `setup_dist()` first, then `dev()`, `get_rank()` and the collectives below, or
+torch.distributed itself, and `cleanup()` last.
+
+    launcher     the environment -> rank and world (torchrun, srun, mpiexec, nobody)
+    rendezvous   the process group; the only file that imports mpi4py
+    collectives  gather, broadcast, agree
+    loading      a checkpoint file -> tensors, never code
+"""
+from .collectives import (all_gather_tensor, barrier, broadcast_object, check_in_sync,
+                          sync_params)
+from .launcher import LaunchInfo, env_rank, launch_info
+from .loading import load_state_dict
+from .rendezvous import cleanup, dev, get_rank, get_world_size, is_main, setup_dist
+
+__all__ = ["LaunchInfo", "all_gather_tensor", "barrier", "broadcast_object", "check_in_sync",
+           "cleanup", "dev", "env_rank", "get_rank", "get_world_size", "is_main", "launch_info",
+           "load_state_dict", "setup_dist", "sync_params"]

@@ -1,0 +1,122 @@
+"""What ranks say to each other. With one process, each of these is a no-op or the identity.
+
+Every function here must be called on all ranks.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .rendezvous import dev, get_rank, get_world_size
+
+T = TypeVar("T")
+
+_BUCKET_BYTES = 32 << 20
+
+
+def barrier() -> None:
+    """Waits until all ranks are here."""
+    if get_world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_object(obj: T) -> T:
+    """Rank 0's `obj`, on every rank; the other ranks' own is ignored."""
+    if get_world_size() == 1:
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_gather_tensor(x: Tensor) -> Tensor:
+    """[N, ...] on each rank, of equal shape -> [world * N, ...] in rank order, on x's device.
+
+    Raises:
+        ValueError: x has no dimension to concatenate along.
+    """
+    if x.ndim == 0:
+        raise ValueError("all_gather_tensor needs a tensor with a first dimension, got a scalar: "
+                         "pass x.reshape(1)")
+    if get_world_size() == 1:
+        return x
+    sent = x.detach().to(_wire(x)).contiguous()
+    parts = [torch.empty_like(sent) for _ in range(get_world_size())]
+    dist.all_gather(parts, sent)
+    return torch.cat(parts).to(x.device)  # [world * N, ...]
+
+
+@torch.no_grad()
+def sync_params(params: Iterable[Tensor]) -> None:
+    """Overwrites parameters (or buffers) in place by rank 0's.
+
+    Without autograd, so that parameters which require gradients may be written; in flat pieces,
+    because a collective per small tensor costs more than the copy.
+    """
+    if get_world_size() == 1:
+        return
+    for bucket in _buckets(params):
+        flat = torch.cat([p.reshape(-1) for p in bucket])
+        sent = flat.to(_wire(flat))
+        dist.broadcast(sent, src=0)
+        parts = sent.to(flat.device).split([p.numel() for p in bucket])
+        for p, part in zip(bucket, parts):
+            p.copy_(part.view(p.shape))
+
+
+def check_in_sync(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+    """Compares tensors across ranks bit by bit, through their hashes.
+
+    Args:
+        tensors: a state_dict, or pairs as of `named_parameters()`.
+
+    Raises:
+        RuntimeError: on every rank, naming the first tensor that differs and the ranks that hold
+            something else than rank 0.
+    """
+    pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
+    if get_world_size() == 1:
+        return
+    counts = all_gather_tensor(torch.tensor([len(pairs)])).tolist()  # [world]
+    if len(set(counts)) > 1:
+        raise RuntimeError(f"ranks hold different numbers of tensors, in rank order: {counts}; "
+                           f"build the model from the same config on every rank")
+    if not pairs:
+        return
+    mine = torch.tensor([[_fingerprint(name, x) for name, x in pairs]])  # [1, tensors]
+    table = all_gather_tensor(mine)  # [world, tensors]
+    differs = table != table[0]
+    if differs.any():
+        first = int(differs.any(dim=0).nonzero()[0])
+        ranks = ", ".join(map(str, differs[:, first].nonzero().flatten().tolist()))
+        raise RuntimeError(f"{pairs[first][0]} (on rank {get_rank()}) differs between rank 0 and "
+                           f"rank {ranks}; call sync_params after building or loading the model, "
+                           f"and load the same files on every rank")
+
+
+def _fingerprint(name: str, x: Tensor) -> int:
+    digest = hashlib.blake2b(f"{name} {x.dtype} {tuple(x.shape)}".encode(), digest_size=8)
+    digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups of like type and device of at most _BUCKET_BYTES (or one tensor), in order."""
+    open_: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for x in tensors:
+        bucket = open_.setdefault((x.dtype, x.device), [])
+        if bucket and sum(b.nbytes for b in bucket) + x.nbytes > _BUCKET_BYTES:
+            yield open_.pop((x.dtype, x.device))
+            bucket = open_.setdefault((x.dtype, x.device), [])
+        bucket.append(x)
+    yield from open_.values()
+
+
+def _wire(x: Tensor) -> torch.device:
+    """Where x must be to travel: NCCL only moves what is on the GPU."""
+    return dev() if dist.get_backend() == "nccl" else x.device

@@ -1,0 +1,45 @@
+"""Checkpoint files -> tensors. A checkpoint can never run code here."""
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+from typing import Any
+
+import torch
+
+from ..files import is_remote, open_binary
+
+
+def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
+    """What torch.save() wrote to a local or remote path: tensors and plain containers only.
+
+    Every rank reads the file by itself: no collective is inside, so one rank may call it alone.
+
+    Raises:
+        ValueError: the file is missing, damaged or no checkpoint, or holds more than tensors.
+    """
+    name = os.fspath(path)
+    try:
+        with open_binary(name) as file:
+            # Remote streams cannot jump about as a zip archive wants.
+            source = io.BytesIO(file.read()) if is_remote(name) else file
+            return torch.load(source, map_location=map_location, weights_only=True)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        found = "a folder" if isinstance(error, IsADirectoryError) else "no such file"
+        raise ValueError(f"checkpoint {name}: {found}; give the path of a .pt file") from None
+    except torch.OutOfMemoryError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+        raise ValueError(_explain(name, error)) from None
+
+
+def _explain(name: str, error: Exception) -> str:
+    text = str(error)
+    if refused := re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", text):
+        return (f"checkpoint {name}: refused, it holds {refused[1]} besides tensors, and reading "
+                f"that could run code; save its state_dict alone with torch.save and load that")
+    first = (text.splitlines() or [type(error).__name__])[0][:150]
+    return (f"checkpoint {name}: damaged, incomplete or no PyTorch checkpoint ({first}); copy or "
+            f"download it again, or use the checkpoint before it")

@@ -1,0 +1,238 @@
+"""From separate processes to one process group."""
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from .launcher import Env, LaunchInfo, choose_gpu, has_master, launch_info, number, slurm_address
+
+# Outlives cleanup(): a second setup_dist() must find the other ranks again, and MPI is asked once.
+_meeting: tuple[str, dist.Store] | None = None
+_setups = 0
+_device: torch.device | None = None
+
+
+def setup_dist(timeout_s: float = 300) -> None:
+    """Creates the process group (NCCL with CUDA, else gloo), for a single process too.
+
+    Where a group exists already, does nothing. The GPU is `cuda:{local_rank}` among the visible
+    ones; CUDA_VISIBLE_DEVICES is left alone. `timeout_s` limits the wait for the other ranks and
+    for one first collective; later collectives have PyTorch's own limits.
+
+    Raises:
+        ValueError: contradictory environment, more local processes than visible GPUs, mpi4py
+            missing or of another MPI than mpiexec, or a port that is taken.
+        TimeoutError: ranks are missing; it names them.
+    """
+    global _meeting, _setups, _device
+    if dist.is_initialized():
+        return
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s is {timeout_s}, must be positive (seconds)")
+    info = launch_info()
+    if _meeting is None:
+        _meeting = _meet(info, os.environ, timeout_s)
+        atexit.register(_cleanup_at_exit)
+    host, store = _meeting
+    # Without a prefix, restarted workers and repeated setups would read what went before.
+    _setups += 1
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"setup{attempt}.{_setups}", store)
+    cards = _check_in(info, store, host, timeout_s)
+    if torch.cuda.is_available():
+        _device = torch.device("cuda", choose_gpu(info, torch.cuda.device_count(), cards))
+        torch.cuda.set_device(_device)
+        # Naming the device lets barrier() and object collectives of existing scripts find it.
+        dist.init_process_group("nccl", store=store, rank=info.rank, world_size=info.world,
+                                device_id=_device)
+    else:
+        _device = torch.device("cpu")
+        if host.startswith("127."):
+            _keep_gloo_local()
+        dist.init_process_group("gloo", store=store, rank=info.rank, world_size=info.world)
+    if info.world > 1:
+        _first_collective(info, timeout_s)
+
+
+def get_rank() -> int:
+    """The number of this process, 0..world - 1; before setup_dist(), as the environment says."""
+    return dist.get_rank() if dist.is_initialized() else launch_info().rank
+
+
+def get_world_size() -> int:
+    """The number of processes; before setup_dist(), as the environment says."""
+    return dist.get_world_size() if dist.is_initialized() else launch_info().world
+
+
+def is_main() -> bool:
+    """Is this the process that prints and writes files?"""
+    return get_rank() == 0
+
+
+def dev() -> torch.device:
+    """This process's device: `cuda:{local_rank}`, or the CPU where CUDA is not available.
+
+    Raises:
+        ValueError: before setup_dist(), if there are fewer visible GPUs than local processes.
+    """
+    if _device is not None:
+        return _device
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    info = launch_info()
+    return torch.device("cuda", choose_gpu(info, torch.cuda.device_count(), [""] * info.world))
+
+
+def cleanup() -> None:
+    """Destroys the process group, if there is one: NCCL warns about groups left at exit."""
+    global _device
+    _device = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _cleanup_at_exit() -> None:
+    # After an exception the others may wait for us in a collective: leaving at once ends the job.
+    if getattr(sys, "last_value", None) is None:
+        cleanup()
+
+
+def _card_name() -> str:
+    """Names the only visible GPU, so that the ranks can tell whether they share it."""
+    if torch.cuda.device_count() != 1:
+        return ""
+    uuid = torch.cuda.get_device_properties(0).uuid
+    return f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES')} {uuid}"
+
+
+def _meet(info: LaunchInfo, env: Env, timeout_s: float) -> tuple[str, dist.Store]:
+    """The address and the key-value store through which the ranks find each other.
+
+    On one machine the address is 127.0.0.1, so that a machine which cannot look up its own name
+    works as well.
+    """
+    if info.world == 1:
+        return "127.0.0.1", dist.HashStore()
+    serve = info.rank == 0
+    if has_master(env):
+        host, port = env["MASTER_ADDR"], number(env, "MASTER_PORT")
+        if info.launcher == "torchrun":
+            if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
+                host = "127.0.0.1"
+            # torchrun may keep the store itself, so that it outlives failed workers.
+            serve = serve and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    elif info.launcher == "slurm":
+        host, port = slurm_address(env)
+    elif info.launcher == "torchrun":
+        raise ValueError(f"RANK={info.rank} and WORLD_SIZE={info.world} are set, MASTER_ADDR and "
+                         f"MASTER_PORT are not both: set them, or start with torchrun.")
+    else:
+        return _meet_by_mpi(info, timeout_s)
+    return host, _tcp_store(info, host, port, serve, timeout_s)
+
+
+def _meet_by_mpi(info: LaunchInfo, timeout_s: float) -> tuple[str, dist.Store]:
+    """Rank 0 opens a store on a free port and tells the others by one MPI broadcast."""
+    scripts_own = "mpi4py.MPI" in sys.modules
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library behind the wheel
+        raise ValueError(f'mpiexec started {info.world} processes, but mpi4py is not usable '
+                         f'({_first_line(error)}). Either pip install "guided_diffusion_ip[mpi]", '
+                         f'or set MASTER_ADDR and MASTER_PORT, or start with '
+                         f'torchrun --nproc_per_node {info.world}.') from None
+    comm = MPI.COMM_WORLD
+    if comm.Get_size() != info.world:
+        beside = os.path.join(sys.prefix, "bin", "mpiexec")
+        use = beside if os.path.exists(beside) else "the mpiexec of that MPI"
+        raise ValueError(f"mpiexec says {info.world} processes, MPI says {comm.Get_size()}: mpiexec "
+                         f"and mpi4py belong to different MPIs, mpi4py's is "
+                         f"{MPI.Get_library_version().splitlines()[0]}. Start with {use}, or with "
+                         f"torchrun --nproc_per_node {info.world}.")
+    one_machine = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == info.world
+    place = store = None
+    if info.rank == 0:
+        host = "127.0.0.1" if one_machine else _own_address()
+        # Port 0: the system picks a free one while opening it; nobody can take it in between.
+        store = _tcp_store(info, host, 0, True, timeout_s)
+        place = host, store.port
+    host, port = comm.bcast(place)
+    if not scripts_own:
+        # At exit MPI waits for all ranks: one that fails would hang instead of ending the job.
+        MPI.Finalize()
+    return host, store or _tcp_store(info, host, port, False, timeout_s)
+
+
+def _own_address() -> str:
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        return name
+    # Debian maps the own name to 127.0.1.1, which other machines cannot use.
+    return name if address.startswith("127.") else address
+
+
+def _tcp_store(info: LaunchInfo, host: str, port: int, serve: bool,
+               timeout_s: float) -> dist.TCPStore:
+    try:
+        return dist.TCPStore(host, port, is_master=serve, wait_for_workers=False,
+                             timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        if serve:
+            raise ValueError(f"rank 0 cannot listen on {host}:{port} ({_first_line(error)}): set "
+                             f"MASTER_PORT to a free port.") from None
+        raise _missing(info, [0], host, timeout_s) from None
+
+
+def _check_in(info: LaunchInfo, store: dist.Store, host: str, timeout_s: float) -> list[str]:
+    """Each rank signs in and waits for all. Returns the GPU name each brought, in rank order."""
+    keys = [f"rank{rank}" for rank in range(info.world)]
+    try:
+        store.set(keys[info.rank], _card_name())
+        store.wait(keys, timedelta(seconds=timeout_s))
+        return [store.get(key).decode() for key in keys]
+    except RuntimeError:
+        pass
+    try:
+        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+    except RuntimeError:  # rank 0, which keeps the store, has gone: its own message says why
+        absent = [0]
+    raise _missing(info, absent, host, timeout_s)
+
+
+def _missing(info: LaunchInfo, absent: list[int], host: str, timeout_s: float) -> TimeoutError:
+    ranks = ("ranks " if len(absent) > 1 else "rank ") + ", ".join(map(str, absent))
+    return TimeoutError(f"{ranks} of {info.world} did not answer at {host} within {timeout_s:g} s "
+                        f"(launcher: {info.launcher}; this is rank {info.rank}). See the output of "
+                        f"{ranks}; start the same command on every machine; between machines, let "
+                        f"TCP connections through.")
+
+
+def _first_collective(info: LaunchInfo, timeout_s: float) -> None:
+    """Fails in finite time, and with advice, where ranks can meet but not exchange data."""
+    try:
+        work = dist.all_reduce(torch.ones(1, device=_device), async_op=True)
+        work.wait(timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise TimeoutError(f"all {info.world} ranks joined, but their first exchange of data failed "
+                           f"within {timeout_s:g} s ({_first_line(error)}). With NCCL, try "
+                           f"NCCL_P2P_DISABLE=1, or NCCL_SOCKET_IFNAME=<network interface>; "
+                           f"NCCL_DEBUG=INFO shows where it stops.") from None
+
+
+def _keep_gloo_local() -> None:
+    # By default gloo looks up this machine's name, which may fail or take long.
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        if "lo" in (name for _, name in socket.if_nameindex()):
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

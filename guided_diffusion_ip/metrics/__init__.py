@@ -1,0 +1,1 @@
+"""Numbers from images: pure functions of arrays."""

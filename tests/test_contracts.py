@@ -1,0 +1,133 @@
+"""What users and existing scripts rely on: flags and their defaults, known factory keys, and the direction of imports."""
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from golden_tools import DATA
+from guided_diffusion_ip import script_util
+from guided_diffusion_ip.config import SCRIPTS, SECTIONS, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = json.loads((DATA / "published_flags.json").read_text())
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_every_published_flag_with_its_default(script):
+    cfg = parse(script, "", [])
+    aliases = {alias: flag.name for flag in SCRIPTS[script].flags() for alias in flag.aliases}
+    for name, default in PUBLISHED[script].items():
+        value = cfg.values[aliases.get(name, name)]
+        assert value == default and type(value) is type(default), f"{script} --{name}: {value!r}, published {default!r}"
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_every_published_flag_is_accepted_on_the_command_line(script):
+    argv = [word for name, default in PUBLISHED[script].items() for word in (f"--{name}", str(default))]
+    cfg = parse(script, "", argv)
+    aliases = {alias: flag.name for flag in SCRIPTS[script].flags() for alias in flag.aliases}
+    assert {name: cfg.values[aliases.get(name, name)] for name in PUBLISHED[script]} == PUBLISHED[script]
+
+
+def test_a_flag_is_declared_once_per_script():
+    for script, spec in SCRIPTS.items():
+        names = [name for flag in spec.flags() for name in (flag.name, *flag.aliases)]
+        assert len(names) == len(set(names)), script
+    model = {flag.name for flag in SECTIONS["model"]}
+    assert not model & {flag.name for flag in SECTIONS["diffusion"]}
+
+
+def test_defaults_are_the_published_keys_and_ours():
+    ours = {"eps_scaler", "eps_scaler_k", "num_classes"}
+    sampling_flags = PUBLISHED["image_sample"]
+    own_of_script = {"clip_denoised", "num_samples", "batch_size", "use_ddim", "model_path"}
+    defaults = script_util.model_and_diffusion_defaults()
+    assert set(defaults) == set(sampling_flags) - own_of_script | ours
+    assert all(defaults[name] == sampling_flags[name] for name in set(defaults) - ours)
+
+
+def test_both_spellings_of_gamma_reach_the_process_and_may_not_differ():
+    small = dict(image_size=16, num_channels=32, num_res_blocks=1)
+    for name in ("input_pertub", "input_perturbation"):
+        process = script_util.create_model_and_diffusion(**small, **{name: 0.15})[1]
+        assert process.input_perturbation == process.input_pertub == 0.15
+    with pytest.raises(ValueError, match="two spellings"):
+        script_util.create_model_and_diffusion(**small, input_pertub=0.1, input_perturbation=0.15)
+
+
+# ---- layering: each package may import only those listed for it ----
+
+LEAVES = {"noise", "dist_util", "logger", "files"}
+CORE = {"networks", "diffusion", "data", "metrics"}
+MAY_IMPORT = {
+    **{name: set() for name in LEAVES},
+    "dist_util": {"files"},
+    "networks": set(), "diffusion": set(), "data": {"noise", "files"}, "metrics": {"dist_util", "files"},
+    "generation": LEAVES | CORE,
+    "interop": LEAVES | CORE | {"generation"},
+    "training": LEAVES | CORE | {"generation"},
+    "exposure_bias": LEAVES | CORE | {"generation"},
+    "config": LEAVES,
+    "script_util": LEAVES | CORE | {"generation", "interop", "training", "exposure_bias", "config"},
+    "compat": LEAVES | CORE | {"generation", "interop", "training", "exposure_bias", "config", "script_util"},
+    "__init__": set(),
+}
+FORBIDDEN_LIBRARIES = {"diffusion": {"argparse", "mpi4py", "yaml", "blobfile"}, "networks": {"argparse", "numpy", "mpi4py"}}
+
+
+def imports_of(path):
+    """(package of ours, top-level library) names imported anywhere in the file, also inside functions."""
+    relative = path.relative_to(ROOT / "guided_diffusion_ip")
+    depth = len(relative.parts)
+    ours, libraries = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                parts = alias.name.split(".")
+                (ours if parts[0] == "guided_diffusion_ip" else libraries).add(parts[min(1, len(parts) - 1)]
+                                                                               if parts[0] == "guided_diffusion_ip" else parts[0])
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0:
+                parts = node.module.split(".")
+                if parts[0] != "guided_diffusion_ip":
+                    libraries.add(parts[0])
+                    continue
+                ours |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            elif node.level == depth:  # reaches the package's top
+                ours |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return ours, libraries
+
+
+def test_imports_go_one_way():
+    wrong = []
+    for path in sorted((ROOT / "guided_diffusion_ip").rglob("*.py")):
+        relative = path.relative_to(ROOT / "guided_diffusion_ip")
+        own = relative.parts[0].removesuffix(".py")
+        ours, libraries = imports_of(path)
+        wrong += [f"{relative} imports {name}" for name in ours - {own} - MAY_IMPORT[own]]
+        wrong += [f"{relative} imports {name}" for name in libraries & FORBIDDEN_LIBRARIES.get(own, set())]
+        if "mpi4py" in libraries and own != "dist_util":
+            wrong.append(f"{relative} imports mpi4py")
+    assert not wrong, wrong
+
+
+def test_configs_are_valid_for_the_scripts_that_read_them():
+    configs = sorted((ROOT / "configs").glob("*.yaml"))
+    assert len(configs) >= 13
+    for path in configs:
+        for script in ("image_train", "image_sample"):
+            parse(script, "", ["--config", str(path)])
+
+
+@pytest.mark.parametrize("name, million", [("cifar10", 57.094662), ("cifar10_ip", 57.094662), ("imagenet32_ip", 57.094662),
+                                           ("lsun_tower64", 295.136454), ("celeba64_ip", 295.136454),
+                                           ("ffhq128_ip", 542.811398), ("imagenet64", 295.904454),
+                                           ("imagenet128", 421.529606)])
+def test_configs_describe_the_published_networks(name, million):
+    import torch
+
+    cfg = parse("image_train", "", ["--config", str(ROOT / "configs" / f"{name}.yaml")])
+    with torch.device("meta"):
+        model, _ = script_util.create_model_and_diffusion(**cfg.section("model"), **cfg.section("diffusion"))
+    assert script_util.parameter_count(model) == round(million * 1e6)

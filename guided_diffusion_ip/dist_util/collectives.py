@@ -69,17 +69,19 @@ def sync_params(params: Iterable[Tensor]) -> None:
             p.copy_(part.view(p.shape))
 
 
-def check_in_sync(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+def check_in_sync(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor] | Tensor]) -> None:
     """Compares tensors across ranks bit by bit, through their hashes.
 
     Args:
-        tensors: a state_dict, or pairs as of `named_parameters()`.
+        tensors: a state_dict, or pairs as of `named_parameters()`; bare tensors are named by position.
 
     Raises:
         RuntimeError: on every rank, naming the first tensor that differs and the ranks that hold
             something else than rank 0.
     """
-    pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
+    items = tensors.items() if isinstance(tensors, Mapping) else tensors
+    pairs = [(f"tensor {i}", item) if isinstance(item, Tensor) else item
+             for i, item in enumerate(items)]
     if get_world_size() == 1:
         return
     counts = all_gather_tensor(torch.tensor([len(pairs)])).tolist()  # [world]

@@ -37,9 +37,11 @@ def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
 
 def _explain(name: str, error: Exception) -> str:
     text = str(error)
-    if refused := re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", text):
+    if refused := re.search(r"(?:GLOBAL|class) ([\w.]+)", text):
         return (f"checkpoint {name}: refused, it holds {refused[1]} besides tensors, and reading "
                 f"that could run code; save its state_dict alone with torch.save and load that")
-    first = (text.splitlines() or [type(error).__name__])[0][:150]
-    return (f"checkpoint {name}: damaged, incomplete or no PyTorch checkpoint ({first}); copy or "
-            f"download it again, or use the checkpoint before it")
+    # PyTorch explains weights_only at length first; the reason follows "error:".
+    reason = re.split(r"[.\n]", text.partition("WeightsUnpickler error: ")[2] or text)[0]
+    return (f"checkpoint {name}: damaged, incomplete or no PyTorch checkpoint "
+            f"({type(error).__name__}: {reason[:100]}); copy or download it again, or use the one "
+            f"before it")

@@ -151,8 +151,8 @@ def _meet_by_mpi(info: LaunchInfo, timeout_s: float) -> tuple[str, dist.Store]:
     if comm.Get_size() != info.world:
         beside = os.path.join(sys.prefix, "bin", "mpiexec")
         use = beside if os.path.exists(beside) else "the mpiexec of that MPI"
-        raise ValueError(f"mpiexec says {info.world} processes, MPI says {comm.Get_size()}: mpiexec "
-                         f"and mpi4py belong to different MPIs, mpi4py's is "
+        raise ValueError(f"mpiexec says {info.world} processes, MPI says {comm.Get_size()}: "
+                         f"mpiexec and mpi4py belong to different MPIs, mpi4py's is "
                          f"{MPI.Get_library_version().splitlines()[0]}. Start with {use}, or with "
                          f"torchrun --nproc_per_node {info.world}.")
     one_machine = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == info.world
@@ -221,8 +221,8 @@ def _first_collective(info: LaunchInfo, timeout_s: float) -> None:
         work = dist.all_reduce(torch.ones(1, device=_device), async_op=True)
         work.wait(timedelta(seconds=timeout_s))
     except RuntimeError as error:
-        raise TimeoutError(f"all {info.world} ranks joined, but their first exchange of data failed "
-                           f"within {timeout_s:g} s ({_first_line(error)}). With NCCL, try "
+        raise TimeoutError(f"all {info.world} ranks joined, but their first exchange of data "
+                           f"failed within {timeout_s:g} s ({_first_line(error)}). With NCCL, try "
                            f"NCCL_P2P_DISABLE=1, or NCCL_SOCKET_IFNAME=<network interface>; "
                            f"NCCL_DEBUG=INFO shows where it stops.") from None
 

@@ -41,7 +41,8 @@ def _explain(name: str, error: Exception) -> str:
         return (f"checkpoint {name}: refused, it holds {refused[1]} besides tensors, and reading "
                 f"that could run code; save its state_dict alone with torch.save and load that")
     # PyTorch explains weights_only at length first; the reason follows "error:".
-    reason = re.split(r"[.\n]", text.partition("WeightsUnpickler error: ")[2] or text)[0]
+    reason = (text.partition("WeightsUnpickler error:")[2] or text).strip()
+    reason = re.split(r"[.\n]", reason)[0][:100]
     return (f"checkpoint {name}: damaged, incomplete or no PyTorch checkpoint "
-            f"({type(error).__name__}: {reason[:100]}); copy or download it again, or use the one "
+            f"({type(error).__name__}{': ' * bool(reason)}{reason}); copy or download it again, or use the one "
             f"before it")

@@ -1,0 +1,228 @@
+"""Where a run's numbers and messages go. An output takes a row of values, a line of text, or both."""
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+Value = float | int | str
+
+# The rest follows in the order in which it was logged.
+_FIRST = ("step", "loss")
+_QUARTILE = re.compile(r"(.+)_q(\d+)")
+
+
+class Output:
+    """Base of all outputs: ignores what it is given."""
+
+    def write_values(self, values: Mapping[str, Value]) -> None:
+        """Takes one row of numbers."""
+
+    def write_line(self, text: str) -> None:
+        """Takes one message."""
+
+    def close(self) -> None:
+        """Flushes and lets go of files."""
+
+
+class Terminal(Output):
+    """Messages, and one aligned line per row, on standard output."""
+
+    def __init__(self) -> None:
+        self._layout = LineLayout()
+
+    def write_values(self, values: Mapping[str, Value]) -> None:
+        self.write_line(self._layout.line(values))
+
+    def write_line(self, text: str) -> None:
+        bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        if bars is not None and getattr(bars, "_instances", None) and sys.stdout.isatty():
+            bars.write(text, file=sys.stdout)  # lifts the progress bars for a moment
+        else:
+            print(text, flush=True)
+
+
+class TextFile(Output):
+    """The terminal's text, in a file."""
+
+    def __init__(self, path: str) -> None:
+        self._layout = LineLayout()
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write_values(self, values: Mapping[str, Value]) -> None:
+        self.write_line(self._layout.line(values))
+
+    def write_line(self, text: str) -> None:
+        self._file.write(text + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class CsvFile(Output):
+    """A row per dump, a column per key; rows older than a column have an empty cell there."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._columns: list[str] = next(iter(self._read()), [])
+        self._file = open(path, "a", newline="", encoding="utf-8")
+
+    def write_values(self, values: Mapping[str, Value]) -> None:
+        new = [key for key in values if key not in self._columns]
+        if new:
+            self._add_columns(new)
+        csv.writer(self._file).writerow([values.get(key, "") for key in self._columns])
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self) -> list[list[str]]:
+        _drop_torn_line(self._path)
+        if not os.path.exists(self._path):
+            return []
+        with open(self._path, newline="", encoding="utf-8") as file:
+            return list(csv.reader(file))
+
+    def _add_columns(self, new: list[str]) -> None:
+        self._file.close()
+        rows = self._read()[1:]
+        self._columns += new
+        # A crash half-way must not cost the history: write beside, then replace.
+        with open(self._path + ".tmp", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([self._columns] + [
+                row + [""] * (len(self._columns) - len(row)) for row in rows])
+        os.replace(self._path + ".tmp", self._path)
+        self._file = open(self._path, "a", newline="", encoding="utf-8")
+
+
+class JsonLines(Output):
+    """An object per line. JSON has no nan and no infinity: both become null."""
+
+    def __init__(self, path: str) -> None:
+        _drop_torn_line(path)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write_values(self, values: Mapping[str, Value]) -> None:
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+               for key, value in values.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard(Output):
+    """Scalars by step, or by the number of the dump where no step is logged."""
+
+    def __init__(self, folder: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(f"log format tensorboard needs the package tensorboard ({error}): "
+                             f"pip install tensorboard, or leave the format out") from None
+        self._writer: Any = SummaryWriter(folder)
+        self._dumps = 0
+
+    def write_values(self, values: Mapping[str, Value]) -> None:
+        self._dumps += 1
+        step = int(values.get("step", self._dumps))
+        for key, value in values.items():
+            if key != "step" and not isinstance(value, str):
+                self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+FORMATS = {
+    "stdout": lambda folder, suffix: Terminal(),
+    "log": lambda folder, suffix: TextFile(os.path.join(folder, f"log{suffix}.txt")),
+    "csv": lambda folder, suffix: CsvFile(os.path.join(folder, f"progress{suffix}.csv")),
+    "json": lambda folder, suffix: JsonLines(os.path.join(folder, f"progress{suffix}.json")),
+    "tensorboard": lambda folder, suffix: TensorBoard(os.path.join(folder, f"tb{suffix}")),
+}
+
+
+def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Output:
+    """The output of that name, with its file in `ev_dir`, which is made if need be.
+
+    Raises:
+        ValueError: no such format, or TensorBoard is not installed.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"log format {format!r} is unknown; there are {', '.join(FORMATS)}")
+    if format != "stdout":
+        os.makedirs(ev_dir, exist_ok=True)
+    return FORMATS[format](ev_dir, log_suffix)
+
+
+class LineLayout:
+    """A row of values as one line; a column keeps its width, so that successive lines align."""
+
+    def __init__(self) -> None:
+        self._widths: dict[str, int] = {}
+
+    def line(self, values: Mapping[str, Value]) -> str:
+        """`step  1,200  loss 0.05123  loss_q 0.12/0.05/0.03/0.02  samples  1.23M`"""
+        cells: dict[str, str] = {}
+        for key in [*filter(values.__contains__, _FIRST), *values]:
+            quartile = _QUARTILE.fullmatch(key)
+            name = f"{quartile[1]}_q" if quartile else key
+            if name in cells:
+                continue
+            parts = sorted((int(match[2]), value) for other, value in values.items()
+                           if quartile and (match := _QUARTILE.fullmatch(other))
+                           and match[1] == quartile[1])
+            if len(parts) > 1:  # the quarters of the time range: one cell instead of four
+                cells[name] = "/".join(human(name, value, digits=3) for _, value in parts)
+            elif key not in cells:
+                cells[key] = human(key, values[key])
+        for name, text in cells.items():
+            self._widths[name] = max(self._widths.get(name, 0), len(text))
+        return "  ".join(f"{name.rstrip('%').rstrip('_')} {text.rjust(self._widths[name])}"
+                         for name, text in cells.items())
+
+
+def human(key: str, value: Value, digits: int = 4) -> str:
+    """A value for reading: the key's ending tells the unit (`_bytes`, `_s` seconds, `%`)."""
+    if isinstance(value, str) or not math.isfinite(value):
+        return str(value)
+    if key == "step":
+        return f"{int(value):,}"
+    if key.endswith("%"):
+        return f"{value:.0f}%"
+    if key.endswith("_bytes"):
+        return _scaled(value, digits) + "B"
+    if key.endswith("_s") and value >= 60:
+        minutes, seconds = divmod(round(value), 60)
+        return f"{minutes}m{seconds:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
+    if isinstance(value, int) and abs(value) < 1_000_000:
+        return f"{value:,}"
+    return _scaled(value, digits)
+
+
+def _scaled(value: float, digits: int) -> str:
+    """Four digits and k, M, G or T; beyond that range, and for tiny numbers, an exponent."""
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if factor <= abs(value) < 1e15:
+            scale = 1e3 if letter == "k" else factor
+            return f"{value / scale:.{digits}g}{letter}"
+    return f"{value:.{digits}g}"
+
+
+def _drop_torn_line(path: str) -> None:
+    """Cuts off a last line without its end: a killed process may leave half a number there."""
+    if not os.path.exists(path):
+        return
+    with open(path, "rb+") as file:
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)

@@ -20,7 +20,7 @@ from guided_diffusion_ip.metrics.frechet import frechet_distance
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DIGITS, RUN, CONFIG = "datasets/digits", "runs/demo", "configs/demo.yaml"
-STEPS, LAMBDA = 2000, 1.01
+STEPS, LAMBDA = 2000, 1.02
 CHECKPOINT = f"{RUN}/ema_0.995_{STEPS:06d}.pt"
 
 

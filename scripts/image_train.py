@@ -25,17 +25,12 @@ def main() -> None:
     if not cfg.data_dir:
         raise ValueError("no training images: give --data_dir, a folder, a zip or an npz of images")
     dist_util.setup_dist()
-    # Everything that a wrong setting can break comes before anything is written.
+    # Everything that wrong input can break comes before anything is written.
     model, diffusion = create(cfg)
+    preview_diffusion = create(cfg, timestep_respacing=cfg.sample_respacing)[1] if cfg.sample_interval else None
     messages: list[str] = []
     data = open_data(cfg, messages.append)
-    preview_diffusion = create(cfg, timestep_respacing=cfg.sample_respacing)[1] if cfg.sample_interval else None
     out_dir = dist_util.broadcast_object(choose_out_dir(cfg))
-    logger.configure(out_dir, rank=dist_util.get_rank())
-    logger.log(f"results go to {logger.get_dir()}")
-    for message in messages:
-        logger.log(message)
-
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
     shape = (cfg.in_channels, *script_util.parse_image_size(cfg.image_size))
     loop = TrainLoop(
@@ -48,13 +43,16 @@ def main() -> None:
         preview=preview_diffusion and Preview(
             Sampler(preview_diffusion, shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size,
             list(range(len(data.classes))) if cfg.class_cond else None))
+
+    logger.configure(out_dir, ["stdout", "log", "csv", "json", "tensorboard"], rank=dist_util.get_rank())
+    logger.log(f"results go to {out_dir}")
     if dist_util.is_main():
         write_config(cfg, os.path.join(out_dir, "config.yaml"))
+    for message in filter(None, [*messages, warn_about_ema(loop)]):
+        logger.log(message)
     logger.log(banner(loop, out_dir, shape))
-    if warn_about_ema(loop):
-        logger.log(warn_about_ema(loop))
     loop.run_loop()
-    logger.log(f"training ended after {loop.step} steps; results are in {logger.get_dir()}")
+    logger.log(f"training ended after {loop.step} steps; results are in {out_dir}")
     dist_util.cleanup()
 
 

@@ -222,7 +222,7 @@ BAD_SAMPLING = {
     "respacing": (["--timestep_respacing", "2000"], "give 1 to 1000"),
     "respacing text": (["--timestep_respacing", "fast"], "ddim25"),
     "lambda 0": (["--eps_scaler", "0"], "lambda(t) > 0"),
-    "lambda < 0 at the end": (["--eps_scaler", "1", "--eps_scaler_k", "-0.5"], "lambda("),
+    "lambda < 0 at the end": (["--eps_scaler", "1", "--eps_scaler_k", "-1"], "lambda("),
     "lambda per step": (["--eps_scaler", "1.0,1.1,1.2"], "one value per step"),
     "lambda text": (["--eps_scaler", "big"], "published"),
     "no published lambda": (["--eps_scaler", "published"], "needs a table"),

@@ -16,11 +16,11 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
     Args:
         section_counts: "N": N steps spread evenly from first to last; "a,b,c" (or a sequence): the range is cut in
-            equal sections with a, b, c evenly spread steps in them, the noisy end last; "ddimN": every s-th step from 0,
-            for the whole number s that gives N steps (Song et al. 2021).
+            equal sections with a, b, c evenly spread steps in them, the noisy end last; "ddimN": every (T/N)-th step from 0
+            (Song et al. 2021).
 
     Raises:
-        ValueError: not of these forms, more steps than there are, or ddimN where no whole stride gives N steps.
+        ValueError: not of these forms, more steps than there are, or ddimN where N does not divide T.
     """
     if isinstance(section_counts, str):
         text = section_counts.strip()
@@ -54,12 +54,12 @@ def _count(text: str, whole: str) -> int:
 
 
 def _every_sth(num_timesteps: int, count: int) -> set[int]:
-    possible = {len(range(0, num_timesteps, stride)): stride for stride in range(num_timesteps, 0, -1)}
-    if count not in possible:
-        nearest = sorted(sorted(possible, key=lambda n: abs(n - count))[:4])
-        raise ValueError(f"ddim{count}: no whole stride takes exactly {count} of {num_timesteps} steps; "
-                         f"possible near it: {', '.join(f'ddim{n}' for n in nearest)}")
-    return set(range(0, num_timesteps, possible[count]))
+    if count < 1 or num_timesteps % count:
+        divisors = [n for n in range(1, num_timesteps + 1) if num_timesteps % n == 0]
+        nearest = sorted(sorted(divisors, key=lambda n: abs(n - count))[:4])
+        raise ValueError(f"ddim{count}: {num_timesteps} steps cannot be taken in {count} equal strides; "
+                         f"possible near it: {', '.join(f'ddim{n}' for n in nearest)}, or {max(count, 1)} without 'ddim'")
+    return set(range(0, num_timesteps, num_timesteps // count))
 
 
 class SpacedDiffusion(GaussianDiffusion):

@@ -70,6 +70,7 @@ class TrainLoop:
         self.preview = preview
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.step = 0  # updates completed
+        self.resumed = ""  # what to say about it when the loop starts
 
         self.rank, self.world = dist_util.get_rank(), dist_util.get_world_size()
         self.device = next(model.parameters()).device
@@ -105,6 +106,8 @@ class TrainLoop:
     def run_loop(self) -> None:
         """Train until a limit is reached or, in a single process, Ctrl-C; logs, saves and previews on the way."""
         self.model.train()
+        if self.resumed:
+            logger.log(self.resumed)
         self._last_log = (self.step, time.perf_counter())
         bar = tqdm(total=self.last_step, initial=self.step, unit="step", desc="training",
                    disable=None if dist_util.is_main() else True)
@@ -260,11 +263,11 @@ class TrainLoop:
         self.schedule_sampler.load_state_dict(state["sampler"])
         self.precision.load_state_dict(state["scaler"])
         self.step = state["step"]
+        self.resumed = f"continuing from {path}: {self.step} updates done"
         if hasattr(self.data, "seek"):
             self.data.seek(self.step)
         else:
-            logger.log("the data iterator cannot be moved to a position: images start again from its beginning")
-        logger.log(f"continuing from {path}: {self.step} updates done")
+            self.resumed += "; the data iterator cannot be moved, so its images start again from the beginning"
 
 
 class _CtrlC:

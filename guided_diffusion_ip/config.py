@@ -14,6 +14,7 @@ import difflib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -380,6 +381,8 @@ def command(main: Callable[[], Any]) -> NoReturn:
     A ValueError raised by our own code is addressed to the user; one from a library is a bug of ours.
     GUIDED_DIFFUSION_IP_TRACEBACK=1 shows the traceback in any case.
     """
+    # A warning is for the user too: one line, without the place in the code that raised it.
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
     try:
         main()
     except (ValueError, OSError) as error:

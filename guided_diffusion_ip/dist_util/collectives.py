@@ -73,7 +73,8 @@ def check_in_sync(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor] | 
     """Compares tensors across ranks bit by bit, through their hashes.
 
     Args:
-        tensors: a state_dict, or pairs as of `named_parameters()`; bare tensors are named by position.
+        tensors: a state_dict, or pairs as of `named_parameters()`; bare tensors are named by
+            their position.
 
     Raises:
         RuntimeError: on every rank, naming the first tensor that differs and the ranks that hold

@@ -141,7 +141,7 @@ def slurm_address(env: Env) -> tuple[str, int]:
     hosts = expand_nodelist(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
     if not hosts:
         raise ValueError("SLURM_STEP_NODELIST and SLURM_JOB_NODELIST are both empty: set "
-                         "MASTER_ADDR to the name of the first node and MASTER_PORT to a free port.")
+                         "MASTER_ADDR to the first node's name and MASTER_PORT to a free port.")
     # Below 32768, where systems begin to hand out ports by themselves.
     ids = 31 * number(env, "SLURM_JOB_ID", 0) + number(env, "SLURM_STEP_ID", 0)
     return ("127.0.0.1" if len(hosts) == 1 else hosts[0]), 15000 + ids % 16000

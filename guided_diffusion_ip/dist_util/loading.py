@@ -42,7 +42,7 @@ def _explain(name: str, error: Exception) -> str:
                 f"that could run code; save its state_dict alone with torch.save and load that")
     # PyTorch explains weights_only at length first; the reason follows "error:".
     reason = (text.partition("WeightsUnpickler error:")[2] or text).strip()
-    reason = re.split(r"[.\n]", reason)[0][:100]
+    reason = re.split(r"[.\n]", reason)[0][:100] or "empty"
     return (f"checkpoint {name}: damaged, incomplete or no PyTorch checkpoint "
-            f"({type(error).__name__}{': ' * bool(reason)}{reason}); copy or download it again, or use the one "
+            f"({type(error).__name__}: {reason}); copy or download it again, or use the one "
             f"before it")

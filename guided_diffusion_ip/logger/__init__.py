@@ -55,6 +55,10 @@ class Logger:
         val = val.detach().float() if hasattr(val, "detach") else val
         self._sums[key] = total + _scalar(key, val), count + 1
 
+    def logkv_sum(self, key: str, val: Any) -> None:
+        """Adds to a sum of the next row. Raises ValueError unless a scalar."""
+        self._sums[key] = self._sums.get(key, (0.0, 1))[0] + _scalar(key, val), 1
+
     def getkvs(self) -> dict[str, Value]:
         """What dumpkvs() would write now, of this rank."""
         return {key: _mean(total, count) for key, (total, count) in self._sums.items()}
@@ -155,7 +159,7 @@ def configure(dir: str | None = None, format_strs: Sequence[str] | None = None, 
     outputs = []
     if rank == 0:
         os.makedirs(dir, exist_ok=True)
-        outputs = [make_output_format(name.strip(), dir, log_suffix) for name in format_strs if name]
+        outputs = [make_output_format(name.strip(), dir, log_suffix) for name in format_strs]
     reset()
     _current = Logger(dir, outputs, comm)
     if not named:
@@ -280,10 +284,7 @@ def profile_kv(scopename: str) -> Iterator[None]:
     try:
         yield
     finally:
-        logger = get_current()
-        key = f"wait_{scopename}"
-        so_far = logger.getkvs().get(key, 0.0)
-        logger.logkv(key, so_far + time.perf_counter() - start)
+        get_current().logkv_sum(f"wait_{scopename}", time.perf_counter() - start)
 
 
 def profile(n: str) -> Callable[[Callable], Callable]:

@@ -1,4 +1,4 @@
-"""Where a run's numbers and messages go. An output takes a row of values, a line of text, or both."""
+"""Where a run's numbers and messages go: an output takes rows of values, lines of text, or both."""
 from __future__ import annotations
 
 import csv

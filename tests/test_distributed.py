@@ -1,0 +1,122 @@
+"""Two real processes, under mpiexec and under torchrun, against one with the same global batch."""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import launch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--image_size", "8", "--in_channels", "1", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1,1",
+        "--attention_resolutions", "4", "--learn_sigma", "True", "--noise_schedule", "cosine", "--num_head_channels", "32",
+        "--rescale_learned_sigmas", "True"]
+STEPS = 4
+
+TRAIN = """
+import hashlib, sys, torch
+from guided_diffusion_ip import dist_util, logger
+from guided_diffusion_ip.data.image_datasets import load_data
+from guided_diffusion_ip.script_util import create_model_and_diffusion
+from guided_diffusion_ip.training.timestep_samplers import create_named_schedule_sampler
+from guided_diffusion_ip.training.train_loop import TrainLoop
+
+images, out, batch, microbatch = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(1)
+dist_util.setup_dist()
+rank = dist_util.get_rank()
+logger.configure(out, ["csv"], rank=rank)
+torch.manual_seed(rank)  # different on purpose: the loop must bring the ranks together
+# 64 channels: with 32, each norm group is one channel, biases before it have gradient 0, and Adam steps along its rounding.
+model, diffusion = create_model_and_diffusion(
+    image_size=8, in_channels=1, num_channels=64, num_res_blocks=1, channel_mult="1,1", attention_resolutions="4",
+    learn_sigma=True, noise_schedule="cosine", num_head_channels=32, rescale_learned_sigmas=True, input_perturbation=0.1)
+with torch.no_grad():
+    for p in model.parameters():
+        p.add_(0.02 * torch.randn(p.shape))
+loop = TrainLoop(
+    model=model, diffusion=diffusion, data=load_data(data_dir=images, batch_size=batch, image_size=8, channels=1),
+    batch_size=batch, microbatch=microbatch, lr=1e-4, ema_rate="0.9", log_interval=1, save_interval=10**6,
+    resume_checkpoint="", max_steps=%d, schedule_sampler=create_named_schedule_sampler("loss-second-moment", diffusion))
+gradients = []
+step = loop.precision.step
+loop.precision.step = lambda opt: (gradients.append([p.grad.clone() for p in model.parameters()]), step(opt))
+loop.run_loop()
+torch.save({"weights": [p.detach() for p in model.parameters()], "first_gradient": gradients[0],
+            "sampler": loop.schedule_sampler.state_dict()}, f"{out}/rank{rank}.pt")
+dist_util.cleanup()
+""" % STEPS
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "images.npz"
+    np.savez(path, arr_0=np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def one_process(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    check(launch.run([sys.executable, "-c", TRAIN, images, str(out), "8", "-1"]))
+    return load(out, 0)
+
+
+def load(folder, rank):
+    return torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True)
+
+
+def check(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def relative(a, b):
+    a, b = (torch.cat([x.double().flatten() for x in xs]) for xs in (a, b))
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("microbatch", [-1, 3])
+@pytest.mark.parametrize("launcher", [launch.mpiexec, launch.torchrun])
+def test_two_processes_train_as_one(launcher, microbatch, images, one_process, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    check(launcher(2, [str(script), images, str(tmp_path), "4", str(microbatch)]))
+    first, second = load(tmp_path, 0), load(tmp_path, 1)
+    for name in ("weights", "first_gradient"):
+        assert all(torch.equal(a, b) for a, b in zip(first[name], second[name])), f"{name} differ between ranks"
+        assert relative(first[name], one_process[name]) < 1e-5, name
+    assert torch.equal(first["sampler"]["seen"], second["sampler"]["seen"])
+    assert torch.equal(first["sampler"]["seen"], one_process["sampler"]["seen"])
+
+
+@pytest.mark.parametrize("launcher", [launch.mpiexec, launch.torchrun])
+def test_scripts_train_and_sample_in_two_processes(launcher, images, tmp_path):
+    run = tmp_path / "run"
+    check(launcher(2, [str(ROOT / "scripts" / "image_train.py"), *TINY, "--data_dir", images, "--out_dir", str(run),
+                       "--batch_size", "2", "--max_steps", "2", "--ema_rate", "0.5", "--sample_interval", "2",
+                       "--sample_count", "3", "--sample_respacing", "2", "--log_interval", "1"]))
+    assert (run / "samples_000002.png").exists()
+    assert len((run / "progress.csv").read_text().splitlines()) == 3, "one rank writes"
+
+    common = [str(ROOT / "scripts" / "image_sample.py"), "--model_path", str(run / "ema_0.5_000002.pt"), "--num_samples", "7",
+              "--timestep_respacing", "3", "--eps_scaler", "1.01", "--batch_size"]
+    check(launcher(2, [*common, "2", "--out_dir", str(tmp_path / "two")]))
+    check(launch.run([sys.executable, *common, "2", "--out_dir", str(tmp_path / "one")]))
+    check(launch.run([sys.executable, *common, "5", "--out_dir", str(tmp_path / "five")]))
+    one, two, five = (samples(tmp_path / name) for name in ("one", "two", "five"))
+    assert one.shape == (7, 8, 8, 1)
+    np.testing.assert_array_equal(one, two)  # equal batch shapes and threads: bitwise
+    assert np.abs(one.astype(int) - five).max() <= 1
+
+
+def samples(folder):
+    with np.load(next(Path(folder).glob("*.npz"))) as npz:
+        return npz["arr_0"]
+
+
+def test_bad_input_in_two_processes_ends_both(images, tmp_path):
+    done = launch.torchrun(2, [str(ROOT / "scripts" / "image_train.py"), *TINY, "--data_dir", str(tmp_path / "nowhere"),
+                               "--out_dir", str(tmp_path / "out")])
+    assert done.returncode != 0 and "nowhere" in done.stderr and not os.path.exists(tmp_path / "out")

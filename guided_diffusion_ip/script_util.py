@@ -5,16 +5,17 @@ The factories take flags by name; which flags exist, and their defaults, is decl
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
+from torch import nn
 
-from .config import SECTIONS, nearest, str2bool
-from .diffusion.gaussian_diffusion import GaussianDiffusion
+from .config import nearest
 from .diffusion.kinds import LossType, ModelMeanType, ModelVarType
 from .diffusion.noise_schedule import get_named_beta_schedule
 from .diffusion.respace import SpacedDiffusion, space_timesteps
+from .flags import SECTIONS, str2bool
 from .networks.trunk import height_width
 from .networks.unet import (
     EncoderUNetModel, SuperResModel, UNetModel, attention_downsample_rates, default_channel_mult, parse_channel_mult)
@@ -30,7 +31,8 @@ _UNET = ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_heads
 
 
 def _defaults(names: Iterable[str]) -> dict[str, Any]:
-    declared = {flag.name: flag.default for section in ("model", "diffusion", "sample") for flag in SECTIONS[section]}
+    sections = ("model", "classifier", "super_res", "diffusion", "sample")
+    declared = {flag.name: flag.default for section in sections for flag in SECTIONS[section]}
     return {name: declared[name] for name in names}
 
 
@@ -43,6 +45,23 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
     """The published flags of a U-Net and its process, and eps_scaler, eps_scaler_k, num_classes."""
     return {**_defaults(_UNET), "input_pertub": 0.0, **diffusion_defaults(),
             **_defaults(("eps_scaler", "eps_scaler_k", "num_classes"))}
+
+
+def classifier_defaults() -> dict[str, Any]:
+    """The published flags of a classifier."""
+    return _defaults(("image_size", *(flag.name for flag in SECTIONS["classifier"])))
+
+
+def classifier_and_diffusion_defaults() -> dict[str, Any]:
+    """The published flags of a classifier and its process, and num_classes."""
+    return {**classifier_defaults(), **diffusion_defaults(), **_defaults(("num_classes",))}
+
+
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """The published flags of a super-resolution U-Net and its process, and eps_scaler, eps_scaler_k, num_classes."""
+    not_there = ("image_size", "channel_mult", "use_new_attention_order", "input_pertub")
+    flags = {name: value for name, value in model_and_diffusion_defaults().items() if name not in not_there}
+    return {**flags, **_defaults(("large_size", "small_size"))}
 
 
 def parse_image_size(image_size: int | str | Sequence[int]) -> tuple[int, int]:
@@ -143,18 +162,33 @@ def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion
         TypeError: a flag that neither knows.
         ValueError: input_pertub and input_perturbation given with different values, or what the factories refuse.
     """
-    model_names = [flag.name for flag in SECTIONS["model"]]
+    return _create_both("create_model_and_diffusion", create_model, ("model",), flags)
+
+
+def sr_create_model_and_diffusion(**flags: Any) -> tuple[SuperResModel, SpacedDiffusion]:
+    """As create_model_and_diffusion, with large_size and small_size instead of image_size."""
+    return _create_both("sr_create_model_and_diffusion", sr_create_model, ("model", "super_res"), flags)
+
+
+def create_classifier_and_diffusion(**flags: Any) -> tuple[EncoderUNetModel, SpacedDiffusion]:
+    """As create_model_and_diffusion, for a classifier."""
+    return _create_both("create_classifier_and_diffusion", create_classifier, ("model", "classifier"), flags)
+
+
+def _create_both(
+    name: str, create: Callable[..., nn.Module], sections: Sequence[str], flags: dict[str, Any]
+) -> tuple[Any, SpacedDiffusion]:
+    """create(...) with the flags that it takes, and the process with the others; learn_sigma belongs to both."""
+    declared = _defaults(flag.name for section in sections for flag in SECTIONS[section])
+    network_flags = {key: flags.get(key, declared[key]) for key in inspect.signature(create).parameters if key in declared}
     process_names = [flag.name for flag in SECTIONS["diffusion"]] + [
-        "timestep_respacing", "eps_scaler", "eps_scaler_k", "input_pertub"]
-    for name in flags:
-        if name not in model_names and name not in process_names:
-            raise TypeError(f"create_model_and_diffusion got an unknown flag {name!r}."
-                            + nearest(name, model_names + process_names))
-    model_flags = {**_defaults(model_names), **{name: flags[name] for name in model_names if name in flags}}
-    process_flags = {name: flags[name] for name in process_names if name in flags}
+        "learn_sigma", "timestep_respacing", "eps_scaler", "eps_scaler_k", "input_pertub"]
+    for key in flags:
+        if key not in network_flags and key not in process_names:
+            raise TypeError(f"{name} got an unknown flag {key!r}." + nearest(key, [*network_flags, *process_names]))
+    process_flags = {key: flags[key] for key in process_names if key in flags}
     process_flags["steps"] = process_flags.pop("diffusion_steps", 1000)
-    return (create_model(**model_flags),
-            create_gaussian_diffusion(learn_sigma=model_flags["learn_sigma"], **process_flags))
+    return create(**network_flags), create_gaussian_diffusion(**process_flags)
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:
@@ -169,11 +203,6 @@ def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any
     return {key: getattr(args, key) for key in keys}
 
 
-def parameter_count(model: torch.nn.Module) -> int:
+def parameter_count(model: nn.Module) -> int:
     """Number of trainable numbers."""
     return sum(p.numel() for p in model.parameters())
-
-
-__all__ = ["GaussianDiffusion", "NUM_CLASSES", "add_dict_to_argparser", "args_to_dict", "create_classifier",
-           "create_gaussian_diffusion", "create_model", "create_model_and_diffusion", "diffusion_defaults",
-           "model_and_diffusion_defaults", "parameter_count", "parse_image_size", "sr_create_model", "str2bool"]

@@ -1,0 +1,244 @@
+"""Every flag, once: name, default, meaning, and which script takes it. config.py fills them in."""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+def str2bool(v: str | bool) -> bool:
+    """yes/no, true/false, y/n, t/f, 1/0, in any case."""
+    if isinstance(v, bool):
+        return v
+    word = str(v).strip().lower()
+    if word in ("yes", "true", "t", "y", "1"):
+        return True
+    if word in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {v!r}")
+
+
+def image_size(v: str | int) -> int | str:
+    """64 for square images, or "HEIGHTxWIDTH"."""
+    parts = str(v).lower().split("x")
+    if len(parts) > 2 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+        raise argparse.ArgumentTypeError(f"expected a size such as 64, or HEIGHTxWIDTH such as 64x96, got {v!r}")
+    sizes = [int(p) for p in parts]
+    return sizes[0] if len(set(sizes)) == 1 else "x".join(map(str, sizes))
+
+
+def eps_scaler(v: str | float | Sequence[float]) -> float | list[float] | str:
+    """A number, a comma-separated list with one number per step (index 0 = last, clean step), or "published"."""
+    if v == "published":
+        return v
+    parts = v.split(",") if isinstance(v, str) else v if isinstance(v, (list, tuple)) else [v]
+    try:
+        values = [float(p) for p in parts]
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"expected a number, numbers separated by commas, or 'published', got {v!r}") from None
+    return values[0] if len(values) == 1 else values
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag. `type` defaults to that of `default`; `least` is the smallest value allowed."""
+
+    name: str
+    default: Any
+    help: str
+    type: Callable[[Any], Any] | None = None
+    aliases: tuple[str, ...] = ()
+    choices: tuple[Any, ...] | None = None
+    least: float | None = None
+
+    def convert(self, value: Any) -> Any:
+        """`value`, from YAML or the command line, as this flag's type; ArgumentTypeError if it cannot be."""
+        kind = self.type or (str2bool if isinstance(self.default, bool) else type(self.default))
+        try:
+            if value is None:
+                raise ValueError
+            if kind is int and isinstance(value, float) and value != int(value):
+                raise ValueError
+            result = kind(value)
+        except (TypeError, ValueError):
+            name = {int: "a whole number", float: "a number", str: "text"}.get(kind, getattr(kind, "__doc__", ""))
+            raise argparse.ArgumentTypeError(f"expected {name}, got {value!r}") from None
+        if self.choices and result not in self.choices:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(map(str, self.choices))}, got {value!r}")
+        if self.least is not None and result < self.least:
+            raise argparse.ArgumentTypeError(f"must be at least {self.least:g}, got {value!r}")
+        return result
+
+
+_MODEL = (
+    Flag("image_size", 64, "size of the images: 64, or HEIGHTxWIDTH", image_size),
+    Flag("in_channels", 3, "channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA)", choices=(1, 3, 4)),
+    Flag("num_channels", 128, "channels of the first level", least=1),
+    Flag("num_res_blocks", 2, "residual blocks per level", least=1),
+    Flag("channel_mult", "", "channels of each level as multiples of num_channels, such as 1,2,2,2; derived if empty"),
+    Flag("num_heads", 4, "attention heads (unless num_head_channels is given)"),
+    Flag("num_head_channels", -1, "channels per attention head; -1: use num_heads"),
+    Flag("num_heads_upsample", -1, "heads in the upsampling half; -1: num_heads"),
+    Flag("attention_resolutions", "16,8", "sizes of the feature maps that get attention (shorter side)"),
+    Flag("dropout", 0.0, "dropout in the residual blocks", least=0),
+    Flag("class_cond", False, "condition on class labels"),
+    Flag("num_classes", 1000, "number of classes if class_cond", least=1),
+    Flag("learn_sigma", False, "predict the variance too"),
+    Flag("use_scale_shift_norm", True, "timestep embedding as scale and shift after the norm, instead of a sum"),
+    Flag("resblock_updown", False, "residual blocks change the resolution, instead of plain convolutions"),
+    Flag("use_new_attention_order", False, "channel order of q, k, v in the attention weights"),
+    Flag("use_checkpoint", False, "gradient checkpointing: less memory, more time"),
+    Flag("use_fp16", False, "half precision"),
+)
+
+_DIFFUSION = (
+    Flag("diffusion_steps", 1000, "T, the steps of the process", least=1),
+    Flag("noise_schedule", "linear", "linear or cosine", choices=("linear", "cosine")),
+    Flag("use_kl", False, "train on the variational bound alone"),
+    Flag("predict_xstart", False, "predict x_0 instead of the noise"),
+    Flag("rescale_timesteps", False, "hand the network t * 1000 / T"),
+    Flag("rescale_learned_sigmas", False, "weigh the variational bound by T / 1000 when the variance is learned"),
+    Flag("input_perturbation", 0.0, "gamma of input perturbation: training only, 0 = off, published 0.1 to 0.15",
+         aliases=("input_pertub",)),
+    Flag("loss_weight", "uniform", "weight of each timestep in the loss", choices=("uniform",)),
+)
+
+_RESPACING = Flag("timestep_respacing", "", "fewer sampling steps: N, a,b,c or ddimN; empty: all T")
+
+_CLASSIFIER = (
+    Flag("classifier_width", 128, "channels of the classifier's first level", least=1),
+    Flag("classifier_depth", 2, "residual blocks per level of the classifier", least=1),
+    Flag("classifier_attention_resolutions", "32,16,8", "sizes of the classifier's feature maps that get attention"),
+    Flag("classifier_pool", "attention", "how the classifier sums up an image",
+         choices=("adaptive", "attention", "spatial", "spatial_v2")),
+    Flag("classifier_use_scale_shift_norm", True, "as use_scale_shift_norm, for the classifier"),
+    Flag("classifier_resblock_updown", True, "as resblock_updown, for the classifier"),
+    Flag("classifier_use_fp16", False, "as use_fp16, for the classifier"),
+)
+
+_SUPER_RES = (
+    Flag("large_size", 256, "size of the images to make", image_size),
+    Flag("small_size", 64, "size of the low-resolution images", image_size),
+)
+
+_TRAIN = (
+    Flag("data_dir", "", "training images: a folder, a zip of images, or an npz with arr_0 (and arr_1)"),
+    Flag("batch_size", 1, "images per process and step", least=1),
+    Flag("microbatch", -1, "images per forward pass; -1: the whole batch. The gradient is that of the batch"),
+    Flag("lr", 1e-4, "learning rate of AdamW", least=0),
+    Flag("weight_decay", 0.0, "weight decay of AdamW", least=0),
+    Flag("lr_anneal_steps", 0, "lower lr linearly to 0 over so many steps, then stop; 0: constant", least=0),
+    Flag("max_steps", 0, "stop after so many steps; 0: no limit", least=0),
+    Flag("schedule_sampler", "uniform", "how t is drawn", choices=("uniform", "loss-second-moment")),
+    Flag("ema_rate", "0.9999", "decay of the averaged weights; several separated by commas", type=str),
+    Flag("log_interval", 100, "steps between log lines", least=1),
+    Flag("save_interval", 10000, "steps between checkpoints", least=1),
+    Flag("sample_interval", 0, "steps between sample grids from the averaged weights; 0: none", least=0),
+    Flag("sample_count", 64, "images in a sample grid", least=1),
+    Flag("sample_respacing", "50", "timestep_respacing of the sample grids"),
+    Flag("resume_checkpoint", "", "a modelNNNNNN.pt to continue from, with its ema and opt files beside it"),
+    Flag("fp16_scale_growth", 1e-3, "growth of log2(loss scale) per step when training in fp16"),
+    Flag("random_flip", True, "mirror images at random"),
+    Flag("random_crop", False, "crop at random instead of the centre"),
+    Flag("num_workers", -1, "processes that decode images; -1: chosen by the number of cores"),
+    Flag("cache_mb", 512, "sets that fit in so many MB (as uint8) are decoded once and kept in memory", least=0),
+    Flag("seed", 0, "seed of everything that is drawn", least=0),
+    Flag("out_dir", "", "where results go; default: runs/<time>-<name>"),
+)
+
+_SAMPLE = (
+    Flag("model_path", "", "checkpoint, such as ema_0.9999_100000.pt; its config.yaml is read from beside it"),
+    Flag("num_samples", 10000, "images to make", least=1),
+    Flag("batch_size", 16, "images per process at a time", least=1),
+    Flag("clip_denoised", True, "clamp the predicted x_0 to [-1, 1] at each step"),
+    Flag("use_ddim", False, "DDIM instead of DDPM"),
+    Flag("eta", 0.0, "DDIM's noise: 0 deterministic, 1 that of DDPM", least=0),
+    _RESPACING,
+    Flag("eps_scaler", 1.0, "b of epsilon scaling, lambda(t) = k t + b; 1 = off. Also one value per step, separated by "
+         "commas (first = last, clean step), or 'published' (from the config's table)", eps_scaler),
+    Flag("eps_scaler_k", 0.0, "k of epsilon scaling, per respaced step"),
+    Flag("class_ids", "", "classes to sample if class_cond, such as 0-9 or 3,5; default: all"),
+    Flag("seed", 0, "image i depends on (seed, i) only", least=0),
+    Flag("save_png", False, "also write each image as PNG"),
+    Flag("out_dir", "", "where results go; default: samples/ beside the checkpoint"),
+)
+
+# image_nll: how likely given images are.
+_EVALUATE = (
+    Flag("data_dir", "", "images: a folder, a zip of images, or an npz with arr_0 (and arr_1)"),
+    Flag("model_path", "", "checkpoint, such as ema_0.9999_100000.pt; its config.yaml is read from beside it"),
+    Flag("num_samples", 1000, "images to evaluate, over all processes", least=1),
+    Flag("batch_size", 1, "images per process at a time", least=1),
+    Flag("clip_denoised", True, "clamp the predicted x_0 to [-1, 1] at each step"),
+    _RESPACING,
+    Flag("seed", 0, "seed of the noise", least=0),
+    Flag("out_dir", "", "where results go; default: nll/ beside the checkpoint"),
+)
+
+SECTIONS: dict[str, tuple[Flag, ...]] = {
+    "model": _MODEL, "classifier": _CLASSIFIER, "super_res": _SUPER_RES, "diffusion": _DIFFUSION, "train": _TRAIN,
+    "sample": _SAMPLE, "evaluate": _EVALUATE}
+
+# Flags that change training or speed but not what a trained checkpoint is: sampling may be told anything.
+NOT_ARCHITECTURE = {"dropout", "use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "input_perturbation",
+                    "loss_weight"}
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a script reads.
+
+    Args:
+        sections: whole sections.
+        extra: flags of its own, or of another section that it takes only if asked for explicitly.
+        without: flags of its sections that have no meaning for it.
+        defaults: where they differ from the flag's own.
+    """
+
+    sections: tuple[str, ...]
+    extra: tuple[Flag, ...] = ()
+    without: tuple[str, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def flags(self) -> list[Flag]:
+        return [flag for section in self.sections for flag in self.of_section(section)] + list(self.extra)
+
+    def of_section(self, section: str) -> list[Flag]:
+        """The flags of one section, with this script's defaults."""
+        return [replace(flag, default=self.defaults.get(flag.name, flag.default))
+                for flag in SECTIONS[section] if flag.name not in self.without]
+
+
+_NOT_FOR_CLASSIFIERS = ("num_channels", "num_res_blocks", "channel_mult", "num_heads", "num_head_channels",
+                        "num_heads_upsample", "attention_resolutions", "dropout", "class_cond", "use_scale_shift_norm",
+                        "resblock_updown", "use_new_attention_order", "use_checkpoint", "use_fp16")
+
+SCRIPTS = {
+    # Training on respaced steps only happens by an explicit flag, never through a config's sampling section.
+    "image_train": Script(("model", "diffusion", "train"), (_RESPACING,)),
+    "image_sample": Script(("model", "diffusion", "sample")),
+    "image_nll": Script(("model", "diffusion", "evaluate")),
+    "classifier_train": Script(
+        ("model", "classifier", "diffusion", "train"),
+        (_RESPACING,
+         Flag("val_data_dir", "", "images for validation; none if empty"),
+         Flag("noised", True, "train on noised images, as guidance needs it"),
+         Flag("iterations", 150000, "updates", least=1),
+         Flag("anneal_lr", False, "lower lr linearly to 0 over the iterations"),
+         Flag("eval_interval", 5, "steps between validations", least=1)),
+        _NOT_FOR_CLASSIFIERS + ("ema_rate", "lr_anneal_steps", "max_steps", "sample_interval", "sample_count",
+                                "sample_respacing", "fp16_scale_growth"),
+        {"lr": 3e-4, "batch_size": 4, "log_interval": 10}),
+    "classifier_sample": Script(
+        ("model", "classifier", "diffusion", "sample"),
+        (Flag("classifier_path", "", "checkpoint of the classifier; its config.yaml is read from beside it"),
+         Flag("classifier_scale", 1.0, "guidance scale", least=0))),
+    "super_res_train": Script(("model", "super_res", "diffusion", "train"), (_RESPACING,), ("image_size",),
+                              {"log_interval": 10}),
+    "super_res_sample": Script(
+        ("model", "super_res", "diffusion", "sample"),
+        (Flag("base_samples", "", "low-resolution images: an npz with arr_0 (and arr_1), a folder, or a zip"),),
+        ("image_size",)),
+}

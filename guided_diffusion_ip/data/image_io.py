@@ -17,7 +17,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .npz_io import NpzReader, NpzWriter, atomic_file, merge_npz, read_npz_rows, write_npz
+from ..files import atomic_file
+from .npz_io import NpzReader, NpzWriter, merge_npz, read_npz_rows, write_npz
 
 __all__ = [
     "NpzReader", "NpzWriter", "atomic_file", "center_crop_arr", "decode_image", "merge_npz",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,32 +18,10 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
+from ..files import atomic_file
+
 _CHUNK_BYTES = 1 << 24  # 16 MB: few system calls, little memory
 _LOCAL_HEADER = 30  # fixed part of a zip member's local header, before its name and extra field
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike, flush: bool = True) -> Iterator[IO[bytes]]:
-    """A file open for writing that becomes `path` when the block ends well, and else vanishes.
-
-    With `flush` its contents are on the disk before the name is, so that it survives a power cut.
-    """
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
-    try:
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 would hide the file from colleagues
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            if flush:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.remove(temporary)
-        raise
 
 
 class NpzWriter:

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
         with open_binary(name) as file:
             # Remote streams cannot jump about as a zip archive wants.
             source = io.BytesIO(file.read()) if is_remote(name) else file
-            return torch.load(source, map_location=map_location, weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the pickle's version, ahead of an error that says all
+                return torch.load(source, map_location=map_location, weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         found = "a folder" if isinstance(error, IsADirectoryError) else "no such file"
         raise ValueError(f"checkpoint {name}: {found}; give the path of a .pt file") from None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import dist_util
-from ..data.npz_io import atomic_file
+from ..files import atomic_file, exists
 
 
 def checkpoint_name(part: str, step: int) -> str:
@@ -31,7 +31,7 @@ def parse_resume_step_from_filename(filename: str) -> int:
 def find_ema_checkpoint(main_checkpoint: str, step: int, rate: float | str) -> str | None:
     """The averaged weights that belong to main_checkpoint, if they are there."""
     path = os.path.join(os.path.dirname(main_checkpoint), f"ema_{rate}_{step:06d}.pt")
-    return path if os.path.exists(path) else None
+    return path if exists(path) else None
 
 
 def save_set(folder: str, step: int, parts: dict[str, dict[str, Any]], state: dict[str, Any]) -> str:
@@ -54,7 +54,7 @@ def load_set(model_path: str, ema_names: list[str]) -> tuple[dict[str, dict[str,
     step, folder = parse_resume_step_from_filename(model_path), os.path.dirname(model_path)
     names = ["model", *ema_names, "opt", "state"]
     paths = {name: os.path.join(folder, checkpoint_name(name, step)) for name in names}
-    missing = [path for path in paths.values() if not os.path.exists(path)]
+    missing = [path for path in paths.values() if not exists(path)]
     if missing:
         raise ValueError(f"cannot resume from {model_path}: {', '.join(missing)} "
                          f"{'is' if len(missing) == 1 else 'are'} missing; the set is written together and needed whole")

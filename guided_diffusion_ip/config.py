@@ -1,8 +1,9 @@
 """How YAML files and the command line fill in the flags (flags.py), and how scripts end.
 
-Default < config file < command line. A YAML file has the sections of SECTIONS, plus `paper` (published numbers: for people
-and tables, and for `--eps_scaler published`). A script reads only its own sections; a key that is not a flag of the section
-is an error that names the nearest one. What a run used is saved beside its results as config.yaml in the same form.
+Default < config file < command line. A YAML file has the sections of SECTIONS, one named after a script for the flags that
+only it has, and `paper` (published numbers: for people and tables, and for `--eps_scaler published`). A script reads only its
+own sections; a key that is not a flag of the section is an error that names the nearest one. What a run used is saved beside
+its results as config.yaml in the same form.
 
 argparse and PyYAML do the parsing. (jsonargparse was tried on paper: flat published flags with two spellings over nested
 sections, of which a script sees only some, would have needed as much code around it.)
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from . import files
 from .flags import NOT_ARCHITECTURE, SCRIPTS, SECTIONS
 
 
@@ -48,6 +50,8 @@ class Config:
         """The merged settings, in the form that --config reads."""
         script = SCRIPTS[self.script]
         sections = {name: self.section(name) for name in script.sections}
+        if script.extra:
+            sections[self.script] = {flag.name: self.values[flag.name] for flag in script.extra}
         if self.paper:
             sections["paper"] = self.paper
         return yaml.safe_dump(sections, sort_keys=False)
@@ -74,10 +78,11 @@ def read_yaml(path: str) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected the sections {', '.join(SECTIONS)}, found {type(content).__name__}")
+    known = [*SECTIONS, *(name for name, script in SCRIPTS.items() if script.extra), "paper"]
     for section, keys in content.items():
-        if section not in (*SECTIONS, "paper"):
-            raise ValueError(f"{path}: unknown section {section!r}; allowed: {', '.join([*SECTIONS, 'paper'])}."
-                             + nearest(str(section), SECTIONS))
+        if section not in known:
+            raise ValueError(f"{path}: unknown section {section!r}; allowed: {', '.join(known)}."
+                             + nearest(str(section), known))
         if keys is not None and not isinstance(keys, dict):
             raise ValueError(f"{path}: section {section} must hold 'key: value' lines")
     return {section: keys or {} for section, keys in content.items()}
@@ -89,7 +94,8 @@ def values_from_yaml(
     """The values of some sections, converted and checked: {flag name: value}; those to `ignore` are left out."""
     values: dict[str, Any] = {}
     for section in sections:
-        flags = {name: flag for flag in SECTIONS[section] for name in (flag.name, *flag.aliases)}
+        declared = SECTIONS[section] if section in SECTIONS else SCRIPTS[section].extra
+        flags = {name: flag for flag in declared for name in (flag.name, *flag.aliases)}
         for key, raw in content.get(section, {}).items():
             if key not in flags:
                 raise ValueError(f"{path}: unknown key {key!r} in section {section}." + nearest(str(key), flags))
@@ -152,7 +158,7 @@ def parse(script: str, description: str, argv: Sequence[str] | None = None) -> C
     cfg = Config(script, {flag.name: flag.default for flag in spec.flags()})
     if namespace.config:
         content = read_yaml(namespace.config)
-        from_file = values_from_yaml(content, spec.sections, namespace.config, spec.without)
+        from_file = values_from_yaml(content, (*spec.sections, script), namespace.config, spec.without)
         cfg.values.update(from_file)
         cfg.given.update({name: namespace.config for name in from_file})
         cfg.paper, cfg.config_path = content.get("paper", {}), namespace.config
@@ -172,13 +178,50 @@ def adopt_checkpoint_config(cfg: Config, path: str) -> None:
     spec = SCRIPTS[cfg.script]
     shared = [name for name in ("model", "super_res", "diffusion") if name in spec.sections]
     trained = values_from_yaml(content, shared, path, spec.without)
+    if not trained.get("class_cond", cfg.values.get("class_cond")):
+        trained.pop("num_classes", None)  # says nothing about a network without classes
+    _adopt(cfg, trained, path, "checkpoint")
+    cfg.paper = cfg.paper or content.get("paper", {})
+
+
+def adopt_classifier_config(cfg: Config, path: str) -> None:
+    """Take the classifier from the config.yaml beside its checkpoint; after adopt_checkpoint_config for the diffusion model.
+
+    A config.yaml without a section `classifier` belongs to something else: nothing is taken from it.
+
+    Raises:
+        ValueError: it contradicts a flag that was given, or the diffusion model: other images, classes or noise levels.
+    """
+    content = read_yaml(path)
+    if "classifier" not in content:
+        return
+    _adopt(cfg, values_from_yaml(content, ("classifier",), path), path, "classifier")
+    both = values_from_yaml(content, ("model", "diffusion"), path)
+    if "num_classes" in both and not cfg.class_cond:
+        _adopt(cfg, {"num_classes": both["num_classes"]}, path, "classifier")
+    for name in ("image_size", "in_channels", "num_classes", "diffusion_steps", "noise_schedule", "rescale_timesteps"):
+        if name in both and both[name] != cfg.values[name]:
+            raise ValueError(f"the classifier was trained with {name} {both[name]!r} ({path}), the diffusion model has {name} "
+                             f"{cfg.values[name]!r}: guidance needs two that agree in it")
+    if content.get("classifier_train", {}).get("noised") is False:
+        warnings.warn("the classifier was trained on clean images (--noised False), but guidance shows it noised ones")
+
+
+def _adopt(cfg: Config, trained: dict[str, Any], path: str, what: str) -> None:
+    """Take over what was not given; what was given must agree, where it belongs to the architecture or the process."""
     for name, value in trained.items():
-        if name in cfg.given and cfg.values[name] != value and name not in NOT_ARCHITECTURE:
-            raise ValueError(f"{cfg.given[name]} sets {name} to {cfg.values[name]!r}, but the checkpoint was trained with "
+        architecture = name.removeprefix("classifier_") not in NOT_ARCHITECTURE
+        if name in cfg.given and cfg.values[name] != value and architecture:
+            raise ValueError(f"{cfg.given[name]} sets {name} to {cfg.values[name]!r}, but the {what} was trained with "
                              f"{name} {value!r} ({path}): leave it out")
         if name not in cfg.given:
             cfg.values[name] = value
-    cfg.paper = cfg.paper or content.get("paper", {})
+
+
+def config_beside(checkpoint: str) -> str:
+    """The path of the config.yaml beside a checkpoint, '' if there is none."""
+    path = os.path.join(os.path.dirname(checkpoint), "config.yaml")
+    return path if files.exists(path) else ""
 
 
 def write_config(cfg: Config, path: str) -> None:

@@ -241,4 +241,21 @@ SCRIPTS = {
         ("model", "super_res", "diffusion", "sample"),
         (Flag("base_samples", "", "low-resolution images: an npz with arr_0 (and arr_1), a folder, or a zip"),),
         ("image_size",)),
+    # Measures the step that image_train makes, on images in memory, and the network calls that image_sample makes.
+    "benchmark": Script(
+        ("model", "diffusion", "train"),
+        (_RESPACING,
+         Flag("use_ddim", False, "sample by DDIM instead of DDPM"),
+         Flag("eta", 0.0, "DDIM's noise: 0 deterministic, 1 that of DDPM", least=0),
+         Flag("what", "train,sample", "what to measure, separated by commas: train, sample"),
+         Flag("precision", "fp32", "number format", choices=("fp32", "bf16", "fp16")),
+         Flag("device", "auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda")),
+         Flag("threads", 0, "CPU threads; 0: PyTorch's choice", least=0),
+         Flag("repeats", 15, "timed repeats of each thing", least=1),
+         Flag("matrix_size", 4096, "side of the matrices that the machine's rate is measured with", least=1),
+         Flag("json", "", "also write every number to this file")),
+        ("use_fp16", "data_dir", "lr_anneal_steps", "max_steps", "log_interval", "save_interval", "sample_interval",
+         "sample_count", "sample_respacing", "resume_checkpoint", "fp16_scale_growth", "random_flip", "random_crop",
+         "num_workers", "cache_mb", "out_dir"),
+        {"batch_size": 16}),
 }

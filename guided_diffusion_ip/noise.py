@@ -46,6 +46,7 @@ class Stream(enum.IntEnum):
     LABEL = 6
     SAMPLE = 7
     CHAIN = 8
+    LIKELIHOOD = 9
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor],

@@ -16,11 +16,11 @@ from .diffusion.kinds import LossType, ModelMeanType, ModelVarType
 from .diffusion.noise_schedule import get_named_beta_schedule
 from .diffusion.respace import SpacedDiffusion, space_timesteps
 from .flags import SECTIONS, str2bool
-from .networks.trunk import height_width
+from .networks.trunk import height_width, require_divisible
 from .networks.unet import (
     EncoderUNetModel, SuperResModel, UNetModel, attention_downsample_rates, default_channel_mult, parse_channel_mult)
 
-NUM_CLASSES = 1000  # what existing scripts import; ours have --num_classes
+NUM_CLASSES = 1000  # what existing scripts import, and the default of num_classes below; ours have --num_classes
 
 # The published process flags; input_pertub is their spelling of gamma.
 _PROCESS = ("learn_sigma", "diffusion_steps", "noise_schedule", "timestep_respacing", "use_kl", "predict_xstart",
@@ -33,6 +33,7 @@ _UNET = ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_heads
 def _defaults(names: Iterable[str]) -> dict[str, Any]:
     sections = ("model", "classifier", "super_res", "diffusion", "sample")
     declared = {flag.name: flag.default for section in sections for flag in SECTIONS[section]}
+    declared["num_classes"] = NUM_CLASSES  # read here, so that a script may set it
     return {name: declared[name] for name in names}
 
 
@@ -73,7 +74,11 @@ def parse_image_size(image_size: int | str | Sequence[int]) -> tuple[int, int]:
 
 
 def _channel_mult(text: str | Sequence[float], size: tuple[int, int], super_resolution: bool = False) -> tuple[float, ...]:
-    return parse_channel_mult(text) if text else default_channel_mult(size, super_resolution=super_resolution)
+    if not text:
+        return default_channel_mult(size, super_resolution=super_resolution)
+    mult = parse_channel_mult(text)
+    require_divisible(size, len(mult))
+    return mult
 
 
 def create_model(

@@ -11,6 +11,7 @@ from golden_tools import load_seeded_weights, seeded_normal
 from guided_diffusion_ip.networks import (
     AttentionBlock, AttentionPool2d, Downsample, EncoderUNetModel, ResBlock, SuperResModel,
     UNetModel, Upsample, checkpoint, normalization, scale_module, timestep_embedding, zero_module)
+from guided_diffusion_ip.networks.layers import Dropout
 
 SMALL = dict(
     image_size=16, in_channels=3, model_channels=32, out_channels=6, num_res_blocks=1,
@@ -27,6 +28,32 @@ def images(n=2, channels=3, height=16, width=16):
 
 
 # Primitives
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_keeps_a_share_and_the_mean_and_sends_back_the_gradient_of_what_it_kept(layout):
+    torch.manual_seed(0)
+    x = torch.ones(7, 5, 33, 31).to(memory_format=layout).requires_grad_()  # an odd number of elements
+    y = Dropout(0.3)(x)
+    y.sum().backward()
+    n = x.numel()
+    assert y.is_contiguous(memory_format=layout) and y.unique().tolist() == pytest.approx([0, 1 / 0.7], rel=1e-4)
+    assert (y == 0).sum() / n == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / n) ** 0.5)
+    assert torch.equal(x.grad, y.detach())
+    # Neighbours in memory share a random word: they must not share their fate.
+    kept = (y.detach().permute(0, 2, 3, 1) if layout == torch.channels_last else y.detach()).flatten() > 0
+    for distance in (1, 2, 3, 4):
+        together = (kept[:-distance] & kept[distance:]).float().mean()
+        assert together == pytest.approx(0.49, abs=0.02)
+
+
+def test_dropout_at_its_limits_and_when_not_training():
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    assert torch.equal(Dropout(0.0)(x), x) and torch.equal(Dropout(0.5).eval()(x), x)
+    assert not Dropout(1.0)(x).any()
+    assert Dropout(0.5)(x).dtype == torch.float64 and Dropout(0.5)(x[:0]).shape == (0, 4, 5, 5)
+    strided = Dropout(0.5)(x[:, ::2])
+    assert ((strided == 0) | (strided == 2 * x[:, ::2])).all()
+
 
 
 def test_group_norm_takes_its_statistics_in_float32_and_keeps_dtype(monkeypatch):

@@ -112,6 +112,19 @@ def test_a_bare_checkpoint_is_sampled_by_flags(trained, tmp_path, capsys, monkey
         assert needed in err, err
 
 
+@pytest.mark.parametrize("size, channels", [("8x16", 3), ("16x8", 4)])
+def test_other_shapes_train_and_sample(size, channels, images, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    tiny = flags(**{**TINY, "image_size": size, "in_channels": channels})
+    code, said, err = run("image_train", *tiny, "--data_dir", images, "--out_dir", str(out), "--max_steps", "1", "--batch_size",
+                          "2", capsys=capsys, monkeypatch=monkeypatch)
+    height, width = map(int, size.split("x"))
+    assert code == 0 and f"[{channels}, {height}, {width}]" in said, err
+    code, _, err = run("image_sample", "--model_path", str(out / "model000001.pt"), "--num_samples", "3", "--batch_size", "2",
+                       "--timestep_respacing", "2", "--out_dir", str(tmp_path / "s"), capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and (tmp_path / "s" / f"samples_3x{height}x{width}x{channels}.npz").exists(), err
+
+
 def test_published_lambda(trained, tmp_path, capsys, monkeypatch):
     out, _ = trained
     config = tmp_path / "c.yaml"

@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..noise import Stream, permutation
 from .batches import BatchMaker, Failure, Order, render
 from .image_io import center_crop_arr, pil_mode, random_crop_arr, size_pair, to_model_range
+from .image_set import ImageSet
 from .sources import open_source, read_image
 
 __all__ = ["ImageDataset", "ImageStream", "center_crop_arr", "load_data", "random_crop_arr"]
@@ -131,6 +133,17 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
             raise ValueError(f"step={step} must lie in [0, 2**32)")
         self._stop_workers()
         self.step = int(step)
+
+    def examples(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """`count` images drawn by the seed: the same on every rank, not mirrored, cut from the middle.
+
+        Returns and raises as for a batch. A set of fewer images is repeated.
+        """
+        maker = self._maker
+        order = permutation(maker.order.seed, Stream.SHUFFLE, 0, self.num_images)
+        index = order[torch.arange(count) % self.num_images].tolist()
+        chosen = ImageSet(maker.source, maker.size, maker.channels)
+        return chosen.images(index), chosen.cond(index)
 
     def close(self) -> None:
         """Stop workers and close files. The next batch, if one is asked for, starts them again."""

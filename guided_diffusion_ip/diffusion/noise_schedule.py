@@ -29,9 +29,9 @@ def betas_for_alpha_bar(
 def _linear(steps: int) -> np.ndarray:
     # 1e-4 .. 0.02 was chosen for T = 1000 (Ho et al. 2020); other T keep the total amount of noise.
     scale = 1000 / steps
-    if scale * 0.02 > 1:
+    if scale * 0.02 >= 1:  # a beta of 1 leaves nothing of x_0, and no x_0_hat to compute
         raise ValueError(
-            f"the linear noise schedule needs at least 20 diffusion steps, got {steps} (a beta would exceed 1): "
+            f"the linear noise schedule needs at least 21 diffusion steps, got {steps} (a beta would reach 1): "
             "keep --diffusion_steps 1000 and use --timestep_respacing for fewer sampling steps")
     return np.linspace(scale * 0.0001, scale * 0.02, steps, dtype=np.float64)
 
@@ -48,7 +48,7 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     """Betas, float64 [T].
 
     Raises:
-        ValueError: unknown name, fewer than 1 step, or `linear` with fewer than 20 steps.
+        ValueError: unknown name, fewer than 1 step, or `linear` with fewer than 21 steps.
     """
     if num_diffusion_timesteps < 1:
         raise ValueError(f"diffusion_steps must be at least 1, got {num_diffusion_timesteps}")

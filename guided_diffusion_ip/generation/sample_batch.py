@@ -13,7 +13,10 @@ from ..noise import NormalStream, Stream, integers
 
 @dataclass(frozen=True)
 class Sampler:
-    """How to sample: the process is already respaced, and knows its lambda(t)."""
+    """How to sample: the process is already respaced, and knows its lambda(t).
+
+    cond_fn guides, see diffusion/guidance.py; it is given the same model_kwargs as the network.
+    """
 
     diffusion: Any
     image_shape: tuple[int, int, int]  # C, H, W
@@ -21,6 +24,7 @@ class Sampler:
     use_ddim: bool = False
     eta: float = 0.0
     clip_denoised: bool = True
+    cond_fn: Callable[..., Tensor] | None = None
 
     def __call__(
         self, model: Callable[..., Tensor], index: Sequence[int], model_kwargs: dict[str, Any] | None = None,
@@ -28,7 +32,7 @@ class Sampler:
     ) -> Tensor:
         """The images numbered `index`, float32 [N, C, H, W] in about [-1, 1]."""
         options = {"clip_denoised": self.clip_denoised, "model_kwargs": model_kwargs, "device": device,
-                   "progress": progress,
+                   "progress": progress, "cond_fn": self.cond_fn,
                    "randn_like": NormalStream(self.seed, Stream.SAMPLE, torch.as_tensor(index))}
         shape = (len(index), *self.image_shape)
         if self.use_ddim:

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import dist_util
 from ..data.image_io import save_grid, save_png, to_uint8
-from ..data.npz_io import NpzReader, atomic_file
+from ..data.npz_io import NpzReader
+from .run_folder import claim_folder
 from .sample_batch import Sampler
 from .shards import ShardFolder
 
@@ -55,28 +55,13 @@ class SampleRun:
         Raises:
             ValueError: out_dir holds samples made with other settings.
         """
-        self._claim_folder()
+        claim_folder(self.out_dir, self.settings, "samples")
         if not os.path.exists(self.npz_path):
             self._fill(model, batch_size, device)
         if dist_util.is_main():
             self._show(png)
         dist_util.barrier()
         return self.npz_path
-
-    def _claim_folder(self) -> None:
-        """Rank 0 writes settings.yaml, or compares with the one that is there; all ranks learn what it found."""
-        complaint = None
-        if dist_util.is_main():
-            path = os.path.join(self.out_dir, "settings.yaml")
-            if os.path.exists(path):
-                with open(path, encoding="utf-8") as file:
-                    complaint = _difference(yaml.safe_load(file) or {}, self.settings)
-            else:
-                with atomic_file(path) as file:
-                    file.write(yaml.safe_dump(self.settings, sort_keys=False).encode())
-        complaint = dist_util.broadcast_object(complaint)
-        if complaint:
-            raise ValueError(f"{self.out_dir} holds samples made with {complaint}: give another --out_dir, or remove it")
 
     def _fill(self, model: Callable[..., Tensor], batch_size: int, device: torch.device) -> None:
         folder = ShardFolder(os.path.join(self.out_dir, "shards"), self.num_samples)
@@ -116,10 +101,3 @@ class SampleRun:
                         number += 1
         finally:
             reader.close()
-
-
-def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """'seed 1 instead of 0, ...', or ''."""
-    keys = [*wanted, *(key for key in there if key not in wanted)]
-    odd = [f"{key} {there.get(key)!r} instead of {wanted.get(key)!r}" for key in keys if there.get(key) != wanted.get(key)]
-    return ", ".join(odd)

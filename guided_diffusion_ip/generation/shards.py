@@ -1,4 +1,4 @@
-"""Samples on disk: shards written as they are produced, gaps filled by the next run, joined into one npz at the end.
+"""Results on disk: shards written as they are produced, gaps filled by the next run, joined into one npz at the end.
 
 A shard holds the images start .. stop-1 under a name that says so, and exists only when it is whole. Because image i does
 not depend on who makes it, a run may be continued with another batch size or number of processes.
@@ -37,16 +37,23 @@ class ShardFolder:
         return gaps
 
     def write(self, start: int, arrays: dict[str, np.ndarray]) -> None:
-        """Store the images (arr_0 uint8 [n, H, W, C], maybe arr_1) numbered from start."""
-        stop = start + len(arrays["arr_0"])
+        """Store what belongs to the images numbered from start: arrays of n rows each, such as arr_0 uint8 [n, H, W, C]."""
+        stop = start + len(next(iter(arrays.values())))
         write_npz(self._file((start, stop)), arrays)
 
     def merge(self, path: str) -> None:
         """Join all shards into `path`, whose images are in order, and remove them."""
-        ranges = self.present()
+        merge_npz(path, self.files(), self.num_samples)
+        self.remove()
+
+    def files(self) -> list[str]:
+        """The paths of all shards, in order; only when nothing is missing."""
         assert not self.missing(1), f"{self.path} still has gaps"
-        merge_npz(path, [self._file(r) for r in ranges], self.num_samples)
-        for r in ranges:
+        return [self._file(r) for r in self.present()]
+
+    def remove(self) -> None:
+        """Delete the shards and their folder."""
+        for r in self.present():
             os.remove(self._file(r))
         os.rmdir(self.path)
 

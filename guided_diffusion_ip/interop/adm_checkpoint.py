@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import dist_util
+from ..networks.unet import CHANNEL_MULTS, default_channel_mult, parse_channel_mult
 
 State = dict[str, Tensor]
 
@@ -27,33 +30,57 @@ def load_network(model: nn.Module, path: str, flags: dict[str, Any]) -> None:
     model.load_state_dict(state)
 
 
+def load_for_sampling(model: nn.Module, path: str, flags: dict[str, Any], use_fp16: bool) -> None:
+    """load_network, then everything that a network needs before it is only called: device, layout, precision, eval."""
+    load_network(model, path, flags)
+    model.to(device=dist_util.dev(), memory_format=torch.channels_last)
+    if use_fp16:
+        model.convert_to_fp16()
+    model.eval().requires_grad_(False)
+
+
 def explain_mismatch(state: State, flags: dict[str, Any], want: dict, have: dict) -> str:
-    """'the checkpoint needs --num_channels 64 (now 128), ...'; the first odd name if no flag explains it."""
-    sides = [int(side) for side in str(flags["image_size"]).split("x")]
-    found = infer_architecture(state, min(sides))
+    """'it needs --num_channels 64 (now 128), ...'; the first odd name if no flag explains it."""
+    if is_classifier(state) != ("classifier_width" in flags):
+        return ("it is a classifier, and a diffusion model is needed here" if is_classifier(state)
+                else "it is not a classifier, which is needed here") + " (--model_path, --classifier_path)"
+    found = infer_classifier(state) if is_classifier(state) else infer_architecture(state, min(_sides(flags)))
+    if found.pop("super_resolution", "large_size" in flags) != ("large_size" in flags):
+        return ("it is an image model, which sees no low-resolution image: use the image_ scripts" if "large_size" in flags
+                else "it is a super-resolution model: use the super_res_ scripts")
     differing = [f"--{name} {value} (now {flags[name]})" for name, value in found.items()
                  if name in flags and not _same(name, value, flags)]
     if differing:
         return "it needs " + ", ".join(differing)
     name = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))[0]
     return (f"{name} is {have.get(name, 'absent')} in the checkpoint and {want.get(name, 'absent')} in the network, which no "
-            "single flag explains; is it a U-Net of this family (image_size, attention_resolutions)?")
+            "single flag explains; is it a U-Net of this family "
+            f"({'large_size' if 'large_size' in flags else 'image_size'}, attention_resolutions)?")
+
+
+def _sides(flags: dict[str, Any]) -> list[int]:
+    """One or two sides of the images that the network makes; large_size among the flags marks a super-resolution model."""
+    return [int(side) for side in str(flags.get("large_size") or flags["image_size"]).split("x")]
 
 
 def _same(name: str, value: Any, flags: dict[str, Any]) -> bool:
+    """Does the flag, as it is set now, mean the same as `value`?"""
     if name == "channel_mult":
-        from ..networks.unet import default_channel_mult, parse_channel_mult
-
-        size = [int(side) for side in str(flags["image_size"]).split("x")]
-        now = parse_channel_mult(flags[name]) if flags[name] else default_channel_mult((size[0], size[-1]))
-        return tuple(now) == parse_channel_mult(value)
-    if name == "attention_resolutions":  # sizes that the network does not have are allowed, and change nothing
-        sides = [int(side) for side in str(flags["image_size"]).split("x")]
-        reached = {min(sides) >> i for i in range(len(flags["channel_mult"].split(",")) if flags["channel_mult"] else 7)}
+        return _channel_mult(flags) == parse_channel_mult(value)
+    if name.endswith("attention_resolutions"):  # sizes that the network does not have are allowed, and change nothing
+        reached = {min(_sides(flags)) >> i for i in range(len(_channel_mult(flags)))}
         return reached & set(_numbers(flags[name])) == set(_numbers(value))
-    if name == "num_classes":
-        return not flags.get("class_cond") or flags[name] == value
+    if name == "num_classes" and "class_cond" in flags:
+        return not flags["class_cond"] or flags[name] == value
     return flags[name] == value
+
+
+def _channel_mult(flags: dict[str, Any]) -> tuple[float, ...]:
+    """Of the network that the flags describe; a classifier always has that of its image size."""
+    if flags.get("channel_mult"):
+        return parse_channel_mult(flags["channel_mult"])
+    sides = _sides(flags)
+    return default_channel_mult((sides[0], sides[-1]), super_resolution="large_size" in flags)
 
 
 def _numbers(text: Any) -> list[int]:
@@ -61,33 +88,99 @@ def _numbers(text: Any) -> list[int]:
 
 
 def infer_architecture(state: State, image_size: int | None = None) -> dict[str, Any]:
-    """The flags that names and shapes give away; {} if this is not an ADM U-Net.
+    """The flags that names and shapes give away, and whether it is a super_resolution model; {} if this is not an ADM U-Net.
 
     Heads, dropout and the order of q, k, v leave no trace in the shapes, and image_size neither; attention_resolutions can be
     told only with image_size (the shorter side).
     """
-    if "input_blocks.0.0.weight" not in state or "out.2.weight" not in state:
+    if "input_blocks.0.0.weight" not in state or "out.2.weight" not in state or is_classifier(state):
         return {}
-    width, in_channels = state["input_blocks.0.0.weight"].shape[:2]
+    # Not the width of the first convolution: that is already multiplied by the first of channel_mult.
+    width, in_channels = state["time_embed.0.weight"].shape[1], state["input_blocks.0.0.weight"].shape[1]
     out_channels = state["out.2.weight"].shape[0]
+    # Images have 1, 3 or 4 channels; a super-resolution model sees two at once.
+    super_resolution = in_channels in (2, 6, 8)
+    in_channels //= 1 + super_resolution
     flags: dict[str, Any] = {
-        "num_channels": width, "in_channels": in_channels, "learn_sigma": out_channels == 2 * in_channels,
+        "super_resolution": super_resolution, "num_channels": width, "in_channels": in_channels,
+        "learn_sigma": out_channels == 2 * in_channels,
         "class_cond": "label_emb.weight" in state}
     if flags["class_cond"]:
         flags["num_classes"] = state["label_emb.weight"].shape[0]
-    first = "input_blocks.1.0"
-    flags["use_scale_shift_norm"] = (state[f"{first}.emb_layers.1.weight"].shape[0]
-                                     == 2 * state[f"{first}.out_layers.3.weight"].shape[0])
+    flags["use_scale_shift_norm"] = _has_scale_shift(state)
     levels = _levels(state)
     flags["num_res_blocks"] = len(levels[0])
     last = [state[f"input_blocks.{blocks[-1]}.0.out_layers.3.weight"].shape[0] for blocks in levels]
     flags["channel_mult"] = ",".join(f"{channels / width:g}" for channels in last)
     if len(levels) > 1:
-        flags["resblock_updown"] = not any(re.match(r"input_blocks\.\d+\.0\.op\.", name) for name in state)
+        flags["resblock_updown"] = not _has_plain_downsampling(state)
     if image_size:
         attending = [i for i, blocks in enumerate(levels) if f"input_blocks.{blocks[0]}.1.qkv.weight" in state]
         flags["attention_resolutions"] = ",".join(str(image_size >> i) for i in attending)
     return flags
+
+
+def is_classifier(state: State) -> bool:
+    """An encoder with a head, instead of an encoder and a decoder?"""
+    return "input_blocks.0.0.weight" in state and not any(name.startswith("output_blocks.") for name in state)
+
+
+def infer_classifier(state: State) -> dict[str, Any]:
+    """As infer_architecture, for a classifier.
+
+    image_size shows only with attention pooling (of square images), and attention_resolutions only with image_size.
+    """
+    head = {name.removeprefix("out."): value for name, value in state.items() if name.startswith("out.")}
+    pool, logits = ("attention", "2.c_proj.weight") if "2.c_proj.weight" in head else next(
+        ((pool, name) for pool, name, dims in (("spatial_v2", "3.weight", 2), ("adaptive", "3.weight", 4),
+                                               ("spatial", "2.weight", 2))
+         if name in head and head[name].ndim == dims), ("", ""))
+    if not pool or "time_embed.0.weight" not in state:
+        return {}
+    width = state["time_embed.0.weight"].shape[1]
+    flags: dict[str, Any] = {
+        "classifier_width": width, "in_channels": state["input_blocks.0.0.weight"].shape[1], "classifier_pool": pool,
+        "num_classes": head[logits].shape[0], "classifier_use_scale_shift_norm": _has_scale_shift(state),
+        "classifier_resblock_updown": not _has_plain_downsampling(state)}
+    levels = _classifier_levels(state, width)
+    if levels:
+        flags["classifier_depth"] = len(levels[0])
+    if levels and pool == "attention":
+        side = round((head["2.positional_embedding"].shape[1] - 1) ** 0.5)
+        if side * side + 1 == head["2.positional_embedding"].shape[1]:
+            flags["image_size"] = side << len(levels) - 1
+            flags["classifier_attention_resolutions"] = ",".join(
+                str(flags["image_size"] >> i) for i, blocks in enumerate(levels)
+                if f"input_blocks.{blocks[0]}.1.qkv.weight" in state)
+    return flags
+
+
+def _classifier_levels(state: State, width: int) -> list[list[int]]:
+    """As _levels. There is no decoder to ask, but classifiers have the widths that go with an image size; [] if not."""
+    blocks = len({m[1] for name in state if (m := re.match(r"input_blocks\.(\d+)\.", name))})
+    for _, mult in CHANNEL_MULTS:
+        if blocks % len(mult):
+            continue
+        step = blocks // len(mult)  # residual blocks of a level, and what stands before them: the stem, or the way down
+        levels = [list(range(level * step + 1, (level + 1) * step)) for level in range(len(mult))]
+        if all(_width_of(state, level) == [int(m * width)] * (step - 1) for level, m in zip(levels, mult)):
+            return levels
+    return []
+
+
+def _width_of(state: State, blocks: Sequence[int]) -> list[int]:
+    """Output channels of residual blocks; 0 where there is none."""
+    names = (f"input_blocks.{block}.0.out_layers.3.weight" for block in blocks)
+    return [state[name].shape[0] if name in state else 0 for name in names]
+
+
+def _has_scale_shift(state: State) -> bool:
+    first = "input_blocks.1.0"
+    return state[f"{first}.emb_layers.1.weight"].shape[0] == 2 * state[f"{first}.out_layers.3.weight"].shape[0]
+
+
+def _has_plain_downsampling(state: State) -> bool:
+    return any(re.match(r"input_blocks\.\d+\.0\.op\.", name) for name in state)
 
 
 def _levels(state: State) -> list[list[int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import SiLU, avg_pool_nd, checkpoint, conv_nd, linear, normalization, zero_module
+from .layers import Dropout, SiLU, avg_pool_nd, checkpoint, conv_nd, linear, normalization, zero_module
 
 
 class TimestepBlock(nn.Module):
@@ -128,7 +128,7 @@ class ResBlock(TimestepBlock):
         self.emb_layers = nn.Sequential(
             SiLU(), linear(emb_channels, (2 if use_scale_shift_norm else 1) * out_channels))
         self.out_layers = nn.Sequential(
-            normalization(out_channels), SiLU(), nn.Dropout(dropout),
+            normalization(out_channels), SiLU(), Dropout(dropout),
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)))
         self.skip_connection = (
             nn.Identity() if out_channels == channels

@@ -29,6 +29,25 @@ class SiLU(nn.Module):
         return F.silu(x)
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout, with masks that a CPU draws some five times faster: 16 random bits for each element.
+
+    There p is rounded to a multiple of 2**-16, and what is kept is scaled by the rounded p, so that the mean stays exact.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = round((1 - self.p) * 65536)  # of 65536 equally likely numbers
+        if (not self.training or kept in (0, 65536) or x.device.type != "cpu" or not x.is_floating_point()
+                or torch.compiler.is_compiling()):
+            return super().forward(x)
+        # Bernoulli draws of PyTorch cost more than a convolution here; one 64-bit word serves four elements.
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
+        keep = words.view(torch.int16)[:x.numel()] < kept - 32768
+        mask = torch.empty_like(x, requires_grad=False)  # dense, in the memory format of x
+        torch.mul(keep.as_strided(mask.shape, mask.stride()), 65536 / kept, out=mask)
+        return x * mask
+
+
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation whose statistics are taken in float32, or float64 for float64 input.
 

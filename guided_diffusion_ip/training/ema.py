@@ -17,6 +17,7 @@ class EMA:
             raise ValueError(f"ema_rate must be at least 0 and below 1, got {rate}: 0.9999 is usual")
         self.rate = float(rate)
         self.weights = {name: p.detach().clone().float() for name, p in model.named_parameters()}
+        self._model = model  # for its buffers, and for the names of parameters that it uses more than once
 
     @property
     def name(self) -> str:
@@ -29,13 +30,15 @@ class EMA:
         torch._foreach_lerp_(list(self.weights.values()), [p.detach().float() for p in model.parameters()], 1 - self.rate)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A plain state_dict, as a network loads it."""
-        return self.weights
+        """A plain state_dict, as a network loads it; buffers are the model's present ones."""
+        averages = {id(p): self.weights[name] for name, p in self._model.named_parameters()}
+        return {name: averages.get(id(p), p.detach()) for name, p in self._model.state_dict(keep_vars=True).items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over saved weights; names and shapes must agree."""
-        if state.keys() != self.weights.keys():
-            odd = sorted(state.keys() ^ self.weights.keys())[0]
+        names = self._model.state_dict().keys()
+        if state.keys() != names:
+            odd = sorted(state.keys() ^ names)[0]
             raise ValueError(f"the averaged weights in the checkpoint are of another network: {odd} is in one of them only")
         for name, weight in self.weights.items():
             weight.copy_(state[name])

@@ -20,6 +20,8 @@ class Preview:
     Args:
         sampler: its process is respaced, or this takes long.
         class_ids: the classes to show; None for an unconditional network.
+        kwargs_for: all model_kwargs of the pictures numbered [n] (low_res, y, ...) instead of drawn classes; the numbers
+            may exceed `count` by less than the number of ranks.
     """
 
     sampler: Sampler
@@ -27,6 +29,7 @@ class Preview:
     out_dir: str
     batch_size: int
     class_ids: list[int] | None = None
+    kwargs_for: Callable[[list[int]], dict[str, Tensor]] | None = None
 
     def __call__(self, model: Callable[..., Tensor], step: int) -> str:
         """Returns the path of the picture."""
@@ -36,11 +39,15 @@ class Preview:
         parts = []
         for start in range(0, share, self.batch_size):
             index = list(mine[start: start + self.batch_size])
-            kwargs = {} if self.class_ids is None else {
-                "y": draw_labels(self.sampler.seed, index, self.class_ids, device)}
+            kwargs = {name: value.to(device) for name, value in self._kwargs(index).items()}
             parts.append(torch.as_tensor(to_uint8(self.sampler(model, index, kwargs, device))).to(device))
         images = dist_util.all_gather_tensor(torch.cat(parts))[: self.count]
         path = os.path.join(self.out_dir, f"samples_{step:06d}.png")
         if dist_util.is_main():
             save_grid(images.cpu().numpy(), path)
         return path
+
+    def _kwargs(self, index: list[int]) -> dict[str, Tensor]:
+        if self.kwargs_for is not None:
+            return self.kwargs_for(index)
+        return {} if self.class_ids is None else {"y": draw_labels(self.sampler.seed, index, self.class_ids)}

@@ -2,7 +2,9 @@
 
 The published loop's constructor and methods, for existing scripts; the parts are elsewhere in this package. A step is
 
-    images -> t from the timestep sampler -> training_losses under autocast -> gradients, averaged over ranks -> AdamW -> EMA
+    images -> t from the timestep sampler -> objective under autocast -> gradients, averaged over ranks -> AdamW -> EMA
+
+The objective is the process's training_losses, unless another is given (a classifier's cross entropy).
 
 Randomness: t, epsilon and xi of an image depend on (seed, step, its position in the global batch), dropout on (seed, step,
 rank, microbatch); so the same global batch gives the same training for any number of processes and microbatches.
@@ -33,6 +35,11 @@ from .loss_statistics import LossStatistics
 from .precision import Precision
 from .timestep_samplers import ScheduleSampler, UniformSampler
 
+Losses = dict[str, Tensor]
+# objective(model, images [N, C, H, W], t [N], cond, epsilon [N, C, H, W], xi) -> {"loss": [N], more to be logged: [N]};
+# xi(x) draws the input perturbation's noise, shaped like x.
+Objective = Callable[[Callable[..., Tensor], Tensor, Tensor, dict[str, Tensor], Tensor, Callable[[Tensor], Tensor]], Losses]
+
 
 class TrainLoop:
     """Trains a network on an endless iterator of (images [N, C, H, W] in [-1, 1], {"y": labels [N]} or {}).
@@ -46,6 +53,9 @@ class TrainLoop:
         max_steps: if > 0, stop after so many updates.
         seed: of t, epsilon, xi and dropout.
         preview: called as preview(network, step) every sample_interval updates, with the first EMA's weights.
+        objective: what is minimised, see Objective; by default the process's training_losses.
+        validate: called as validate(network, step) every eval_interval updates, without gradients, on every rank; its
+            {name: number} join the next log line, as means if several came before it.
     """
 
     def __init__(
@@ -54,6 +64,8 @@ class TrainLoop:
         use_fp16: bool = False, fp16_scale_growth: float = 1e-3, schedule_sampler: ScheduleSampler | None = None,
         weight_decay: float = 0.0, lr_anneal_steps: int = 0, max_steps: int = 0, seed: int = 0,
         sample_interval: int = 0, preview: Callable[[Callable[..., Tensor], int], Any] | None = None,
+        objective: Objective | None = None,
+        eval_interval: int = 0, validate: Callable[[Callable[..., Tensor], int], dict[str, float]] | None = None,
     ) -> None:
         self.model = model
         self.diffusion = diffusion
@@ -68,6 +80,9 @@ class TrainLoop:
         self.seed = seed
         self.sample_interval = sample_interval
         self.preview = preview
+        self.objective = objective or self._training_losses
+        self.eval_interval = eval_interval
+        self.validate = validate
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.step = 0  # updates completed
         self.resumed = ""  # what to say about it when the loop starts
@@ -128,6 +143,8 @@ class TrainLoop:
 
     def _after_step(self) -> bool:
         """Whatever is due after an update; True if the loop is to end."""
+        if self.eval_interval and self.validate and self.step % self.eval_interval == 0:
+            self._validate()  # before the log line, which shows its numbers
         if self._log_due(self.step):
             self.log_step()
         if self.sample_interval and self.preview and self.step % self.sample_interval == 0:
@@ -181,15 +198,21 @@ class TrainLoop:
 
     def _microbatch_losses(
         self, images: Tensor, cond: dict[str, Tensor], t: Tensor, position: Tensor, number: int
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         images = images.to(self.device, non_blocking=True)
         cond = {k: v.to(self.device, non_blocking=True) for k, v in cond.items()}
         epsilon = noise.normal(self.seed, Stream.EPSILON, position, self.step, images.shape[1:])
         xi = functools.partial(self._xi, position)
         torch.manual_seed(self._dropout_seed(number))
         with self.precision.autocast():
-            return self.diffusion.training_losses(
-                self.ddp_model, images, t, model_kwargs=cond, noise=epsilon, randn_like=xi)
+            return self.objective(self.ddp_model, images, t, cond, epsilon, xi)
+
+    def _training_losses(
+        self, model: Callable[..., Tensor], images: Tensor, t: Tensor, cond: dict[str, Tensor], epsilon: Tensor,
+        xi: Callable[[Tensor], Tensor],
+    ) -> Losses:
+        """The default objective."""
+        return self.diffusion.training_losses(model, images, t, model_kwargs=cond, noise=epsilon, randn_like=xi)
 
     def _xi(self, position: Tensor, x: Tensor) -> Tensor:
         """The input perturbation's noise, from a stream of its own: gamma does not change what else is drawn."""
@@ -228,6 +251,14 @@ class TrainLoop:
         logger.logkvs(losses)
         logger.dumpkvs()
         self._last_log, self._waited = (step, now), 0.0
+
+    def _validate(self) -> None:
+        self.model.eval()
+        with torch.no_grad(), self.precision.autocast():
+            numbers = self.validate(self.model, self.step)
+        self.model.train()
+        for name, value in numbers.items():
+            logger.logkv_mean(name, value)
 
     def _draw_preview(self) -> None:
         """A picture from the first EMA's weights, which the network borrows for the calls."""

@@ -1,0 +1,65 @@
+"""guided_diffusion's module names, mapped to ours, so that scripts written for it run unmodified.
+
+    python -m guided_diffusion_ip.compat their_script.py --its flags       (also under mpiexec, torchrun, srun)
+
+or, in code, before anything imports guided_diffusion:
+
+    import guided_diffusion_ip.compat
+    guided_diffusion_ip.compat.install()
+
+on_path/ holds the package that `import guided_diffusion` then finds. It is a folder on sys.path, rather than an import
+hook, because processes that Python spawns (data loaders) inherit sys.path and nothing else. docs/drop_in.md has the details.
+"""
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from types import ModuleType
+
+PACKAGE = "guided_diffusion"
+ON_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "on_path")
+
+# Published module -> ours. Where one published module is several of ours, compat/ has a module that puts them together.
+MODULES = {
+    "dist_util": "guided_diffusion_ip.compat.dist_util",
+    "fp16_util": "guided_diffusion_ip.compat.fp16_util",
+    "gaussian_diffusion": "guided_diffusion_ip.compat.gaussian_diffusion",
+    "image_datasets": "guided_diffusion_ip.data.image_datasets",
+    "logger": "guided_diffusion_ip.logger",
+    "losses": "guided_diffusion_ip.diffusion.losses",
+    "nn": "guided_diffusion_ip.compat.nn",
+    "resample": "guided_diffusion_ip.training.timestep_samplers",
+    "respace": "guided_diffusion_ip.diffusion.respace",
+    "script_util": "guided_diffusion_ip.script_util",
+    "train_util": "guided_diffusion_ip.compat.train_util",
+    "unet": "guided_diffusion_ip.compat.unet",
+}
+
+
+def install() -> None:
+    """Make `import guided_diffusion` find ours, in this process and in those that it spawns.
+
+    Raises:
+        ValueError: another package of that name has been imported before.
+    """
+    loaded = sys.modules.get(PACKAGE)
+    if loaded is not None and not is_ours(loaded.__file__):
+        raise ValueError(f"a package named {PACKAGE} has already been imported from {loaded.__file__}: call "
+                         "guided_diffusion_ip.compat.install() before the first import of it")
+    if ON_PATH not in sys.path:
+        sys.path.insert(0, ON_PATH)
+    importlib.import_module(PACKAGE)
+
+
+def is_ours(file: str | None) -> bool:
+    """Does this file (a package's __init__.py) belong to the package in on_path/?"""
+    return file is not None and os.path.dirname(os.path.dirname(os.path.abspath(file))) == ON_PATH
+
+
+def register(package: ModuleType) -> None:
+    """Give a package all of MODULES as its submodules: the very module objects, so that what they hold exists once."""
+    for name, home in MODULES.items():
+        module = importlib.import_module(home)
+        sys.modules[f"{package.__name__}.{name}"] = module
+        setattr(package, name, module)

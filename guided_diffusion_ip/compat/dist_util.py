@@ -1,0 +1,27 @@
+"""guided_diffusion.dist_util: processes, devices, checkpoint files.
+
+setup_dist() makes a process group for one process too, because scripts call torch.distributed themselves.
+"""
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .. import dist_util
+from ..dist_util import cleanup, dev, setup_dist, sync_params
+
+__all__ = ["cleanup", "dev", "load_state_dict", "setup_dist", "sync_params"]
+
+
+def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> Any:
+    """What torch.save() wrote, read by each rank itself; map_location is "cpu" unless given.
+
+    Always with weights_only=True: a checkpoint cannot run code, whatever the script asks for.
+
+    Raises:
+        ValueError: the file is missing, damaged or no checkpoint, or holds more than tensors and plain containers.
+        TypeError: an option other than map_location, weights_only, mmap and pickle_module.
+    """
+    for name in ("weights_only", "mmap", "pickle_module"):  # torch.load's, of which our reader needs none
+        kwargs.pop(name, None)
+    return dist_util.load_state_dict(path, **kwargs)

@@ -1,0 +1,41 @@
+"""The folder of a run that may be interrupted and continued: it says what it was made with, and refuses anything else."""
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import yaml
+
+from .. import dist_util
+from ..data.npz_io import atomic_file
+
+
+def claim_folder(out_dir: str, settings: dict[str, Any], holds: str) -> None:
+    """Write settings.yaml, or compare with the one that is there; a collective.
+
+    Args:
+        settings: all that the results depend on, as plain values.
+        holds: what lies in the folder, for the message: "samples".
+
+    Raises:
+        ValueError: the folder was claimed with other settings; on every rank.
+    """
+    complaint = None
+    if dist_util.is_main():
+        path = os.path.join(out_dir, "settings.yaml")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                complaint = _difference(yaml.safe_load(file) or {}, settings)
+        else:
+            with atomic_file(path) as file:
+                file.write(yaml.safe_dump(settings, sort_keys=False).encode())
+    complaint = dist_util.broadcast_object(complaint)
+    if complaint:
+        raise ValueError(f"{out_dir} holds {holds} made with {complaint}: give another --out_dir, or remove it")
+
+
+def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """'seed 1 instead of 0, ...', or ''."""
+    keys = [*wanted, *(key for key in there if key not in wanted)]
+    odd = [f"{key} {there.get(key)!r} instead of {wanted.get(key)!r}" for key in keys if there.get(key) != wanted.get(key)]
+    return ", ".join(odd)

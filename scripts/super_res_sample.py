@@ -1,0 +1,80 @@
+"""Enlarge images with a super-resolution model.
+
+    python scripts/super_res_sample.py --model_path runs/NAME/ema_0.9999_100000.pt --base_samples small.npz \\
+        --num_samples 64 --timestep_respacing 100
+
+--base_samples holds images of exactly small_size: an npz (arr_0 uint8 [N, h, w, C]; arr_1 labels for a class-conditional
+model), a folder, or a zip. Image i is made from low-resolution image i mod N: with --num_samples above N, each is enlarged
+several times, from other noise. Architecture and process come from the config.yaml beside the checkpoint; for a bare
+published .pt, give them as flags or by --config. The same command again continues an interrupted run.
+"""
+import os
+
+import torch
+
+from guided_diffusion_ip import dist_util, script_util
+from guided_diffusion_ip.config import Config, adopt_checkpoint_config, command, config_beside, parse, published_lambda
+from guided_diffusion_ip.data.image_set import ImageSet, open_image_set
+from guided_diffusion_ip.data.super_resolution import check_sizes
+from guided_diffusion_ip.generation.sample_run import SampleRun
+from guided_diffusion_ip.generation.sample_setup import (
+    choose_out_dir, make_sampler, sampler_text, say, what_decides_the_images)
+from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
+
+
+def main() -> None:
+    cfg = parse("super_res_sample", __doc__)
+    if not cfg.model_path:
+        raise ValueError("no checkpoint: give --model_path, such as runs/NAME/ema_0.9999_100000.pt")
+    if not cfg.base_samples:
+        raise ValueError("no low-resolution images: give --base_samples, an npz, a folder or a zip of images")
+    if cfg.class_ids:
+        raise ValueError(f"--class_ids {cfg.class_ids} has no meaning here: the labels come with the low-resolution images "
+                         "(--base_samples)")
+    if beside := config_beside(cfg.model_path):
+        adopt_checkpoint_config(cfg, beside)
+    if cfg.eps_scaler == "published":
+        cfg.values["eps_scaler"], cfg.values["eps_scaler_k"] = published_lambda(cfg)
+    large, small = (script_util.parse_image_size(size) for size in (cfg.large_size, cfg.small_size))
+    check_sizes(large, small)
+
+    dist_util.setup_dist()
+    model, diffusion = script_util.sr_create_model_and_diffusion(
+        **cfg.section("model"), **cfg.section("super_res"), **cfg.section("diffusion"),
+        timestep_respacing=cfg.timestep_respacing, eps_scaler=cfg.eps_scaler, eps_scaler_k=cfg.eps_scaler_k)
+    sampler = make_sampler(cfg, diffusion, large)
+    load_for_sampling(model, cfg.model_path, {**cfg.section("model"), **cfg.section("super_res")}, cfg.use_fp16)
+    base = open_image_set(cfg.base_samples, small, cfg.in_channels, exact=True, flag="base_samples",
+                          num_classes=cfg.num_classes if cfg.class_cond else None)
+
+    settings = what_decides_the_images(
+        cfg, ("model", "super_res", "diffusion"), base_samples=os.path.basename(os.path.normpath(cfg.base_samples)),
+        base_count=len(base), base_sha256=base.digest(min(len(base), cfg.num_samples)))  # reads, and so checks, them all
+    run = SampleRun(sampler, cfg.num_samples, choose_out_dir(cfg, settings), settings,
+                    lambda index: conditions(base, index))
+    tell(cfg, base, run.out_dir)
+    path = run(model, cfg.batch_size, dist_util.dev(), png=cfg.save_png)
+    say(f"samples: {path}\npicture: {os.path.join(run.out_dir, 'grid.png')}")
+    dist_util.cleanup()
+
+
+def conditions(base: ImageSet, index: list[int]) -> dict[str, torch.Tensor]:
+    """low_res [n, C, h, w] of the images numbered [n], and y [n] with labels."""
+    wanted = [i % len(base) for i in index]
+    return {"low_res": base.images(wanted), **base.cond(wanted)}
+
+
+def tell(cfg: Config, base: ImageSet, out_dir: str) -> None:
+    """What is about to be made of what."""
+    say(f"low-resolution images: {base.text}")
+    if base.classes is not None and len(base.classes) < cfg.num_classes:
+        say(f"note: these images have {len(base.classes)} classes, the model {cfg.num_classes}: check that label 0 is the "
+            "same class for both")
+    used = min(len(base), cfg.num_samples)
+    times = f"each of them {cfg.num_samples / used:g} times" if cfg.num_samples > used else (
+        "each of them once" if used == len(base) else f"the first {used} of them")
+    say(f"sampling {cfg.num_samples} images, {times}, from {cfg.model_path} by {sampler_text(cfg)} into {out_dir}")
+
+
+if __name__ == "__main__":
+    command(main)

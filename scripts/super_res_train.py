@@ -1,0 +1,66 @@
+"""Train a diffusion model that enlarges images.
+
+    python scripts/super_res_train.py --data_dir DIR --large_size 256 --small_size 64 --batch_size 32
+    mpiexec -n 4 python scripts/super_res_train.py ...        torchrun --nproc_per_node 4 scripts/super_res_train.py ...
+
+--data_dir holds large images only: the small ones are made from them by area averaging. Checkpoints, logs and the merged
+settings (config.yaml) go to --out_dir; so do sample grids, and what they are to be compared with: low_res.png (what the
+network sees) and large.png (the truth). batch_size is per process.
+"""
+import os
+
+import torch
+
+from guided_diffusion_ip import dist_util, script_util
+from guided_diffusion_ip.config import Config, command, parse
+from guided_diffusion_ip.data.image_io import save_grid, to_uint8
+from guided_diffusion_ip.data.super_resolution import SuperResolutionStream, check_sizes
+from guided_diffusion_ip.generation.sample_batch import Sampler
+from guided_diffusion_ip.training.preview import Preview
+from guided_diffusion_ip.training.run import choose_out_dir, open_data, run
+from guided_diffusion_ip.training.timestep_samplers import create_named_schedule_sampler
+from guided_diffusion_ip.training.train_loop import TrainLoop
+
+
+def main() -> None:
+    cfg = parse("super_res_train", __doc__)
+    dist_util.setup_dist()
+    # Everything that wrong input can break comes before anything is written.
+    large, small = (script_util.parse_image_size(size) for size in (cfg.large_size, cfg.small_size))
+    check_sizes(large, small)
+    model, diffusion = create(cfg)
+    preview_diffusion = create(cfg, timestep_respacing=cfg.sample_respacing)[1] if cfg.sample_interval else None
+    messages: list[str] = []
+    data = SuperResolutionStream(
+        open_data(cfg, large, class_cond=cfg.class_cond, log=messages.append), large, small)
+    messages.append(f"low-resolution images: {small[0]} x {small[1]}, by area averaging")
+    examples = data.examples(cfg.sample_count) if cfg.sample_interval else None
+    out_dir, shape = choose_out_dir(cfg), (cfg.in_channels, *large)
+    model.to(device=dist_util.dev(), memory_format=torch.channels_last)
+    loop = TrainLoop(
+        model=model, diffusion=diffusion, data=data, batch_size=cfg.batch_size, microbatch=cfg.microbatch, lr=cfg.lr,
+        ema_rate=cfg.ema_rate, log_interval=cfg.log_interval, save_interval=cfg.save_interval,
+        resume_checkpoint=cfg.resume_checkpoint, use_fp16=cfg.use_fp16, fp16_scale_growth=cfg.fp16_scale_growth,
+        schedule_sampler=create_named_schedule_sampler(cfg.schedule_sampler, diffusion),
+        weight_decay=cfg.weight_decay, lr_anneal_steps=cfg.lr_anneal_steps, max_steps=cfg.max_steps, seed=cfg.seed,
+        sample_interval=cfg.sample_interval,
+        preview=examples and Preview(
+            Sampler(preview_diffusion, shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size,
+            kwargs_for=lambda index: {name: value[[i % cfg.sample_count for i in index]]
+                                      for name, value in examples[1].items()}))
+    if examples and dist_util.is_main():
+        save_grid(to_uint8(examples[1]["low_res"]), os.path.join(out_dir, "low_res.png"))
+        save_grid(to_uint8(examples[0]), os.path.join(out_dir, "large.png"))
+    run(loop, cfg, out_dir, shape, messages)
+
+
+def create(cfg: Config, **process):
+    """The network, in float32 (half precision is the loop's business), and the process."""
+    torch.manual_seed(cfg.seed)
+    flags = {**cfg.section("model"), **cfg.section("super_res"), **cfg.section("diffusion"),
+             "timestep_respacing": cfg.timestep_respacing}
+    return script_util.sr_create_model_and_diffusion(**{**flags, **process, "use_fp16": False})
+
+
+if __name__ == "__main__":
+    command(main)

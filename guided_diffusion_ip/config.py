@@ -69,9 +69,9 @@ def read_yaml(path: str) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: missing, not YAML, or with sections that are unknown.
     """
-    if not os.path.isfile(path):
+    if not files.exists(path) or os.path.isdir(path):
         raise ValueError(f"config file {path} does not exist; configs/ holds the published settings")
-    with open(path, encoding="utf-8") as file:
+    with files.open_binary(path) as file:
         try:
             content = yaml.safe_load(file) or {}
         except yaml.YAMLError as error:
@@ -222,12 +222,6 @@ def config_beside(checkpoint: str) -> str:
     """The path of the config.yaml beside a checkpoint, '' if there is none."""
     path = os.path.join(os.path.dirname(checkpoint), "config.yaml")
     return path if files.exists(path) else ""
-
-
-def write_config(cfg: Config, path: str) -> None:
-    """Write the merged settings."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(cfg.as_yaml())
 
 
 def published_lambda(cfg: Config) -> tuple[float, float]:

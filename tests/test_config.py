@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from guided_diffusion_ip.config import adopt_checkpoint_config, parse, write_config
+from guided_diffusion_ip.config import adopt_checkpoint_config, parse
 from guided_diffusion_ip.flags import SECTIONS
 
 
@@ -37,7 +37,7 @@ def test_training_is_respaced_only_by_an_explicit_flag(tmp_path):
 
 def test_what_is_saved_is_read_again(config, tmp_path):
     cfg = parse("image_train", "", ["--config", config, "--seed", "3"])
-    write_config(cfg, str(tmp_path / "saved.yaml"))
+    (tmp_path / "saved.yaml").write_text(cfg.as_yaml())
     again = parse("image_train", "", ["--config", str(tmp_path / "saved.yaml")])
     assert again.values == cfg.values and again.paper == {"anything": [1, 2]}
     assert list(yaml.safe_load((tmp_path / "saved.yaml").read_text())) == [
@@ -49,7 +49,7 @@ def test_what_is_saved_is_read_again(config, tmp_path):
     (["--num_channels", "64"], None), (["--dropout", "0.3"], None), (["--input_pertub", "0.9"], None),
     (["--diffusion_steps", "500"], "trained with diffusion_steps 1000")])
 def test_a_checkpoint_brings_its_architecture(config, tmp_path, argv, message):
-    write_config(parse("image_train", "", ["--config", config]), str(tmp_path / "config.yaml"))
+    (tmp_path / "config.yaml").write_text(parse("image_train", "", ["--config", config]).as_yaml())
     cfg = parse("image_sample", "", argv)
     if message is None:
         adopt_checkpoint_config(cfg, str(tmp_path / "config.yaml"))

@@ -26,7 +26,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import dist_util
-from ..data.npz_io import NpzReader, atomic_file, write_npz
+from ..data.npz_io import NpzReader, write_npz
+from ..files import atomic_file
 from ..noise import NormalStream, Stream
 from .run_folder import claim_folder
 from .shards import ShardFolder

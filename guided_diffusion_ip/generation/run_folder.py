@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from .. import dist_util
-from ..data.npz_io import atomic_file
+from ..files import atomic_file
 
 
 def claim_folder(out_dir: str, settings: dict[str, Any], holds: str) -> None:

@@ -134,7 +134,9 @@ class TrainLoop:
                 if self._after_step():
                     return
         if ctrl_c.pressed:
-            logger.log(f"interrupted after step {self.step}: saving; a second Ctrl-C gives up")
+            name = checkpoint.checkpoint_name("model", self.step)
+            logger.log(f"interrupted after step {self.step}: saving (a second Ctrl-C gives up); to continue, add "
+                       f"--resume_checkpoint {os.path.join(logger.get_dir(), name)}")
         if self.step != self._saved_step:
             self.save()
 
@@ -180,8 +182,8 @@ class TrainLoop:
         """Gradients of the mean loss over the global batch, from microbatches; tells the timestep sampler the losses."""
         self.opt.zero_grad(set_to_none=True)
         n = batch.shape[0]
-        position = torch.arange(self.rank * n, (self.rank + 1) * n, device=self.device)
-        uniforms = noise.uniform(self.seed, Stream.TIMESTEP, position, self.step)
+        position = torch.arange(self.rank * n, (self.rank + 1) * n)  # on the host: noise.py looks at its range
+        uniforms = noise.uniform(self.seed, Stream.TIMESTEP, position, self.step, device=self.device)
         t, weights = self.schedule_sampler.sample(n, self.device, uniforms)
         seen: list[Tensor] = []
         for number, start in enumerate(range(0, n, self.microbatch)):
@@ -201,7 +203,7 @@ class TrainLoop:
     ) -> Losses:
         images = images.to(self.device, non_blocking=True)
         cond = {k: v.to(self.device, non_blocking=True) for k, v in cond.items()}
-        epsilon = noise.normal(self.seed, Stream.EPSILON, position, self.step, images.shape[1:])
+        epsilon = noise.normal(self.seed, Stream.EPSILON, position, self.step, images.shape[1:], self.device)
         xi = functools.partial(self._xi, position)
         torch.manual_seed(self._dropout_seed(number))
         with self.precision.autocast():
@@ -216,7 +218,7 @@ class TrainLoop:
 
     def _xi(self, position: Tensor, x: Tensor) -> Tensor:
         """The input perturbation's noise, from a stream of its own: gamma does not change what else is drawn."""
-        return noise.normal(self.seed, Stream.XI, position, self.step, x.shape[1:])
+        return noise.normal(self.seed, Stream.XI, position, self.step, x.shape[1:], x.device)
 
     def _dropout_seed(self, microbatch_number: int) -> int:
         words = np.random.SeedSequence([self.seed, self.step, self.rank, microbatch_number]).generate_state(2)

@@ -10,11 +10,11 @@ The same command again continues an interrupted run; memory does not grow with t
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -56,7 +56,8 @@ class SampleRun:
             ValueError: out_dir holds samples made with other settings.
         """
         claim_folder(self.out_dir, self.settings, "samples")
-        if not os.path.exists(self.npz_path):
+        # Rank 0 alone looks: it also writes the file.
+        if not dist_util.broadcast_object(os.path.exists(self.npz_path)):
             self._fill(model, batch_size, device)
         if dist_util.is_main():
             self._show(png)
@@ -73,11 +74,11 @@ class SampleRun:
             for start, stop in mine:
                 index = list(range(start, stop))
                 kwargs = {name: value.to(device) for name, value in self.kwargs_for(index).items()}
-                images = self.sampler(model, index, kwargs, device, progress=dist_util.is_main())
-                arrays = {"arr_0": to_uint8(images)}
+                images = self.sampler(model, index, kwargs, device, progress=dist_util.is_main() and sys.stderr.isatty())
+                arrays = {"arr_0": to_uint8(images).cpu().numpy()}
                 if "y" in kwargs:
                     arrays["arr_1"] = kwargs["y"].cpu().numpy()
-                folder.write(start, {name: np.asarray(a) for name, a in arrays.items()})
+                folder.write(start, arrays)
                 bar.update(min(len(index) * dist_util.get_world_size(), self.num_samples - bar.n))
         dist_util.barrier()
         if dist_util.is_main():

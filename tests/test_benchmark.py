@@ -1,4 +1,4 @@
-"""The benchmark: FLOP against a count by hand, the table, the JSON, and the script end to end. Nothing here depends on speed."""
+"""The benchmark: FLOP against a count by hand, the table, the JSON, and the script end to end. Nothing depends on speed."""
 import json
 import os
 import runpy
@@ -18,7 +18,8 @@ from guided_diffusion_ip.config import parse
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 TINY = ["--image_size", "8", "--in_channels", "1", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1,1",
-        "--attention_resolutions", "4", "--num_head_channels", "32", "--batch_size", "2", "--repeats", "4", "--matrix_size", "32"]
+        "--attention_resolutions", "4", "--num_head_channels", "32", "--batch_size", "2", "--repeats", "4",
+        "--matrix_size", "32"]
 
 
 class ConvAndLinear(nn.Module):
@@ -63,7 +64,8 @@ def test_attention_counts_as_two_products_forward_and_four_backward():
 def test_gradient_checkpointing_does_not_count_as_work():
     def gflop(use_checkpoint):
         flags = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1", "attention_resolutions": "4"}
-        plan = Plan(lambda: script_util.create_model_and_diffusion(**flags, use_checkpoint=use_checkpoint), (3, 8, 8), 0, 2, CPU)
+        flags["use_checkpoint"] = use_checkpoint
+        plan = Plan(lambda: script_util.create_model_and_diffusion(**flags), (3, 8, 8), 0, 2, CPU)
         return count_gflop(plan, backward=True)
 
     assert gflop(True) == gflop(False)

@@ -20,7 +20,7 @@ from guided_diffusion_ip.metrics.frechet import frechet_distance
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DIGITS, RUN, CONFIG = "datasets/digits", "runs/demo", "configs/demo.yaml"
-STEPS, LAMBDA = 2000, 1.02
+STEPS, LAMBDA = 1500, 1.02
 CHECKPOINT = f"{RUN}/ema_0.995_{STEPS:06d}.pt"
 
 
@@ -51,11 +51,11 @@ def report(folders: dict[float, str]) -> None:
     save_grid(real[:: len(real) // 64][:64, ..., None], f"{RUN}/real.png")
     half = np.random.default_rng(0).permutation(len(real))
     print("\nFrechet distance to the real digits, on pixels (lower is better):")
-    print(f"  one half of the real digits to the other   {distance(real[half[::2]], real[half[1::2]]):6.2f}")
+    print(f"  one half of the real digits to the other   {distance(real[half[::2]], real[half[1::2]]):7.4f}")
     for lam, folder in folders.items():
         with NpzReader(npz_in(folder)) as reader:
             samples = reader.rows("arr_0", 0, reader.shape("arr_0")[0])[..., 0]
-        print(f"  {len(samples)} samples, lambda = {lam:<5}               {distance(samples, real):6.2f}")
+        print(f"  {len(samples)} samples, lambda = {lam:<5}               {distance(samples, real):7.4f}")
     print("\nPictures:")
     print(f"  {RUN}/real.png                         real digits")
     for lam, folder in folders.items():

@@ -32,6 +32,24 @@ def exists(path: str | os.PathLike) -> bool:
     return blobfile.exists(os.fspath(path))
 
 
+def folder_beside(path: str | os.PathLike) -> str:
+    """The folder of a local file; runs/ for a remote one, since results are written to this machine."""
+    return "runs" if is_remote(path) else os.path.dirname(path) or "."
+
+
+def results_folder(given: str, default: str) -> str:
+    """Where results go: `given`, else the environment's OPENAI_LOGDIR, else `default`.
+
+    Raises:
+        ValueError: a remote folder; logs and shards grow line by line, which object stores cannot do.
+    """
+    folder = given or os.environ.get("OPENAI_LOGDIR") or default
+    if is_remote(folder):
+        raise ValueError(f"results cannot go to {folder}: give --out_dir a folder of this machine, and copy it afterwards "
+                         "(checkpoints and images may be read from remote folders)")
+    return folder
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Hex digest of the file's content."""
     digest = hashlib.sha256()

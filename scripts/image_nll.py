@@ -38,7 +38,7 @@ def main() -> None:
                           num_classes=cfg.num_classes if cfg.class_cond else None)
     count = min(cfg.num_samples, len(data))
     settings = what_decides_the_result(cfg, data, count)
-    out_dir = cfg.out_dir or os.environ.get("OPENAI_LOGDIR") or default_out_dir(cfg.model_path, count, settings)
+    out_dir = files.results_folder(cfg.out_dir, default_out_dir(cfg.model_path, count, settings))
 
     def images_for(index: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return data.images(index), data.cond(index)

@@ -87,9 +87,11 @@ def imports_of(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                parts = alias.name.split(".")
-                (ours if parts[0] == "guided_diffusion_ip" else libraries).add(parts[min(1, len(parts) - 1)]
-                                                                               if parts[0] == "guided_diffusion_ip" else parts[0])
+                first, *rest = alias.name.split(".")
+                if first == "guided_diffusion_ip":
+                    ours |= set(rest[:1])
+                else:
+                    libraries.add(first)
         elif isinstance(node, ast.ImportFrom):
             if node.level == 0:
                 parts = node.module.split(".")

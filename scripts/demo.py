@@ -50,17 +50,20 @@ def report(folders: dict[float, str]) -> None:
     real = read_digits(DIGITS)
     save_grid(real[:: len(real) // 64][:64, ..., None], f"{RUN}/real.png")
     half = np.random.default_rng(0).permutation(len(real))
-    print("\nFrechet distance to the real digits, on pixels (lower is better):")
-    print(f"  one half of the real digits to the other   {distance(real[half[::2]], real[half[1::2]]):7.4f}")
+    rows = [("one half of the real digits to the other", distance(real[half[::2]], real[half[1::2]]))]
     for lam, folder in folders.items():
         with NpzReader(npz_in(folder)) as reader:
             samples = reader.rows("arr_0", 0, reader.shape("arr_0")[0])[..., 0]
-        print(f"  {len(samples)} samples, lambda = {lam:<5}               {distance(samples, real):7.4f}")
-    print("\nPictures:")
-    print(f"  {RUN}/real.png                         real digits")
-    for lam, folder in folders.items():
-        print(f"  {folder}/grid.png      samples, lambda = {lam}, from the same noise")
-    print(f"  {RUN}/samples_*.png                    how they came about during training")
+        rows.append((f"{len(samples)} samples, lambda = {lam}", distance(samples, real)))
+    pictures = [("real.png", "real digits"), ("samples_*.png", "how they came about during training")]
+    pictures[1:1] = [(os.path.relpath(f"{folder}/grid.png", RUN), f"samples, lambda = {lam}, from the same noise")
+                     for lam, folder in folders.items()]
+    print("\nFrechet distance to the real digits, on pixels (lower is better):")
+    for name, value in rows:
+        print(f"  {name:<42}{value:.4f}")
+    print(f"\nPictures in {RUN}/:")
+    for name, text in pictures:
+        print(f"  {name:<42}{text}")
 
 
 def read_digits(folder: str) -> np.ndarray:

@@ -11,9 +11,7 @@ from guided_diffusion_ip import dist_util, script_util
 from guided_diffusion_ip.config import Config, command, parse
 from guided_diffusion_ip.generation.sample_batch import Sampler
 from guided_diffusion_ip.training.preview import Preview
-from guided_diffusion_ip.training.run import choose_out_dir, open_data, run
-from guided_diffusion_ip.training.timestep_samplers import create_named_schedule_sampler
-from guided_diffusion_ip.training.train_loop import TrainLoop
+from guided_diffusion_ip.training.run import choose_out_dir, make_loop, open_data, run
 
 
 def main() -> None:
@@ -27,16 +25,10 @@ def main() -> None:
     data = open_data(cfg, size, class_cond=cfg.class_cond, log=messages.append)
     out_dir, shape = choose_out_dir(cfg), (cfg.in_channels, *size)
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
-    loop = TrainLoop(
-        model=model, diffusion=diffusion, data=data, batch_size=cfg.batch_size, microbatch=cfg.microbatch, lr=cfg.lr,
-        ema_rate=cfg.ema_rate, log_interval=cfg.log_interval, save_interval=cfg.save_interval,
-        resume_checkpoint=cfg.resume_checkpoint, use_fp16=cfg.use_fp16, fp16_scale_growth=cfg.fp16_scale_growth,
-        schedule_sampler=create_named_schedule_sampler(cfg.schedule_sampler, diffusion),
-        weight_decay=cfg.weight_decay, lr_anneal_steps=cfg.lr_anneal_steps, max_steps=cfg.max_steps, seed=cfg.seed,
-        sample_interval=cfg.sample_interval,
-        preview=preview_diffusion and Preview(
-            Sampler(preview_diffusion, shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size,
-            list(range(len(data.classes))) if cfg.class_cond else None))
+    preview = preview_diffusion and Preview(
+        Sampler(preview_diffusion, shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size,
+        list(range(len(data.classes))) if cfg.class_cond else None)
+    loop = make_loop(cfg, model, diffusion, data, preview)
     run(loop, cfg, out_dir, shape, messages)
 
 

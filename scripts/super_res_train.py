@@ -17,9 +17,7 @@ from guided_diffusion_ip.data.image_io import save_grid, to_uint8
 from guided_diffusion_ip.data.super_resolution import SuperResolutionStream, check_sizes
 from guided_diffusion_ip.generation.sample_batch import Sampler
 from guided_diffusion_ip.training.preview import Preview
-from guided_diffusion_ip.training.run import choose_out_dir, open_data, run
-from guided_diffusion_ip.training.timestep_samplers import create_named_schedule_sampler
-from guided_diffusion_ip.training.train_loop import TrainLoop
+from guided_diffusion_ip.training.run import choose_out_dir, make_loop, open_data, run
 
 
 def main() -> None:
@@ -37,17 +35,11 @@ def main() -> None:
     examples = data.examples(cfg.sample_count) if cfg.sample_interval else None
     out_dir, shape = choose_out_dir(cfg), (cfg.in_channels, *large)
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
-    loop = TrainLoop(
-        model=model, diffusion=diffusion, data=data, batch_size=cfg.batch_size, microbatch=cfg.microbatch, lr=cfg.lr,
-        ema_rate=cfg.ema_rate, log_interval=cfg.log_interval, save_interval=cfg.save_interval,
-        resume_checkpoint=cfg.resume_checkpoint, use_fp16=cfg.use_fp16, fp16_scale_growth=cfg.fp16_scale_growth,
-        schedule_sampler=create_named_schedule_sampler(cfg.schedule_sampler, diffusion),
-        weight_decay=cfg.weight_decay, lr_anneal_steps=cfg.lr_anneal_steps, max_steps=cfg.max_steps, seed=cfg.seed,
-        sample_interval=cfg.sample_interval,
-        preview=examples and Preview(
-            Sampler(preview_diffusion, shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size,
-            kwargs_for=lambda index: {name: value[[i % cfg.sample_count for i in index]]
-                                      for name, value in examples[1].items()}))
+    preview = examples and Preview(
+        Sampler(preview_diffusion, shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size,
+        kwargs_for=lambda index: {name: value[[i % cfg.sample_count for i in index]]
+                                  for name, value in examples[1].items()})
+    loop = make_loop(cfg, model, diffusion, data, preview)
     if examples and dist_util.is_main():
         save_grid(to_uint8(examples[1]["low_res"]), os.path.join(out_dir, "low_res.png"))
         save_grid(to_uint8(examples[0]), os.path.join(out_dir, "large.png"))

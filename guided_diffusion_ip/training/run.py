@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+from torch import nn
 
 from .. import dist_util, files, logger
 from ..data.image_datasets import ImageStream, load_data
 from .banner import banner, warn_about_ema
+from .timestep_samplers import create_named_schedule_sampler
 from .train_loop import TrainLoop
 
 
@@ -41,6 +44,19 @@ def choose_out_dir(cfg: Any) -> str:
     name = os.path.splitext(os.path.basename(cfg.config_path or os.path.normpath(cfg.data_dir)))[0]
     stamped = os.path.join("runs", f"{time.strftime('%Y-%m-%d-%H-%M-%S')}-{name}")
     return dist_util.broadcast_object(files.results_folder(cfg.out_dir, stamped))
+
+
+def make_loop(
+    cfg: Any, model: nn.Module, diffusion: Any, data: Iterator, preview: Callable[..., Any] | None
+) -> TrainLoop:
+    """The loop that a diffusion model's training flags describe."""
+    return TrainLoop(
+        model=model, diffusion=diffusion, data=data, batch_size=cfg.batch_size, microbatch=cfg.microbatch, lr=cfg.lr,
+        ema_rate=cfg.ema_rate, log_interval=cfg.log_interval, save_interval=cfg.save_interval,
+        resume_checkpoint=cfg.resume_checkpoint, use_fp16=cfg.use_fp16, fp16_scale_growth=cfg.fp16_scale_growth,
+        schedule_sampler=create_named_schedule_sampler(cfg.schedule_sampler, diffusion),
+        weight_decay=cfg.weight_decay, lr_anneal_steps=cfg.lr_anneal_steps, max_steps=cfg.max_steps, seed=cfg.seed,
+        sample_interval=cfg.sample_interval, preview=preview)
 
 
 def run(loop: TrainLoop, cfg: Any, out_dir: str, image_shape: tuple[int, int, int], messages: Iterable[str]) -> None:

@@ -101,7 +101,7 @@ def test_other_settings_do_not_mix(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    # 189 MB more of pixels through a constant "network"; the peak itself scatters by some tens of MB from run to run.
+    # 189 MB more of pixels through a constant "network"; half of it is allowed, since the peak itself scatters.
     script = textwrap.dedent("""
         import resource, sys, torch
         from guided_diffusion_ip.diffusion import *
@@ -110,7 +110,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
         d = SpacedDiffusion(use_timesteps=[0], betas=[0.5], model_mean_type=ModelMeanType.START_X,
                             model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE)
         n = int(sys.argv[2])
-        SampleRun(Sampler(d, (3, 256, 256), use_ddim=True), n, sys.argv[1], {})(
+        SampleRun(Sampler(d, (3, 128, 128), use_ddim=True), n, sys.argv[1], {})(
             lambda x, t: torch.zeros_like(x), 16, torch.device("cpu"))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     """)
@@ -120,7 +120,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
                              env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
         return int(out.stdout.split()[-1])
 
-    assert peak(1040) - peak(80) < 120, "peak memory in MB"
+    assert peak(4160) - peak(320) < 95, "peak memory in MB"
 
 
 @pytest.mark.parametrize("text, ids", [("", list(range(10))), ("3", [3]), ("0-2,7", [0, 1, 2, 7])])

@@ -40,7 +40,7 @@ class Preview:
         for start in range(0, share, self.batch_size):
             index = list(mine[start: start + self.batch_size])
             kwargs = {name: value.to(device) for name, value in self._kwargs(index).items()}
-            parts.append(torch.as_tensor(to_uint8(self.sampler(model, index, kwargs, device))).to(device))
+            parts.append(to_uint8(self.sampler(model, index, kwargs, device)))
         images = dist_util.all_gather_tensor(torch.cat(parts))[: self.count]
         path = os.path.join(self.out_dir, f"samples_{step:06d}.png")
         if dist_util.is_main():

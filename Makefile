@@ -2,6 +2,7 @@
 #
 # TORCH is what pip installs first. The default is the release that this version was tested with. For another build, for
 # example CUDA 12.6 (V100):  make demo TORCH="torch --index-url https://download.pytorch.org/whl/cu126"
+# What is installed afterwards may not exchange it for another (torch-fidelity asks for torchvision, which asks for one torch).
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,10 +19,11 @@ test: .venv/test.done
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
 	touch $@
 
 .venv/%.done: .venv/torch.done setup.py
-	$(BIN)/pip install --quiet -e '.[$*]'
+	$(BIN)/pip install --quiet -c .venv/constraints.txt -e '.[$*]'
 	touch $@
 
 clean:

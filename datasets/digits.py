@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from guided_diffusion_ip.config import command
 from guided_diffusion_ip.data.dataset_prep import count_images, write_image_folder
 
 SIZE = 16
 COUNT = 1797
+RECORD = f"digits-8x8 > crop=none resize=bicubic {SIZE}x{SIZE}x1"
 
 
 def digits() -> Iterator[tuple[np.ndarray, str]]:
@@ -43,15 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create")
     out = parser.parse_args(argv).out
-    try:
-        if count_images(out) == COUNT:
-            print(f"{out}: {COUNT} digits are already there")
-            return
-        print(f"{out}: wrote {write_image_folder(out, digits())} digits, {SIZE} x {SIZE}, grey, "
-              "10 classes")
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    if count_images(out) == COUNT:
+        print(f"{out}: {COUNT} digits are already there")
+        return
+    count = write_image_folder(out, digits(), preprocessing=RECORD)
+    print(f"{out}: wrote {count} digits, {SIZE} x {SIZE}, grey, 10 classes")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -1,8 +1,8 @@
 """How YAML files and the command line fill in the flags (flags.py), and how scripts end.
 
 Default < config file < command line. A YAML file has the sections of SECTIONS, one named after a script for the flags that
-only it has, and `paper` (published numbers: for people and tables, and for `--eps_scaler published`). A script reads only its
-own sections; a key that is not a flag of the section is an error that names the nearest one. What a run used is saved beside
+only it has, `paper` (published numbers: for people and tables, and for `--eps_scaler published`) and, in the config.yaml of a
+training run, `data` (how its images were prepared). A script reads only its own sections; a key that is not a flag of the section is an error that names the nearest one. What a run used is saved beside
 its results as config.yaml in the same form.
 
 argparse and PyYAML do the parsing. (jsonargparse was tried on paper: flat published flags with two spellings over nested
@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from . import files
-from .flags import NOT_ARCHITECTURE, SCRIPTS, SECTIONS
+from . import dist_util, files
+from .flags import NOT_ARCHITECTURE, SCRIPTS, SECTIONS, TRAINING_ONLY
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Config:
     given: dict[str, str] = field(default_factory=dict)  # flag -> where it was set, for messages
     paper: dict[str, Any] = field(default_factory=dict)
     config_path: str = ""
+    trained_on: str = ""  # how the training images were prepared, from the config.yaml beside a checkpoint
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -46,12 +47,23 @@ class Config:
         """The flags of one section and their values."""
         return {flag.name: self.values[flag.name] for flag in SCRIPTS[self.script].of_section(name)}
 
-    def as_yaml(self) -> str:
-        """The merged settings, in the form that --config reads."""
+    def sampling_process(self) -> dict[str, Any]:
+        """Section diffusion without what the training losses alone read, and could refuse or warn about."""
+        return {name: value for name, value in self.section("diffusion").items() if name not in TRAINING_ONLY}
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """The merged settings by section; the script's own flags under its name."""
         script = SCRIPTS[self.script]
         sections = {name: self.section(name) for name in script.sections}
         if script.extra:
             sections[self.script] = {flag.name: self.values[flag.name] for flag in script.extra}
+        return sections
+
+    def as_yaml(self) -> str:
+        """The merged settings, in the form that --config reads."""
+        sections = self.sections()
+        if self.trained_on:
+            sections["data"] = {"preprocessing": self.trained_on}
         if self.paper:
             sections["paper"] = self.paper
         return yaml.safe_dump(sections, sort_keys=False)
@@ -78,7 +90,7 @@ def read_yaml(path: str) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected the sections {', '.join(SECTIONS)}, found {type(content).__name__}")
-    known = [*SECTIONS, *(name for name, script in SCRIPTS.items() if script.extra), "paper"]
+    known = [*SECTIONS, *(name for name, script in SCRIPTS.items() if script.extra), "data", "paper"]
     for section, keys in content.items():
         if section not in known:
             raise ValueError(f"{path}: unknown section {section!r}; allowed: {', '.join(known)}."
@@ -126,6 +138,22 @@ class _Store(argparse.Action):
         namespace.given[self.dest] = (option_string, value)
 
 
+def _take_positional(names: Sequence[str], words: list[str], given: dict[str, tuple[str, Any]]) -> list[str]:
+    """Store words that are no flags under `names`, in their order; returns those for which there is no name, or all.
+
+    (argparse's own positional arguments cannot be optional and stand between flags.)
+    """
+    if len(words) > len(names) or any(word.startswith("-") for word in words):
+        return [word for word in words if word.startswith("-")] or words[len(names):]
+    free = [name for name in names if name not in given] if len(words) < len(names) else names
+    for name, word in zip(free, words):
+        if name in given:
+            raise ValueError(f"{word} stands where {name} is expected, but {given[name][0]} {given[name][1]} was given too: "
+                             "leave one of them out")
+        given[name] = (name.upper(), word)
+    return []
+
+
 def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     """The command line of a script: all its flags, none of them required."""
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,10 +179,11 @@ def parse(script: str, description: str, argv: Sequence[str] | None = None) -> C
     namespace = argparse.Namespace(given={})
     namespace, unknown = parser.parse_known_args(argv, namespace)
     known = [name for action in parser._actions for name in action.option_strings]
+    spec = SCRIPTS[script]
+    unknown = _take_positional(spec.positional, unknown, namespace.given)
     if unknown:
         word = unknown[0].split("=")[0]
         raise ValueError(f"unknown argument {word}." + nearest(word, known) + " (--help lists all)")
-    spec = SCRIPTS[script]
     cfg = Config(script, {flag.name: flag.default for flag in spec.flags()})
     if namespace.config:
         content = read_yaml(namespace.config)
@@ -182,6 +211,7 @@ def adopt_checkpoint_config(cfg: Config, path: str) -> None:
         trained.pop("num_classes", None)  # says nothing about a network without classes
     _adopt(cfg, trained, path, "checkpoint")
     cfg.paper = cfg.paper or content.get("paper", {})
+    cfg.trained_on = str(content.get("data", {}).get("preprocessing", ""))
 
 
 def adopt_classifier_config(cfg: Config, path: str) -> None:
@@ -250,23 +280,36 @@ def _raised_by_us(error: BaseException) -> bool:
     return os.path.dirname(os.path.abspath(frames[-1].filename)).startswith(homes)
 
 
+def _verdict(error: BaseException) -> tuple[str, int]:
+    """The line that a user gets to see ("": the traceback), and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    ours = isinstance(error, OSError) or isinstance(error, ValueError) and _raised_by_us(error)
+    if not ours or os.environ.get("GUIDED_DIFFUSION_IP_TRACEBACK"):
+        return "", 1
+    return f"error: {' '.join(str(error).split())}", 2
+
+
 def command(main: Callable[[], Any]) -> NoReturn:
     """Run a script's main: what a user did wrong becomes one line on stderr and exit code 2; bugs keep their traceback.
 
     A ValueError raised by our own code is addressed to the user; one from a library is a bug of ours.
-    GUIDED_DIFFUSION_IP_TRACEBACK=1 shows the traceback in any case.
+    GUIDED_DIFFUSION_IP_TRACEBACK=1 shows the traceback in any case. One of several processes tells the others of its end, or
+    names the rank whose end is the cause of its own (exit code 1), and does not wait for any.
     """
     # A warning is for the user too: one line, without the place in the code that raised it.
     warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
     try:
         main()
-    except (ValueError, OSError) as error:
-        ours = isinstance(error, OSError) or _raised_by_us(error)
-        if not ours or os.environ.get("GUIDED_DIFFUSION_IP_TRACEBACK"):
+    except SystemExit as end:
+        if end.code:
+            dist_util.report_failure(f"exit code {end.code}")
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        line, code = _verdict(error)
+        dist_util.end_process(error, line, code)  # comes back in a single process
+        if not line:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print(line, file=sys.stderr)
+        sys.exit(code)
     sys.exit(0)

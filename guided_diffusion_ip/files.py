@@ -59,6 +59,19 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def sha256_tree(path: str | os.PathLike) -> str:
+    """Hex digest of a file's content, or of the names and contents of all files in a folder and below."""
+    if not os.path.isdir(path):
+        return sha256(path)
+    digest = hashlib.sha256()
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for name in sorted(names):
+            full = os.path.join(folder, name)
+            digest.update(f"{os.path.relpath(full, path)}\0{sha256(full)}\n".encode())
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike, flush: bool = True) -> Iterator[IO[bytes]]:
     """A file open for writing that becomes `path` when the block ends well, and else vanishes.

@@ -28,6 +28,11 @@ def image_size(v: str | int) -> int | str:
     return sizes[0] if len(set(sizes)) == 1 else "x".join(map(str, sizes))
 
 
+def size_or_none(v: str | int) -> int | str:
+    """a size such as 64, or HEIGHTxWIDTH; empty for none"""
+    return "" if v == "" else image_size(v)
+
+
 def eps_scaler(v: str | float | Sequence[float]) -> float | list[float] | str:
     """A number, a comma-separated list with one number per step (index 0 = last, clean step), or "published"."""
     if v == "published":
@@ -85,6 +90,7 @@ _MODEL = (
     Flag("dropout", 0.0, "dropout in the residual blocks", least=0),
     Flag("class_cond", False, "condition on class labels"),
     Flag("num_classes", 1000, "number of classes if class_cond", least=1),
+    Flag("null_class", False, "one more label, number num_classes, for 'no class'; --class_dropout brings it along"),
     Flag("learn_sigma", False, "predict the variance too"),
     Flag("use_scale_shift_norm", True, "timestep embedding as scale and shift after the norm, instead of a sum"),
     Flag("resblock_updown", False, "residual blocks change the resolution, instead of plain convolutions"),
@@ -102,7 +108,12 @@ _DIFFUSION = (
     Flag("rescale_learned_sigmas", False, "weigh the variational bound by T / 1000 when the variance is learned"),
     Flag("input_perturbation", 0.0, "gamma of input perturbation: training only, 0 = off, published 0.1 to 0.15",
          aliases=("input_pertub",)),
-    Flag("loss_weight", "uniform", "weight of each timestep in the loss", choices=("uniform",)),
+    Flag("loss_weighting", "uniform", "weight of each timestep's MSE: uniform, or by its signal-to-noise ratio; training only",
+         choices=("uniform", "debias", "p2", "min_snr"), aliases=("loss_weight",)),
+    Flag("p2_k", 1.0, "k of --loss_weighting p2, 1 / (k + SNR)^gamma", least=0),
+    Flag("p2_gamma", 1.0, "gamma of --loss_weighting p2, published 0.5 and 1", least=0),
+    Flag("min_snr_gamma", 5.0, "gamma of --loss_weighting min_snr, min(SNR, gamma) / SNR"),
+    Flag("weight_clamp", 0.0, "largest weight that --loss_weighting may give; 0: no limit", least=0),
 )
 
 _RESPACING = Flag("timestep_respacing", "", "fewer sampling steps: N, a,b,c or ddimN; empty: all T")
@@ -123,23 +134,59 @@ _SUPER_RES = (
     Flag("small_size", 64, "size of the low-resolution images", image_size),
 )
 
+_STOPPING = (
+    Flag("max_steps", 0, "stop after so many steps; 0: no limit", least=0),
+    Flag("max_images", 0, "stop after so many images, over all processes; 0: no limit", least=0),
+    Flag("max_hours", 0.0, "stop, saving first, after so many hours of this process; 0: no limit", least=0),
+    Flag("max_skipped", 25, "give up after so many steps in a row without finite gradients", least=1),
+)
+
+_SAVING = (
+    Flag("save_interval", 10000, "steps between checkpoints", least=1),
+    Flag("save_minutes", 0.0, "also save when the last checkpoint is so many minutes old; 0: no", least=0),
+    Flag("keep_last", 0, "keep the newest so many checkpoints; 0: all", least=0),
+    Flag("keep_every", 0, "keep those at multiples of so many steps in any case; 0: none", least=0),
+    Flag("resume", "", "auto: continue from the newest checkpoint in --out_dir, if there is one; or a modelNNNNNN.pt, or a run's "
+         "folder"),
+    Flag("resume_checkpoint", "", "a modelNNNNNN.pt to continue from, with its ema, opt and state files beside it"),
+    Flag("init_from", "", "start at step 0 from the weights in this file (published checkpoints too)"),
+)
+
+# Of image_train and super_res_train; the classifier's script has a validation of its own.
+_EVALUATING = (
+    Flag("eval_interval", 0, "steps between evaluations of samples from the averaged weights; 0: none", least=0),
+    Flag("eval_samples", 1000, "images in an evaluation", least=4),
+    Flag("eval_ref", "", "what they are compared with: a reference for evaluations/evaluator.py; default: the training images"),
+    Flag("eval_features", "inception", "feature space of evaluations: inception, pixels, or a FILE.onnx"),
+    Flag("eval_metrics", "fid", "what evaluations compute, separated by commas: fid, sfid, is, prec, recall, kid"),
+    Flag("eval_respacing", "50", "timestep_respacing of evaluations"),
+    Flag("inception_weights", "", "Inception's weights, for --eval_features inception; see evaluations/README.md"),
+)
+
 _TRAIN = (
     Flag("data_dir", "", "training images: a folder, a zip of images, or an npz with arr_0 (and arr_1)"),
     Flag("batch_size", 1, "images per process and step", least=1),
+    Flag("global_batch_size", 0, "images per step over all processes, instead of batch_size; the same for any number of them",
+         least=0),
     Flag("microbatch", -1, "images per forward pass; -1: the whole batch. The gradient is that of the batch"),
     Flag("lr", 1e-4, "learning rate of AdamW", least=0),
     Flag("weight_decay", 0.0, "weight decay of AdamW", least=0),
     Flag("lr_anneal_steps", 0, "lower lr linearly to 0 over so many steps, then stop; 0: constant", least=0),
-    Flag("max_steps", 0, "stop after so many steps; 0: no limit", least=0),
+    Flag("precision", "", "number format of the network's arithmetic: fp32, fp16 (V100) or bf16; weights stay fp32. Default fp32",
+         choices=("", "fp32", "fp16", "bf16")),
+    *_STOPPING,
     Flag("schedule_sampler", "uniform", "how t is drawn", choices=("uniform", "loss-second-moment")),
     Flag("ema_rate", "0.9999", "decay of the averaged weights; several separated by commas", type=str),
+    Flag("ema_warmup", False, "averaged weights forget their random start early: rate min(ema_rate, (1 + n) / (10 + n))"),
     Flag("log_interval", 100, "steps between log lines", least=1),
-    Flag("save_interval", 10000, "steps between checkpoints", least=1),
+    *_SAVING,
     Flag("sample_interval", 0, "steps between sample grids from the averaged weights; 0: none", least=0),
     Flag("sample_count", 64, "images in a sample grid", least=1),
     Flag("sample_respacing", "50", "timestep_respacing of the sample grids"),
-    Flag("resume_checkpoint", "", "a modelNNNNNN.pt to continue from, with its ema and opt files beside it"),
+    *_EVALUATING,
     Flag("fp16_scale_growth", 1e-3, "growth of log2(loss scale) per step when training in fp16"),
+    Flag("class_dropout", 0.0, "share of the labels that are replaced by 'no class', for --guidance_scale; usual 0.1 to 0.2",
+         least=0),
     Flag("random_flip", True, "mirror images at random"),
     Flag("random_crop", False, "crop at random instead of the centre"),
     Flag("num_workers", -1, "processes that decode images; -1: chosen by the number of cores"),
@@ -159,14 +206,41 @@ _SAMPLE = (
     Flag("eps_scaler", 1.0, "b of epsilon scaling, lambda(t) = k t + b; 1 = off. Also one value per step, separated by "
          "commas (first = last, clean step), or 'published' (from the config's table)", eps_scaler),
     Flag("eps_scaler_k", 0.0, "k of epsilon scaling, per respaced step"),
+    Flag("guidance_scale", 1.0, "classifier-free guidance: 1 = off, larger = more typical of the class, 0 = without class; "
+         "needs a network trained with --class_dropout", least=0),
     Flag("class_ids", "", "classes to sample if class_cond, such as 0-9 or 3,5; default: all"),
     Flag("seed", 0, "image i depends on (seed, i) only", least=0),
     Flag("save_png", False, "also write each image as PNG"),
     Flag("out_dir", "", "where results go; default: samples/ beside the checkpoint"),
 )
 
-# image_nll: how likely given images are.
+# evaluations/evaluator.py: samples against a reference.
+_FEATURES = (
+    Flag("features", "inception", "feature space: inception, pixels (tiny images), or a FILE.onnx"),
+    Flag("inception_weights", "", "Inception's weights: torch-fidelity's .pth or ADM's classify_image_graph_def.pb; default: "
+         "$GUIDED_DIFFUSION_IP_INCEPTION, or the user's cache"),
+    Flag("download", False, "download Inception's weights (95 MB) into the user's cache if they are nowhere"),
+    Flag("batch_size", 64, "images per process at a time", least=1),
+    Flag("device", "auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda")),
+    Flag("precision", "fp32", "number format of the feature network; bf16 is faster and changes FID slightly",
+         choices=("fp32", "bf16")),
+    Flag("image_size", "", "scale and crop the images of folders and zips as training does, to this size; default: as they are",
+         size_or_none),
+)
 _EVALUATE = (
+    Flag("ref", "", "reference: an npz with arr_0 (images), with mu, sigma, mu_s, sigma_s (statistics) or both; a folder; a zip"),
+    Flag("samples", "", "samples: an npz with arr_0 uint8 [N, H, W, 3], a folder, or a zip"),
+    Flag("metrics", "fid,sfid,is,prec,recall", "what to compute, separated by commas: fid, sfid, is, prec, recall, kid"),
+    Flag("num_samples", 0, "use the first so many samples; 0: all", least=0),
+    *_FEATURES,
+    Flag("pr_arithmetic", "float32", "distances of precision and recall; half imitates the published evaluator's float16, which "
+         "makes both a little larger", choices=("float32", "float64", "half")),
+    Flag("seed", 0, "of KID's random subsets", least=0),
+    Flag("json", "", "also write everything to this file"),
+)
+
+# image_nll: how likely given images are.
+_LIKELIHOOD = (
     Flag("data_dir", "", "images: a folder, a zip of images, or an npz with arr_0 (and arr_1)"),
     Flag("model_path", "", "checkpoint, such as ema_0.9999_100000.pt; its config.yaml is read from beside it"),
     Flag("num_samples", 1000, "images to evaluate, over all processes", least=1),
@@ -181,9 +255,12 @@ SECTIONS: dict[str, tuple[Flag, ...]] = {
     "model": _MODEL, "classifier": _CLASSIFIER, "super_res": _SUPER_RES, "diffusion": _DIFFUSION, "train": _TRAIN,
     "sample": _SAMPLE, "evaluate": _EVALUATE}
 
+# Flags of the process that its losses alone read.
+LOSS_WEIGHT_FLAGS = ("loss_weighting", "p2_k", "p2_gamma", "min_snr_gamma", "weight_clamp")
+TRAINING_ONLY = ("use_kl", "rescale_learned_sigmas", "input_perturbation", *LOSS_WEIGHT_FLAGS)
+
 # Flags that change training or speed but not what a trained checkpoint is: sampling may be told anything.
-NOT_ARCHITECTURE = {"dropout", "use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "input_perturbation",
-                    "loss_weight"}
+NOT_ARCHITECTURE = {"dropout", "use_checkpoint", "use_fp16", *TRAINING_ONLY}
 
 
 @dataclass(frozen=True)
@@ -195,12 +272,14 @@ class Script:
         extra: flags of its own, or of another section that it takes only if asked for explicitly.
         without: flags of its sections that have no meaning for it.
         defaults: where they differ from the flag's own.
+        positional: flags that may also be given without their name, in this order.
     """
 
     sections: tuple[str, ...]
     extra: tuple[Flag, ...] = ()
     without: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
+    positional: tuple[str, ...] = ()
 
     def flags(self) -> list[Flag]:
         return [flag for section in self.sections for flag in self.of_section(section)] + list(self.extra)
@@ -212,14 +291,31 @@ class Script:
 
 
 _NOT_FOR_CLASSIFIERS = ("num_channels", "num_res_blocks", "channel_mult", "num_heads", "num_head_channels",
-                        "num_heads_upsample", "attention_resolutions", "dropout", "class_cond", "use_scale_shift_norm",
-                        "resblock_updown", "use_new_attention_order", "use_checkpoint", "use_fp16")
+                        "num_heads_upsample", "attention_resolutions", "dropout", "class_cond", "null_class",
+                        "use_scale_shift_norm", "resblock_updown", "use_new_attention_order", "use_checkpoint", "use_fp16",
+                        "class_dropout", *LOSS_WEIGHT_FLAGS)
 
 SCRIPTS = {
     # Training on respaced steps only happens by an explicit flag, never through a config's sampling section.
     "image_train": Script(("model", "diffusion", "train"), (_RESPACING,)),
     "image_sample": Script(("model", "diffusion", "sample")),
-    "image_nll": Script(("model", "diffusion", "evaluate")),
+    "image_nll": Script(("model", "diffusion"), _LIKELIHOOD),
+    "evaluator": Script(("evaluate",), positional=("ref", "samples")),
+    "make_reference": Script((), (
+        Flag("data", "", "images: a folder, a zip, or an npz with arr_0"),
+        Flag("out", "", "the npz to write"),
+        *_FEATURES,
+        Flag("keep_images", 0, "also store the first so many images as arr_0, for precision and recall; -1: all", least=-1)),
+        positional=("data",)),
+    "npz_to_png": Script((), (
+        Flag("data", "", "an npz with arr_0, or a folder or zip of images"),
+        Flag("out", "", "what to write: a folder of pictures, one NAME.png with a grid, or NAME.npz"),
+        Flag("count", 0, "only the first so many images; 0: all", least=0),
+        Flag("image_size", "", "scale and crop the images of folders and zips to this size; default: as they are",
+             size_or_none),
+        Flag("classes", True, "pictures of labelled images go to a folder per class"),
+        Flag("overwrite", False, "replace a file that is there")),
+        positional=("data",)),
     "classifier_train": Script(
         ("model", "classifier", "diffusion", "train"),
         (_RESPACING,
@@ -228,9 +324,10 @@ SCRIPTS = {
          Flag("iterations", 150000, "updates", least=1),
          Flag("anneal_lr", False, "lower lr linearly to 0 over the iterations"),
          Flag("eval_interval", 5, "steps between validations", least=1)),
-        _NOT_FOR_CLASSIFIERS + ("ema_rate", "lr_anneal_steps", "max_steps", "sample_interval", "sample_count",
-                                "sample_respacing", "fp16_scale_growth"),
-        {"lr": 3e-4, "batch_size": 4, "log_interval": 10}),
+        _NOT_FOR_CLASSIFIERS + (
+            "lr_anneal_steps", "max_steps", "sample_interval", "sample_count", "sample_respacing", "fp16_scale_growth",
+            *(flag.name for flag in _EVALUATING)),
+        {"lr": 3e-4, "batch_size": 4, "log_interval": 10, "ema_rate": ""}),
     "classifier_sample": Script(
         ("model", "classifier", "diffusion", "sample"),
         (Flag("classifier_path", "", "checkpoint of the classifier; its config.yaml is read from beside it"),
@@ -254,8 +351,8 @@ SCRIPTS = {
          Flag("repeats", 15, "timed repeats of each thing", least=1),
          Flag("matrix_size", 4096, "side of the matrices that the machine's rate is measured with", least=1),
          Flag("json", "", "also write every number to this file")),
-        ("use_fp16", "data_dir", "lr_anneal_steps", "max_steps", "log_interval", "save_interval", "sample_interval",
-         "sample_count", "sample_respacing", "resume_checkpoint", "fp16_scale_growth", "random_flip", "random_crop",
-         "num_workers", "cache_mb", "out_dir"),
+        ("use_fp16", "data_dir", "lr_anneal_steps", "log_interval", "sample_interval", "sample_count", "sample_respacing",
+         "fp16_scale_growth", "class_dropout", "random_flip", "random_crop", "num_workers", "cache_mb", "out_dir",
+         "global_batch_size", "precision", "ema_warmup", *(flag.name for flag in _STOPPING + _SAVING + _EVALUATING)),
         {"batch_size": 16}),
 }

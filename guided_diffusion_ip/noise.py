@@ -47,6 +47,7 @@ class Stream(enum.IntEnum):
     SAMPLE = 7
     CHAIN = 8
     LIKELIHOOD = 9
+    CLASS_DROPOUT = 10
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor],

@@ -32,7 +32,7 @@ def main() -> None:
 
     dist_util.setup_dist()
     model, diffusion = script_util.create_model_and_diffusion(
-        **cfg.section("model"), **cfg.section("diffusion"), timestep_respacing=cfg.timestep_respacing,
+        **cfg.section("model"), **cfg.sampling_process(), timestep_respacing=cfg.timestep_respacing,
         eps_scaler=cfg.eps_scaler, eps_scaler_k=cfg.eps_scaler_k)
     sampler = make_sampler(cfg, diffusion, script_util.parse_image_size(cfg.image_size))
     load_for_sampling(model, cfg.model_path, cfg.section("model"), cfg.use_fp16)

@@ -16,7 +16,8 @@ from guided_diffusion_ip.config import Config, command, parse
 from guided_diffusion_ip.data.image_datasets import ImageStream
 from guided_diffusion_ip.training.classifier_objective import (
     ClassifierObjective, CleanSampler, Validation, require_same_classes)
-from guided_diffusion_ip.training.run import choose_out_dir, open_data, run
+from guided_diffusion_ip.training.run import choose_out_dir, loop_options, open_data, run, settle_batch
+from guided_diffusion_ip.training.stopping import Limits
 from guided_diffusion_ip.training.timestep_samplers import create_named_schedule_sampler
 from guided_diffusion_ip.training.train_loop import TrainLoop
 
@@ -24,6 +25,7 @@ from guided_diffusion_ip.training.train_loop import TrainLoop
 def main() -> None:
     cfg = parse("classifier_train", __doc__)
     dist_util.setup_dist()
+    settle_batch(cfg)
     # Everything that wrong input can break comes before anything is written.
     classifier, diffusion = create(cfg)
     messages: list[str] = []
@@ -35,11 +37,11 @@ def main() -> None:
     objective = ClassifierObjective(diffusion, cfg.noised)
     out_dir = choose_out_dir(cfg)
     loop = TrainLoop(
-        model=classifier, diffusion=diffusion, data=data, batch_size=cfg.batch_size, microbatch=cfg.microbatch, lr=cfg.lr,
-        ema_rate="", log_interval=cfg.log_interval, save_interval=cfg.save_interval,
-        resume_checkpoint=cfg.resume_checkpoint, use_fp16=cfg.classifier_use_fp16, schedule_sampler=sampler,
-        weight_decay=cfg.weight_decay, lr_anneal_steps=cfg.iterations if cfg.anneal_lr else 0,
-        max_steps=0 if cfg.anneal_lr else cfg.iterations, seed=cfg.seed, objective=objective, eval_interval=cfg.eval_interval,
+        model=classifier, diffusion=diffusion, data=data, **loop_options(cfg, classifier, out_dir, messages),
+        use_fp16=cfg.classifier_use_fp16, precision=cfg.precision, schedule_sampler=sampler,
+        lr_anneal_steps=cfg.iterations if cfg.anneal_lr else 0,
+        limits=Limits(0 if cfg.anneal_lr else cfg.iterations, cfg.max_images, cfg.max_hours),
+        objective=objective, eval_interval=cfg.eval_interval,
         validate=val_data and Validation(
             objective, val_data, cfg.eval_interval, cfg.microbatch if cfg.microbatch > 0 else cfg.batch_size, cfg.seed))
     run(loop, cfg, out_dir, (cfg.in_channels, *size), messages)

@@ -1,22 +1,21 @@
 """The whole way on real images in a few minutes: digits -> training with input perturbation -> samples, with and without
-epsilon scaling, from the same noise -> a number for each.
+epsilon scaling, from the same noise -> Frechet distance (pixels), precision and recall of each.
 
     make demo          or, in an environment with the demo extra:   python scripts/demo.py
 
 Each step is a command that you can run yourself; it is printed before it runs. Again after an interruption: what is done is
 not done again.
 """
+import json
 import os
 import subprocess
 import sys
 
 import numpy as np
-from PIL import Image
 
 from guided_diffusion_ip.config import command
-from guided_diffusion_ip.data.image_io import save_grid
-from guided_diffusion_ip.data.npz_io import NpzReader
-from guided_diffusion_ip.metrics.frechet import frechet_distance
+from guided_diffusion_ip.data.image_io import save_grid, write_npz
+from guided_diffusion_ip.evaluation.images import open_images
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DIGITS, RUN, CONFIG = "datasets/digits", "runs/demo", "configs/demo.yaml"
@@ -46,40 +45,38 @@ def run(*args: str) -> None:
 
 
 def report(folders: dict[float, str]) -> None:
-    """Name the pictures, and measure the samples against the real digits."""
-    real = read_digits(DIGITS)
-    save_grid(real[:: len(real) // 64][:64, ..., None], f"{RUN}/real.png")
-    half = np.random.default_rng(0).permutation(len(real))
-    rows = [("one half of the real digits to the other", distance(real[half[::2]], real[half[1::2]]))]
+    """Measure the samples against the real digits, and name the pictures."""
+    real = open_images(DIGITS, "digits")
+    pixels = real.rows(0, real.n)
+    save_grid(pixels[:: real.n // 64][:64], f"{RUN}/real.png")
+    half = np.random.default_rng(0).permutation(real.n)
+    parts = [f"{RUN}/real_half_{k}.npz" for k in (1, 2)]
+    for part, index in zip(parts, (half[::2], half[1::2])):
+        write_npz(part, {"arr_0": pixels[index]})
+    rows = [("one half of the real digits", evaluate(parts[0], parts[1], f"{RUN}/evaluation_real.json"))]
     for lam, folder in folders.items():
-        with NpzReader(npz_in(folder)) as reader:
-            samples = reader.rows("arr_0", 0, reader.shape("arr_0")[0])[..., 0]
-        rows.append((f"{len(samples)} samples, lambda = {lam}", distance(samples, real)))
+        rows.append((f"samples, lambda = {lam}", evaluate(DIGITS, npz_in(folder), f"{folder}/evaluation.json")))
+    print(f"\n{'against the real digits, on pixels':<38}{'Frechet distance':>18}{'precision':>12}{'recall':>10}{'images':>9}")
+    for name, numbers in rows:
+        print(f"{name:<38}" + "".join(f"{numbers[key]['value']:{width}.4f}" for key, width in (("fid", 18), ("prec", 12), ("recall", 10)))
+              + f"{numbers['fid']['samples']:9d}")
     pictures = [("real.png", "real digits"), ("samples_*.png", "how they came about during training")]
     pictures[1:1] = [(os.path.relpath(f"{folder}/grid.png", RUN), f"samples, lambda = {lam}, from the same noise")
                      for lam, folder in folders.items()]
-    print("\nFrechet distance to the real digits, on pixels (lower is better):")
-    for name, value in rows:
-        print(f"  {name:<42}{value:.4f}")
     print(f"\nPictures in {RUN}/:")
     for name, text in pictures:
         print(f"  {name:<42}{text}")
 
 
-def read_digits(folder: str) -> np.ndarray:
-    """All images of the class folders, uint8 [N, 16, 16]."""
-    paths = sorted(os.path.join(f, name) for f, _, names in os.walk(folder) for name in names if name.endswith(".png"))
-    return np.stack([np.asarray(Image.open(path)) for path in paths])
+def evaluate(reference: str, samples: str, out: str) -> dict[str, dict]:
+    """The numbers that evaluations/evaluator.py gives, from its JSON."""
+    run("evaluations/evaluator.py", reference, samples, "--config", CONFIG, "--json", out)
+    with open(out, encoding="utf-8") as file:
+        return json.load(file)["metrics"]
 
 
 def npz_in(folder: str) -> str:
     return next(os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".npz"))
-
-
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance between two sets of images, their pixels in [0, 1] as features."""
-    a, b = (x.reshape(len(x), -1).astype(np.float64) / 255 for x in (a, b))
-    return frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
 
 
 if __name__ == "__main__":

@@ -11,24 +11,27 @@ from guided_diffusion_ip import dist_util, script_util
 from guided_diffusion_ip.config import Config, command, parse
 from guided_diffusion_ip.generation.sample_batch import Sampler
 from guided_diffusion_ip.training.preview import Preview
-from guided_diffusion_ip.training.run import choose_out_dir, make_loop, open_data, run
+from guided_diffusion_ip.training.run import add_null_class, choose_out_dir, make_loop, open_data, run, settle_batch
 
 
 def main() -> None:
     cfg = parse("image_train", __doc__)
     dist_util.setup_dist()
+    settle_batch(cfg)
     # Everything that wrong input can break comes before anything is written.
+    add_null_class(cfg)
     model, diffusion = create(cfg)
-    preview_diffusion = create(cfg, timestep_respacing=cfg.sample_respacing)[1] if cfg.sample_interval else None
+    preview_diffusion = (create(cfg, timestep_respacing=cfg.sample_respacing, loss_weighting="uniform")[1]
+                         if cfg.sample_interval else None)
     messages: list[str] = []
     size = script_util.parse_image_size(cfg.image_size)
-    data = open_data(cfg, size, class_cond=cfg.class_cond, log=messages.append)
+    data = open_data(cfg, size, class_cond=cfg.class_cond, log=messages.append, class_dropout=cfg.class_dropout)
     out_dir, shape = choose_out_dir(cfg), (cfg.in_channels, *size)
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
     preview = preview_diffusion and Preview(
         Sampler(preview_diffusion, shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size,
         list(range(len(data.classes))) if cfg.class_cond else None)
-    loop = make_loop(cfg, model, diffusion, data, preview)
+    loop = make_loop(cfg, model, diffusion, data, preview, out_dir, messages)
     run(loop, cfg, out_dir, shape, messages)
 
 

@@ -40,7 +40,7 @@ def main() -> None:
 
     dist_util.setup_dist()
     model, diffusion = script_util.sr_create_model_and_diffusion(
-        **cfg.section("model"), **cfg.section("super_res"), **cfg.section("diffusion"),
+        **cfg.section("model"), **cfg.section("super_res"), **cfg.sampling_process(),
         timestep_respacing=cfg.timestep_respacing, eps_scaler=cfg.eps_scaler, eps_scaler_k=cfg.eps_scaler_k)
     sampler = make_sampler(cfg, diffusion, large)
     load_for_sampling(model, cfg.model_path, {**cfg.section("model"), **cfg.section("super_res")}, cfg.use_fp16)

@@ -17,20 +17,23 @@ from guided_diffusion_ip.data.image_io import save_grid, to_uint8
 from guided_diffusion_ip.data.super_resolution import SuperResolutionStream, check_sizes
 from guided_diffusion_ip.generation.sample_batch import Sampler
 from guided_diffusion_ip.training.preview import Preview
-from guided_diffusion_ip.training.run import choose_out_dir, make_loop, open_data, run
+from guided_diffusion_ip.training.run import add_null_class, choose_out_dir, make_loop, open_data, run, settle_batch
 
 
 def main() -> None:
     cfg = parse("super_res_train", __doc__)
     dist_util.setup_dist()
+    settle_batch(cfg)
     # Everything that wrong input can break comes before anything is written.
+    add_null_class(cfg)
     large, small = (script_util.parse_image_size(size) for size in (cfg.large_size, cfg.small_size))
     check_sizes(large, small)
     model, diffusion = create(cfg)
-    preview_diffusion = create(cfg, timestep_respacing=cfg.sample_respacing)[1] if cfg.sample_interval else None
+    preview_diffusion = (create(cfg, timestep_respacing=cfg.sample_respacing, loss_weighting="uniform")[1]
+                         if cfg.sample_interval else None)
     messages: list[str] = []
     data = SuperResolutionStream(
-        open_data(cfg, large, class_cond=cfg.class_cond, log=messages.append), large, small)
+        open_data(cfg, large, class_cond=cfg.class_cond, log=messages.append, class_dropout=cfg.class_dropout), large, small)
     messages.append(f"low-resolution images: {small[0]} x {small[1]}, by area averaging")
     examples = data.examples(cfg.sample_count) if cfg.sample_interval else None
     out_dir, shape = choose_out_dir(cfg), (cfg.in_channels, *large)
@@ -39,7 +42,7 @@ def main() -> None:
         Sampler(preview_diffusion, shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size,
         kwargs_for=lambda index: {name: value[[i % cfg.sample_count for i in index]]
                                   for name, value in examples[1].items()})
-    loop = make_loop(cfg, model, diffusion, data, preview)
+    loop = make_loop(cfg, model, diffusion, data, preview, out_dir, messages)
     if examples and dist_util.is_main():
         save_grid(to_uint8(examples[1]["low_res"]), os.path.join(out_dir, "low_res.png"))
         save_grid(to_uint8(examples[0]), os.path.join(out_dir, "large.png"))

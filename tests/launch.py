@@ -53,12 +53,8 @@ def run(command: list[str], timeout: float = 60, cwd: str | os.PathLike = ROOT,
     Returns: returncode, stdout and stderr (text).
     Raises AssertionError with the output so far if it takes longer than `timeout` seconds.
     """
-    clean = {key: value for key, value in os.environ.items()
-             if key not in _RANKS and not key.startswith(_LAUNCHERS)}
-    paths = [str(ROOT), *filter(None, [clean.get("PYTHONPATH")])]
-    clean |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **env}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               cwd=cwd, env=clean, start_new_session=True)
+                               cwd=cwd, env={**clean_env(), **env}, start_new_session=True)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -70,6 +66,14 @@ def run(command: list[str], timeout: float = 60, cwd: str | os.PathLike = ROOT,
             out, err = process.communicate()
         raise AssertionError(f"{command} took longer than {timeout} s:\n{out}\n{err}") from None
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def clean_env() -> dict[str, str]:
+    """This environment without what launchers set, with our package importable, one thread per process."""
+    clean = {key: value for key, value in os.environ.items()
+             if key not in _RANKS and not key.startswith(_LAUNCHERS)}
+    paths = [str(ROOT), *filter(None, [clean.get("PYTHONPATH")])]
+    return {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def free_port() -> int:

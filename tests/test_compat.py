@@ -348,7 +348,7 @@ def test_resuming_takes_what_lies_beside_a_published_checkpoint(tmp_path, monkey
     for _ in range(3):
         first.run_step(*next(first.data))
     first.save()
-    assert "starting afresh" not in make_loop(tmp_path, tmp_path / "model000003.pt").resumed
+    assert "starting afresh" not in make_loop(tmp_path, tmp_path / "model000003.pt").resumed[0]
     (tmp_path / "state000003.pt").unlink()  # guided_diffusion writes none
 
     def same(state, path):
@@ -356,14 +356,14 @@ def test_resuming_takes_what_lies_beside_a_published_checkpoint(tmp_path, monkey
         return all(torch.equal(state[name], saved[name]) for name in saved)
 
     loop = make_loop(tmp_path, tmp_path / "model000003.pt")
-    assert loop.step == 3 and "starting afresh" not in loop.resumed
+    assert loop.step == 3 and "starting afresh" not in loop.resumed[0]
     assert same(loop.model.state_dict(), "model000003.pt") and same(loop.emas[0].state_dict(), "ema_0.5_000003.pt")
     assert len(loop.opt.state) == len(list(loop.model.parameters()))
 
     (tmp_path / "model000003.pt").rename(tmp_path / "downloaded.pt")
     monkeypatch.setattr(train_util, "find_resume_checkpoint", lambda: str(tmp_path / "downloaded.pt"))
     loop = make_loop(tmp_path)
-    assert loop.step == 0 and "average of rate 0.5, optimizer" in loop.resumed
+    assert loop.step == 0 and "average of rate 0.5, optimizer" in loop.resumed[0]
     assert same(loop.model.state_dict(), "downloaded.pt") and same(loop.emas[0].state_dict(), "downloaded.pt")
 
 

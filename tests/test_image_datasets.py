@@ -449,5 +449,5 @@ def test_digits(tmp_path):
     assert min(np.corrcoef(a, b)[0, 1] for a, b in zip(small, truth)) > 0.95
     (tmp_path / "digits" / "0" / "0000.png").unlink()
     refused = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert refused.returncode == 1 and "not empty" in refused.stderr
+    assert refused.returncode == 2 and "not empty" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -62,26 +62,24 @@ class TrainLoop(train_loop.TrainLoop):
         noise = {name: value for name, value in (("noise", epsilon), ("randn_like", xi)) if anything or name in known}
         return self.diffusion.training_losses(model, images, t, model_kwargs=cond, **noise)
 
-    def _resume(self, path: str) -> None:
+    def _resume(self, path: str) -> list[str]:
         """Continue from a whole set of ours exactly; from other checkpoints, with as much as lies beside them."""
         step, folder = parse_resume_step_from_filename(path), os.path.dirname(path)
         beside = {part: os.path.join(folder, checkpoint_name(part, step)) for part in ("opt", "state")}
         if os.path.basename(path) == checkpoint_name("model", step) and exists(beside["state"]):
-            super()._resume(path)
-            return
+            return super()._resume(path)
         self.model.load_state_dict(dist_util.load_state_dict(path))
         fresh = ["timestep sampler"] if self.schedule_sampler.state_dict() else []
         for ema in self.emas:
             averaged = find_ema_checkpoint(path, step, ema.rate)
-            ema.load_state_dict(dist_util.load_state_dict(averaged) if averaged else self.model.state_dict())
+            ema.load_state_dict(dist_util.load_state_dict(averaged) if averaged else self.model.state_dict(), step)
             fresh += [] if averaged else [f"average of rate {ema.rate}"]
         if not self._adopt_optimizer(beside["opt"]):
             fresh.append("optimizer")
         self.step = step
         if hasattr(self.data, "seek"):
             self.data.seek(step)
-        self.resumed = f"continuing from {path}: {step} updates done" + (
-            f"; starting afresh: {', '.join(fresh)}" if fresh else "")
+        return [f"continuing from {path}: {step} steps done" + (f"; starting afresh: {', '.join(fresh)}" if fresh else "")]
 
     def _adopt_optimizer(self, path: str) -> bool:
         if not exists(path):

@@ -1,4 +1,4 @@
-"""Batch number `step` as a pure function: which images, which crop, which flip.
+"""Batch number `step` as a pure function: which images, which crop, which flip, which labels go.
 
 Shapes: uint8 [b, H, W, C] pixels, int64 [b] labels; b images per rank.
 """
@@ -75,13 +75,16 @@ class BatchMaker(torch.utils.data.Dataset):
     """Maps a step to its batch. `memory` (uint8 [n, H, W, C]) replaces decoding where it is set."""
 
     def __init__(self, source: Source, order: Order, size: tuple[int, int], channels: int,
-                 random_crop: bool, random_flip: bool) -> None:
+                 random_crop: bool, random_flip: bool, class_dropout: float = 0.0,
+                 null_label: int | None = None) -> None:
         self.source = source
         self.order = order
         self.size = size
         self.channels = channels
         self.random_crop = random_crop
         self.random_flip = random_flip
+        self.class_dropout = class_dropout
+        self.null_label = null_label
         self.memory: np.ndarray | None = None
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -105,6 +108,9 @@ class BatchMaker(torch.utils.data.Dataset):
         labels = None
         if self.source.labels is not None:
             labels = torch.from_numpy(self.source.labels[images])
+            if self.class_dropout:
+                drawn = uniform(self.order.seed, Stream.CLASS_DROPOUT, index, step)
+                labels[drawn < self.class_dropout] = self.null_label
         return torch.from_numpy(pixels), labels
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None] | Failure:

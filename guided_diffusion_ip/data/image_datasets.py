@@ -25,6 +25,7 @@ from ..noise import Stream, permutation
 from .batches import BatchMaker, Failure, Order, render
 from .image_io import center_crop_arr, pil_mode, random_crop_arr, size_pair, to_model_range
 from .image_set import ImageSet
+from .preprocessing import of_loader
 from .sources import open_source, read_image
 
 __all__ = ["ImageDataset", "ImageStream", "center_crop_arr", "load_data", "random_crop_arr"]
@@ -37,7 +38,7 @@ def load_data(*, data_dir: str | os.PathLike, batch_size: int, image_size: int |
               random_flip: bool = True, channels: int = 3, seed: int = 0, rank: int | None = None,
               world: int | None = None, num_workers: int | None = None, cache_mb: float = 512,
               start_step: int = 0, log: Callable[[str], None] | None = None,
-              num_classes: int | None = None) -> ImageStream:
+              num_classes: int | None = None, class_dropout: float = 0.0) -> ImageStream:
     """Open training data.
 
     Args:
@@ -56,6 +57,7 @@ def load_data(*, data_dir: str | os.PathLike, batch_size: int, image_size: int |
         start_step: the step of the first batch.
         log: called with one line that says what was found.
         num_classes: how many the model knows; more in the data is an error.
+        class_dropout: share of the labels that are replaced by label num_classes, "no class".
 
     Raises:
         ValueError: a wrong value, nothing usable at data_dir, or (also later) an unreadable image.
@@ -66,6 +68,10 @@ def load_data(*, data_dir: str | os.PathLike, batch_size: int, image_size: int |
         raise ValueError(f"rank={rank} must lie in [0, {world}), world being {world}")
     if num_workers is not None and num_workers < 0:
         raise ValueError(f"num_workers={num_workers} must be 0 (decode in this process) or more")
+    if not 0 <= class_dropout < 1:
+        raise ValueError(f"class_dropout={class_dropout} must lie in [0, 1): usual is 0.1")
+    if class_dropout and not (class_cond and num_classes):
+        raise ValueError("class_dropout needs labels: give class_cond and num_classes")
     size = size_pair(image_size)
     pil_mode(channels)
     source = open_source(data_dir, class_cond)
@@ -73,7 +79,7 @@ def load_data(*, data_dir: str | os.PathLike, batch_size: int, image_size: int |
         raise ValueError(f"{source.text}: {len(source.classes)} classes, but the model has "
                          f"{num_classes}: pass --num_classes {len(source.classes)}")
     maker = BatchMaker(source, Order(len(source), batch_size, rank, world, seed, deterministic),
-                       size, channels, random_crop, random_flip)
+                       size, channels, random_crop, random_flip, class_dropout, num_classes)
     cores = _cores_per_process(world)
     how = maker.fill_memory(int(cache_mb * 2**20), cores, quiet=rank != 0)
     workers = 0 if how else cores if num_workers is None else num_workers
@@ -90,7 +96,9 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
     Attributes:
         step: number of the next batch. num_images: in the whole set.
         classes: names of the classes, label k is classes[k]; None without class_cond.
-        source: where the images come from, as text. value_range: of the pixels handed out.
+        class_dropout: share of the labels replaced by "no class" in batches (not in examples).
+        source: where the images come from, as text. preprocessing: how they were made, up to what is handed out, mirrored
+            or not (see preprocessing.py). value_range: of the pixels handed out.
     """
 
     value_range = (-1.0, 1.0)
@@ -101,7 +109,10 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         self._batches: Iterator | None = None
         self.num_images = len(maker.source)
         self.classes = maker.source.classes
+        self.class_dropout = maker.class_dropout
         self.source = maker.source.text
+        self.preprocessing = of_loader(maker.source.preprocessing, maker.size, maker.channels,
+                                       maker.random_crop, maker.source.shape)
         self.seek(start_step)
 
     def __iter__(self) -> ImageStream:

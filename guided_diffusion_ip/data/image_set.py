@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .batches import render
 from .image_io import to_model_range
+from .preprocessing import of_loader
 from .sources import NpzSource, Source, open_source
 
 _CHUNK = 64  # images read at a time where a whole set is gone through
@@ -25,6 +26,8 @@ class ImageSet:
     Args:
         size: (height, width) of the images handed out; others are scaled and cropped as for training.
         channels: of the images handed out; others are converted as for training.
+
+    `preprocessing` says how the images were made, up to what is handed out (see preprocessing.py).
     """
 
     def __init__(self, source: Source, size: tuple[int, int], channels: int) -> None:
@@ -34,6 +37,7 @@ class ImageSet:
         self.labels = source.labels
         self.classes = source.classes
         self.text = source.text
+        self.preprocessing = of_loader(source.preprocessing, size, channels, stored_size=source.shape)
 
     def __len__(self) -> int:
         return len(self.source)

@@ -67,7 +67,8 @@ class NpzWriter:
                     raise ValueError(f"{self.path}: {key} was announced as {dtype} {list(shape)}, "
                                      f"but a chunk is {chunk.dtype} {list(chunk.shape)}")
                 rows += len(chunk) if shape else 1  # a single number has no rows
-                out.write(memoryview(np.ascontiguousarray(chunk)).cast("B") if chunk.size else b"")
+                # Seen as bytes by numpy: memoryview cannot do it for text.
+                out.write(np.ascontiguousarray(chunk).view(np.uint8).data if chunk.size else b"")
         if rows != (shape[0] if shape else 1):
             raise ValueError(f"{self.path}: {key} was announced as {list(shape)}, got {rows} rows")
 
@@ -84,10 +85,12 @@ def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None
             out.write(key, array.shape, array.dtype, [array])
 
 
-def merge_npz(path: str | os.PathLike, shard_paths: Sequence[str | os.PathLike], n: int) -> None:
+def merge_npz(path: str | os.PathLike, shard_paths: Sequence[str | os.PathLike], n: int,
+              extra: Mapping[str, np.ndarray] | None = None) -> None:
     """Join the first `n` rows of the shards, in the order given, into one npz; memory stays flat.
 
-    Every key of the first shard (`arr_0` uint8 [N, H, W, C], maybe `arr_1` int64 [N]) is joined.
+    Every key of the first shard (`arr_0` uint8 [N, H, W, C], maybe `arr_1` int64 [N]) is joined;
+    the arrays `extra` are added as they are.
 
     Raises:
         ValueError: fewer than n rows in all, or shards whose keys, dtypes or row shapes differ.
@@ -108,6 +111,8 @@ def merge_npz(path: str | os.PathLike, shard_paths: Sequence[str | os.PathLike],
                                      f"only {total} of {key}")
                 out.write(key, (n, *readers[0].shape(key)[1:]), readers[0].dtype(key),
                           _first_rows(readers, key, n))
+            for key, array in (extra or {}).items():
+                out.write(key, array.shape, array.dtype, [array])
     finally:
         for reader in readers:
             reader.close()

@@ -1,7 +1,8 @@
 """Where training images come from: a folder, a zip, an npz, a remote folder; and their classes.
 
 A source has `names` (one per image, sorted), `labels` (int64 [n] or None), `classes` (their names
-or None), `text` (one line for the log) and `image(i, channels)`. It may be sent to worker
+or None), `text` (one line for the log), `preprocessing` (how its images were made, maybe ""), `shape`
+((H, W, C) of all images, if that is known without reading them) and `image(i, channels)`. It may be sent to worker
 processes: open files stay behind and are opened again there.
 """
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from . import preprocessing
 from .image_io import NpzReader, decode_image, pil_mode
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "bmp", "webp", "tif", "tiff")
@@ -37,6 +39,12 @@ def open_source(data_dir: str | os.PathLike, class_cond: bool) -> Source:
     path = os.fspath(data_dir)
     if path.startswith(_REMOTE):
         return RemoteSource(path, class_cond)
+    source = _open_local(path, class_cond)
+    source.preprocessing = preprocessing.recorded(path)
+    return source
+
+
+def _open_local(path: str, class_cond: bool) -> Source:
     if os.path.isdir(path):
         return FolderSource(path, class_cond)
     if not os.path.exists(path):
@@ -97,6 +105,8 @@ class Source:
     """What all sources share; see the module's first lines."""
 
     kind = "source"
+    preprocessing = ""
+    shape: tuple[int, int, int] | None = None
 
     def __init__(self, path: str, names: list[str], class_cond: bool) -> None:
         self.path = path
@@ -166,6 +176,8 @@ class RemoteSource(Source):
             prefix = folder.rstrip("/") + "/"
             names += [prefix.removeprefix(root) + name for name in files]
         super().__init__(root, [name for name in names if _is_image(name)], class_cond)
+        if preprocessing.FILE in names:
+            self.preprocessing = preprocessing.recorded(root)
 
     def image(self, i: int, channels: int) -> Image.Image:
         return read_image(self.path + self.names[i], channels)
@@ -266,6 +278,7 @@ class NpzSource(Source):
                              "save arr_0.transpose(0, 2, 3, 1).copy()")
         if len(shape) != 4 or shape[3] not in (1, 3, 4) or 0 in shape:
             raise ValueError(f"{found}, but must be {wanted} with N >= 1 and C of 1, 3 or 4")
+        self.shape = shape[1:]
         return shape[0]
 
     def _read_labels(self, reader: NpzReader, n: int) -> np.ndarray:

@@ -45,7 +45,9 @@ class SuperResolutionStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         self.small_size = small_size
         self.num_images = large.num_images
         self.classes = large.classes
+        self.class_dropout = large.class_dropout
         self.source = large.source
+        self.preprocessing = large.preprocessing
         self.value_range = large.value_range
 
     def __next__(self) -> tuple[Tensor, dict[str, Tensor]]:

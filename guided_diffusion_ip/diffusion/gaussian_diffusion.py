@@ -24,7 +24,7 @@ from . import guidance, likelihood, losses, sampling
 from .epsilon_scaling import lambda_schedule, scale_xstart
 from .input_perturbation import check_gamma
 from .kinds import LossType, ModelMeanType, ModelVarType
-from .loss_weighting import loss_weight_table
+from .loss_weighting import UNIFORM, LossWeighting, loss_weight_table
 from .noise_schedule import NoiseSchedule
 
 Model = Callable[..., Tensor]
@@ -42,18 +42,19 @@ class GaussianDiffusion(NoiseSchedule):
         input_perturbation: gamma of the IP paper, >= 0; read by `training_losses` only.
         eps_scaler: b of lambda(t) = k t + b, or T values; read by the sampling verbs only.
         eps_scaler_k: k.
-        loss_weight: name of a rule in `loss_weighting.LOSS_WEIGHTS`.
+        loss_weighting: what the MSE is multiplied by at each t; read by `training_losses` only.
         input_pertub: the published spelling of input_perturbation.
 
     Raises:
-        ValueError: gamma < 0, lambda(t) <= 0 somewhere, impossible betas, or two spellings with different values.
+        ValueError: gamma < 0, lambda(t) <= 0 somewhere, impossible betas, a loss weighting that the loss or the prediction
+            does not admit, or two spellings with different values.
     """
 
     def __init__(
         self, *, betas: Sequence[float] | np.ndarray, model_mean_type: ModelMeanType, model_var_type: ModelVarType,
         loss_type: LossType, rescale_timesteps: bool = False, input_perturbation: float = 0.0,
-        eps_scaler: float | Sequence[float] = 1.0, eps_scaler_k: float = 0.0, loss_weight: str = "uniform",
-        input_pertub: float | None = None,
+        eps_scaler: float | Sequence[float] = 1.0, eps_scaler_k: float = 0.0,
+        loss_weighting: LossWeighting = UNIFORM, input_pertub: float | None = None,
     ) -> None:
         super().__init__(betas)
         self.model_mean_type = model_mean_type
@@ -67,8 +68,8 @@ class GaussianDiffusion(NoiseSchedule):
         self.input_perturbation = check_gamma(gamma, model_mean_type)
         self.lambdas = lambda_schedule(eps_scaler, eps_scaler_k, self.num_timesteps)
         self.scales_epsilon = bool((self.lambdas != 1).any())
-        self.loss_weight = loss_weight
-        self.loss_weights = loss_weight_table(loss_weight, self.snr)
+        self.loss_weighting = loss_weighting
+        self.loss_weights = loss_weight_table(loss_weighting, self.snr, model_mean_type, loss_type)
 
     @property
     def input_pertub(self) -> float:

@@ -102,7 +102,7 @@ def training_losses(
     prediction = output[:, : x_start.shape[1]]
     target = _target(process, x_start, x_t, t, noise)
     mse = mean_flat((target - prediction) ** 2)
-    if process.loss_weight != "uniform":
+    if process.loss_weighting.rule != "uniform":
         mse = mse * process.at("loss_weights", t, mse)
     terms = {"mse": mse, "loss": mse}
     if process.model_var_type.is_learned:

@@ -25,6 +25,24 @@ def barrier() -> None:
         dist.barrier()
 
 
+_control: dist.ProcessGroup | None = None
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """Each flag, or-ed over ranks: how ranks agree on what to do next.
+
+    Over TCP and from host memory, also where gradients travel by NCCL: no GPU is waited for.
+    """
+    global _control
+    if get_world_size() == 1:
+        return list(flags)
+    if _control is None and dist.get_backend() != "gloo":
+        _control = dist.new_group(backend="gloo")
+    table = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=_control)
+    return [bool(flag) for flag in table.tolist()]
+
+
 def broadcast_object(obj: T) -> T:
     """Rank 0's `obj`, on every rank; the other ranks' own is ignored."""
     if get_world_size() == 1:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import socket
 import sys
 from datetime import timedelta
@@ -10,7 +11,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from . import watchdog
 from .launcher import Env, LaunchInfo, choose_gpu, has_master, launch_info, number, slurm_address
+
+# Dead ranks are the watchdog's business. What is left to collectives is ranks that live but do not
+# agree on what comes next, and a limit for that has to let one rank work while the others wait
+# (scores of 50,000 images, a file of gigabytes): NCCL's own 10 minutes can be too short, so gloo's
+# 30 are taken for both.
+_COLLECTIVE_S = 1800.0
 
 # Outlives cleanup(): a second setup_dist() must find the other ranks again, and MPI is asked once.
 _meeting: tuple[str, dist.Store] | None = None
@@ -23,11 +31,16 @@ def setup_dist(timeout_s: float = 300) -> None:
 
     Where a group exists already, does nothing. The GPU is `cuda:{local_rank}` among the visible
     ones; CUDA_VISIBLE_DEVICES is left alone. `timeout_s` limits the wait for the other ranks and
-    for one first collective; later collectives have PyTorch's own limits.
+    for one first collective.
+
+    From then on a rank that dies or fails ends the others (watchdog.py), and so does one that is
+    silent for GUIDED_DIFFUSION_IP_TIMEOUT seconds (300). The limit of a later collective is 30
+    minutes, or that variable where it is more: ranks that are alive may have reason to wait.
 
     Raises:
-        ValueError: contradictory environment, more local processes than visible GPUs, mpi4py
-            missing or of another MPI than mpiexec, or a port that is taken.
+        ValueError: contradictory environment, GUIDED_DIFFUSION_IP_TIMEOUT no number of seconds,
+            more local processes than visible GPUs, mpi4py missing or of another MPI than mpiexec,
+            or a port that is taken.
         TimeoutError: ranks are missing; it names them.
     """
     global _meeting, _setups, _device
@@ -35,27 +48,32 @@ def setup_dist(timeout_s: float = 300) -> None:
         return
     if not timeout_s > 0:
         raise ValueError(f"timeout_s is {timeout_s}, must be positive (seconds)")
+    limit_s = watchdog.silence_limit(os.environ)
     info = launch_info()
     if _meeting is None:
         _meeting = _meet(info, os.environ, timeout_s)
         atexit.register(_cleanup_at_exit)
-    host, store = _meeting
+    host, base = _meeting
     # Without a prefix, restarted workers and repeated setups would read what went before.
     _setups += 1
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"setup{attempt}.{_setups}", store)
+    store = dist.PrefixStore(f"setup{attempt}.{_setups}", base)
     cards = _check_in(info, store, host, timeout_s)
+    if info.world > 1:
+        watchdog.start(info.rank, info.world, store, host, base.port, limit_s)
+    limit = timedelta(seconds=max(_COLLECTIVE_S, limit_s))
     if torch.cuda.is_available():
         _device = torch.device("cuda", choose_gpu(info, torch.cuda.device_count(), cards))
         torch.cuda.set_device(_device)
         # Naming the device lets barrier() and object collectives of existing scripts find it.
         dist.init_process_group("nccl", store=store, rank=info.rank, world_size=info.world,
-                                device_id=_device)
+                                timeout=limit, device_id=_device)
     else:
         _device = torch.device("cpu")
         if host.startswith("127."):
             _keep_gloo_local()
-        dist.init_process_group("gloo", store=store, rank=info.rank, world_size=info.world)
+        dist.init_process_group("gloo", store=store, rank=info.rank, world_size=info.world,
+                                timeout=limit)
     if info.world > 1:
         _first_collective(info, timeout_s)
 
@@ -90,17 +108,30 @@ def dev() -> torch.device:
 
 
 def cleanup() -> None:
-    """Destroys the process group, if there is one: NCCL warns about groups left at exit."""
+    """Ends this rank's part: says goodbye to the others, destroys the process group if there is one.
+
+    (NCCL warns about groups left at exit.)
+    """
     global _device
     _device = None
+    watchdog.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _cleanup_at_exit() -> None:
-    # After an exception the others may wait for us in a collective: leaving at once ends the job.
-    if getattr(sys, "last_value", None) is None:
+    error = getattr(sys, "last_value", None)
+    if error is None:
         cleanup()
+        return
+    # Others may wait for us in a collective: no cleanup, which could wait for them.
+    if watchdog.is_watched():
+        if other := watchdog.blame(error):
+            print(f"error: {other}", file=sys.stderr)
+        if hasattr(signal, "alarm"):
+            # Whatever holds up what follows (communicators with dead peers), the system ends it.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(15)
 
 
 def _card_name() -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diffusion.guidance import classifier_free
 from ..noise import NormalStream, Stream, integers
 
 
@@ -15,7 +16,10 @@ from ..noise import NormalStream, Stream, integers
 class Sampler:
     """How to sample: the process is already respaced, and knows its lambda(t).
 
-    cond_fn guides, see diffusion/guidance.py; it is given the same model_kwargs as the network.
+    cond_fn and guidance_scale guide, see diffusion/guidance.py; cond_fn is given the same model_kwargs as the network.
+
+    Raises:
+        ValueError: guidance_scale is not 1 and there is no null_label.
     """
 
     diffusion: Any
@@ -25,12 +29,15 @@ class Sampler:
     eta: float = 0.0
     clip_denoised: bool = True
     cond_fn: Callable[..., Tensor] | None = None
+    guidance_scale: float = 1.0
+    null_label: int | None = None
 
     def __call__(
         self, model: Callable[..., Tensor], index: Sequence[int], model_kwargs: dict[str, Any] | None = None,
         device: torch.device | str = "cpu", progress: bool = False,
     ) -> Tensor:
         """The images numbered `index`, float32 [N, C, H, W] in about [-1, 1]."""
+        model = classifier_free(model, self.guidance_scale, self.null_label)
         options = {"clip_denoised": self.clip_denoised, "model_kwargs": model_kwargs, "device": device,
                    "progress": progress, "cond_fn": self.cond_fn,
                    "randn_like": NormalStream(self.seed, Stream.SAMPLE, torch.as_tensor(index))}

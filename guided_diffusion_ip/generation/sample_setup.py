@@ -14,24 +14,34 @@ from .sample_batch import Sampler
 
 # Flags of sampling that the images depend on.
 _SAMPLING = ("seed", "num_samples", "use_ddim", "eta", "timestep_respacing", "clip_denoised", "eps_scaler", "eps_scaler_k",
-             "class_ids", "use_fp16")
+             "class_ids", "guidance_scale", "use_fp16")
 
 
 def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampler:
     """The sampler that the flags describe; cond_fn, if any, is the caller's to add.
 
     Raises:
-        ValueError: DDIM's eta for DDPM.
+        ValueError: DDIM's eta for DDPM, or classifier-free guidance of a network that cannot do without a class.
     """
     if cfg.eta and not cfg.use_ddim:
         raise ValueError(f"--eta {cfg.eta} is DDIM's noise and means nothing for DDPM: add --use_ddim True, or leave it out")
-    return Sampler(diffusion, (cfg.in_channels, *image_size), cfg.seed, cfg.use_ddim, cfg.eta, cfg.clip_denoised)
+    if cfg.guidance_scale != 1 and not cfg.class_cond:
+        raise ValueError(f"--guidance_scale {cfg.guidance_scale:g} pushes towards the class, but this model is unconditional "
+                         "and knows none: leave it out, or use a model trained with --class_cond True --class_dropout 0.1")
+    if cfg.guidance_scale != 1 and not cfg.null_class:
+        raise ValueError(
+            f"--guidance_scale {cfg.guidance_scale:g} compares the network with class and without, but this checkpoint has no "
+            "label for 'no class': train with --class_dropout 0.1 (a bare .pt that was trained so needs --null_class True)")
+    return Sampler(diffusion, (cfg.in_channels, *image_size), cfg.seed, cfg.use_ddim, cfg.eta, cfg.clip_denoised,
+                   guidance_scale=cfg.guidance_scale, null_label=cfg.num_classes if cfg.null_class else None)
 
 
 def what_decides_the_images(cfg: Any, sections: Iterable[str] = ("model", "diffusion"), **more: Any) -> dict[str, Any]:
     """All that the images depend on, as plain values: the checkpoint, flags of sampling, sections, and what else is given."""
     values = {"model_path": os.path.basename(cfg.model_path), "model_sha256": files.sha256(cfg.model_path), **more,
               **{name: getattr(cfg, name) for name in _SAMPLING}}
+    if cfg.trained_on:
+        values["trained_on"] = cfg.trained_on  # decides through the weights; evaluator.py compares it with the reference's
     for section in sections:
         values.update({name: value for name, value in cfg.section(section).items() if name not in _SAMPLING})
     return values
@@ -42,7 +52,8 @@ def sampler_text(cfg: Any) -> str:
     kind = f"DDIM, eta {cfg.eta:g}" if cfg.use_ddim else "DDPM"
     steps = cfg.timestep_respacing or cfg.diffusion_steps
     slope = f" + {cfg.eps_scaler_k:g} t" if cfg.eps_scaler_k else ""
-    return f"{kind}, steps {steps}, lambda {cfg.eps_scaler}{slope}"
+    guidance = f", guidance scale {cfg.guidance_scale:g}" if cfg.guidance_scale != 1 else ""
+    return f"{kind}, steps {steps}, lambda {cfg.eps_scaler}{slope}{guidance}"
 
 
 def choose_out_dir(cfg: Any, settings: dict[str, Any]) -> str:

@@ -48,6 +48,8 @@ def explain_mismatch(state: State, flags: dict[str, Any], want: dict, have: dict
     if found.pop("super_resolution", "large_size" in flags) != ("large_size" in flags):
         return ("it is an image model, which sees no low-resolution image: use the image_ scripts" if "large_size" in flags
                 else "it is a super-resolution model: use the super_res_ scripts")
+    if flags.get("class_cond") and "num_classes" in found:
+        found |= _classes(found["num_classes"], flags)
     differing = [f"--{name} {value} (now {flags[name]})" for name, value in found.items()
                  if name in flags and not _same(name, value, flags)]
     if differing:
@@ -56,6 +58,14 @@ def explain_mismatch(state: State, flags: dict[str, Any], want: dict, have: dict
     return (f"{name} is {have.get(name, 'absent')} in the checkpoint and {want.get(name, 'absent')} in the network, which no "
             "single flag explains; is it a U-Net of this family "
             f"({'large_size' if 'large_size' in flags else 'image_size'}, attention_resolutions)?")
+
+
+def _classes(rows: int, flags: dict[str, Any]) -> dict[str, Any]:
+    """What num_classes and null_class make so many labels: a row more or less than there are classes is the null class."""
+    classes, null_class = flags["num_classes"], flags.get("null_class", False)
+    if rows - classes in (0, 1):
+        return {"num_classes": classes, "null_class": rows > classes}
+    return {"num_classes": rows - null_class}
 
 
 def _sides(flags: dict[str, Any]) -> list[int]:
@@ -91,7 +101,7 @@ def infer_architecture(state: State, image_size: int | None = None) -> dict[str,
     """The flags that names and shapes give away, and whether it is a super_resolution model; {} if this is not an ADM U-Net.
 
     Heads, dropout and the order of q, k, v leave no trace in the shapes, and image_size neither; attention_resolutions can be
-    told only with image_size (the shorter side).
+    told only with image_size (the shorter side). num_classes counts the null class, if there is one: it looks like the others.
     """
     if "input_blocks.0.0.weight" not in state or "out.2.weight" not in state or is_classifier(state):
         return {}

@@ -137,7 +137,7 @@ _current: Logger | None = None
 
 
 def configure(dir: str | None = None, format_strs: Sequence[str] | None = None, comm: Any = None,
-              log_suffix: str = "", rank: int | None = None) -> None:
+              log_suffix: str = "", rank: int | None = None, resume_step: int | None = None) -> None:
     """Starts logging to a folder; what was configured before is closed.
 
     Args:
@@ -147,6 +147,7 @@ def configure(dir: str | None = None, format_strs: Sequence[str] | None = None, 
         comm: see Logger.set_comm.
         log_suffix: inserted into the file names, before the ending.
         rank: ranks other than 0 write and print nothing; default from the environment.
+        resume_step: a run that continues at this step writes what came later in its files anew: rows beyond it are removed.
 
     Raises:
         ValueError: an unknown format.
@@ -160,7 +161,7 @@ def configure(dir: str | None = None, format_strs: Sequence[str] | None = None, 
     outputs = []
     if rank == 0:
         os.makedirs(dir, exist_ok=True)
-        outputs = [make_output_format(name.strip(), dir, log_suffix) for name in format_strs]
+        outputs = [make_output_format(name.strip(), dir, log_suffix, resume_step) for name in format_strs]
     reset()
     _current = Logger(dir, outputs, comm)
     if not named:

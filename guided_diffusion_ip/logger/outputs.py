@@ -68,8 +68,10 @@ class TextFile(Output):
 class CsvFile(Output):
     """A row per dump, a column per key; rows older than a column have an empty cell there."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, resume_step: int | None = None) -> None:
         self._path = path
+        if resume_step is not None:
+            self._drop_after(resume_step)
         self._columns: list[str] = next(iter(self._read()), [])
         self._file = open(path, "a", newline="", encoding="utf-8")
 
@@ -94,19 +96,42 @@ class CsvFile(Output):
         self._file.close()
         rows = self._read()[1:]
         self._columns += new
+        self._rewrite([self._columns] + [row + [""] * (len(self._columns) - len(row)) for row in rows])
+        self._file = open(self._path, "a", newline="", encoding="utf-8")
+
+
+    def _rewrite(self, rows: list[list[str]]) -> None:
         # A crash half-way must not cost the history: write beside, then replace.
         with open(self._path + ".tmp", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([self._columns] + [
-                row + [""] * (len(self._columns) - len(row)) for row in rows])
+            csv.writer(file).writerows(rows)
         os.replace(self._path + ".tmp", self._path)
-        self._file = open(self._path, "a", newline="", encoding="utf-8")
+
+    def _drop_after(self, step: int) -> None:
+        rows = self._read()
+        if rows and "step" in rows[0]:
+            column = rows[0].index("step")
+            self._rewrite(rows[:1] + [row for row in rows[1:] if _at_most(row[column], step)])
+
+
+def _at_most(text: Any, step: int) -> bool:
+    """Is it a row of a step up to this one? Rows without a step stay."""
+    try:
+        return float(text) <= step
+    except (TypeError, ValueError):
+        return True
 
 
 class JsonLines(Output):
     """An object per line. JSON has no nan and no infinity: both become null."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, resume_step: int | None = None) -> None:
         _drop_torn_line(path)
+        if resume_step is not None and os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                kept = [line for line in file if _at_most(json.loads(line).get("step"), resume_step)]
+            with open(path + ".tmp", "w", encoding="utf-8") as file:
+                file.writelines(kept)
+            os.replace(path + ".tmp", path)
         self._file = open(path, "a", encoding="utf-8")
 
     def write_values(self, values: Mapping[str, Value]) -> None:
@@ -122,13 +147,13 @@ class JsonLines(Output):
 class TensorBoard(Output):
     """Scalars by step, or by the number of the dump where no step is logged."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, resume_step: int | None = None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(f"log format tensorboard needs the package tensorboard ({error}): "
                              f"pip install tensorboard, or leave the format out") from None
-        self._writer: Any = SummaryWriter(folder)
+        self._writer: Any = SummaryWriter(folder, purge_step=None if resume_step is None else resume_step + 1)
         self._dumps = 0
 
     def write_values(self, values: Mapping[str, Value]) -> None:
@@ -144,16 +169,16 @@ class TensorBoard(Output):
 
 
 FORMATS = {
-    "stdout": lambda folder, suffix: Terminal(),
-    "log": lambda folder, suffix: TextFile(os.path.join(folder, f"log{suffix}.txt")),
-    "csv": lambda folder, suffix: CsvFile(os.path.join(folder, f"progress{suffix}.csv")),
-    "json": lambda folder, suffix: JsonLines(os.path.join(folder, f"progress{suffix}.json")),
-    "tensorboard": lambda folder, suffix: TensorBoard(os.path.join(folder, f"tb{suffix}")),
+    "stdout": lambda folder, suffix, resume_step: Terminal(),
+    "log": lambda folder, suffix, resume_step: TextFile(os.path.join(folder, f"log{suffix}.txt")),
+    "csv": lambda folder, suffix, resume_step: CsvFile(os.path.join(folder, f"progress{suffix}.csv"), resume_step),
+    "json": lambda folder, suffix, resume_step: JsonLines(os.path.join(folder, f"progress{suffix}.json"), resume_step),
+    "tensorboard": lambda folder, suffix, resume_step: TensorBoard(os.path.join(folder, f"tb{suffix}"), resume_step),
 }
 
 
-def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Output:
-    """The output of that name, with its file in `ev_dir`, which is made if need be.
+def make_output_format(format: str, ev_dir: str, log_suffix: str = "", resume_step: int | None = None) -> Output:
+    """The output of that name, with its file in `ev_dir`, which is made if need be; see configure for `resume_step`.
 
     Raises:
         ValueError: no such format, or TensorBoard is not installed.
@@ -162,7 +187,7 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Output
         raise ValueError(f"log format {format!r} is unknown; there are {', '.join(FORMATS)}")
     if format != "stdout":
         os.makedirs(ev_dir, exist_ok=True)
-    return FORMATS[format](ev_dir, log_suffix)
+    return FORMATS[format](ev_dir, log_suffix, resume_step)
 
 
 class LineLayout:

@@ -1,6 +1,8 @@
 """What is about to be trained, told before the first step."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .train_loop import TrainLoop
@@ -21,8 +23,10 @@ def banner(loop: TrainLoop, out_dir: str, image_shape: tuple[int, int, int]) -> 
     parameters = sum(p.numel() for p in loop.model.parameters())
     rates = ", ".join(str(ema.rate) for ema in loop.emas) or "none"
     limits = []
-    if loop.max_steps:
-        limits.append(f"after {loop.max_steps} steps")
+    if step := loop.limits.last_step(loop.global_batch):
+        limits.append(f"after {step} steps")
+    if loop.limits.max_hours:
+        limits.append(f"after {loop.limits.max_hours:g} hours")
     if loop.lr_anneal_steps:
         limits.append(f"after {loop.lr_anneal_steps} steps, lr falling to 0")
     facts = {
@@ -32,14 +36,27 @@ def banner(loop: TrainLoop, out_dir: str, image_shape: tuple[int, int, int]) -> 
                  + (f", in microbatches of {loop.microbatch}" if loop.microbatch < loop.batch_size else ""),
         "precision": loop.precision.mode,
         "images": f"{n}, [{', '.join(map(str, image_shape))}] (channels, height, width) in [{low:g}, {high:g}]",
-        "classes": f"{len(classes)}" if classes else "not used",
+        "classes": f"{len(classes)}{_dropped(data)}" if classes else "not used",
         "parameters": f"{parameters / 1e6:.2f} million",
         "process": f"T = {process.num_timesteps}, {process.model_mean_type.value}, {process.model_var_type.value} variance, "
-                   f"gamma {process.input_perturbation:g}, t by {type(loop.schedule_sampler).__name__}",
+                   f"gamma {process.input_perturbation:g}, {_weights(process)}t by {type(loop.schedule_sampler).__name__}",
         "EMA": rates,
-        "stops": " or ".join(limits) or "never by itself: runs until it is stopped (--max_steps N sets a limit)",
+        "stops": " or ".join(limits) or "never by itself",
     }
     return "\n".join(f"  {name:<11}{text}" for name, text in facts.items())
+
+
+def _dropped(data: Any) -> str:
+    share = getattr(data, "class_dropout", 0)
+    return f", and {share:.3g} of the labels replaced by 'no class'" if share else ""
+
+
+def _weights(process: Any) -> str:
+    """loss weights debias (0.01 at t = 0, 157 at t = 999); '' if they are uniform."""
+    rule, weights = process.loss_weighting.rule, process.loss_weights
+    if rule == "uniform":
+        return ""
+    return f"loss weights {rule} ({weights[0]:.3g} at t = 0, {weights[-1]:.3g} at t = {len(weights) - 1}), "
 
 
 def warn_about_ema(loop: TrainLoop) -> str:
@@ -48,10 +65,10 @@ def warn_about_ema(loop: TrainLoop) -> str:
         return ""
     rate = loop.emas[0].rate
     left = rate**loop.last_step
-    if left < 0.05:
+    if left < 0.05 or loop.emas[0].warmup:
         return ""
     better = round(1 - 5 / loop.last_step, 4) if loop.last_step > 5 else 0.0
     return (f"note: after {loop.last_step} steps, {left:.0%} of the weights averaged with rate {rate} will still be the "
-            f"random start; --ema_rate {better} would suit so short a run")
+            f"random start; --ema_rate {better} or --ema_warmup True would suit so short a run")
 
 

@@ -1,20 +1,40 @@
-"""Checkpoint files: a set of them per step, each written whole or not at all.
+"""Checkpoint files: a set of them per step, complete or not there at all.
 
-    model000500.pt  ema_0.9999_000500.pt  opt000500.pt  state000500.pt      500 = updates completed
+    model000500.pt  ema_0.9999_000500.pt  opt000500.pt  state000500.pt      500 = steps completed
 
-model and ema are plain state_dicts with the published parameter names; state holds what is ours (step, timestep sampler,
-loss scale, seed) and is written last: a set is complete if it has one.
+model and ema are plain state_dicts with the published parameter names. state holds what is ours (step, timestep sampler, loss
+scale, settings, and the SHA-256 of the other files) and is written last: a set without one was interrupted and is not a set.
 """
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import IO, Any
 
 import torch
 
-from .. import dist_util
+from .. import dist_util, files
 from ..files import atomic_file, exists
+
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """When checkpoints are written, and which of them stay.
+
+    Args:
+        interval: steps between them.
+        minutes: also after so much time since the last one; 0: no.
+        keep_last: the newest so many stay; 0: all.
+        keep_every: those at multiples of this step stay in any case; 0: none.
+    """
+
+    interval: int
+    minutes: float = 0
+    keep_last: int = 0
+    keep_every: int = 0
 
 
 def checkpoint_name(part: str, step: int) -> str:
@@ -23,7 +43,7 @@ def checkpoint_name(part: str, step: int) -> str:
 
 
 def parse_resume_step_from_filename(filename: str) -> int:
-    """The updates completed, from a name such as model000500.pt; 0 for other names."""
+    """The steps completed, from a name such as model000500.pt; 0 for other names."""
     match = re.fullmatch(r"model(\d+)\.pt", os.path.basename(filename))
     return int(match[1]) if match else 0
 
@@ -34,29 +54,116 @@ def find_ema_checkpoint(main_checkpoint: str, step: int, rate: float | str) -> s
     return path if exists(path) else None
 
 
+def complete_steps(folder: str) -> list[int]:
+    """The steps of the complete sets in a local folder, ascending."""
+    if not os.path.isdir(folder):
+        return []
+    return sorted(int(match[1]) for name in os.listdir(folder) if (match := re.fullmatch(r"state(\d+)\.pt", name)))
+
+
+def newest(folder: str) -> str:
+    """The model file of the newest complete set in a local folder; '' if there is none."""
+    steps = complete_steps(folder)
+    return os.path.join(folder, checkpoint_name("model", steps[-1])) if steps else ""
+
+
 def save_set(folder: str, step: int, parts: dict[str, dict[str, Any]], state: dict[str, Any]) -> str:
-    """Write every part and then the state; returns the path of the model file. Call on one rank."""
-    for part, content in [*parts.items(), ("state", state)]:
-        with atomic_file(os.path.join(folder, checkpoint_name(part, step))) as file:
-            torch.save(content, file)
-    return os.path.join(folder, checkpoint_name("model", step))
+    """Write every part, then the state, and read all back; returns the path of the model file. Call on one rank.
+
+    If it fails, what it had written is removed: earlier sets stay as they were.
+
+    Raises:
+        OSError: it cannot be written, or reads back differently.
+    """
+    paths = {part: os.path.join(folder, checkpoint_name(part, step)) for part in (*parts, "state")}
+    hashes: dict[str, str] = {}
+    try:
+        if os.path.exists(paths["state"]):
+            os.remove(paths["state"])  # a set of this step from before: incomplete from here on
+        for part, content in parts.items():
+            hashes[part] = _write(paths[part], content)
+        written = dict(hashes)
+        written["state"] = _write(paths["state"], {**state, "sha256": hashes})
+        for part, digest in written.items():
+            if files.sha256(paths[part]) != digest:
+                raise OSError(f"{paths[part]} reads back differently from what was written: the disk is not to be trusted")
+    except BaseException as error:
+        for part in ("state", *parts):
+            if os.path.exists(paths[part]):
+                os.remove(paths[part])
+        if isinstance(error, RuntimeError):  # torch.save wraps what the file system said
+            raise OSError(str(error.__context__ or error)) from error
+        raise
+    return paths["model"]
 
 
-def load_set(model_path: str, ema_names: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+def prune(folder: str, policy: SavePolicy) -> list[int]:
+    """Remove the sets that the policy does not keep; returns their steps. Call after a set has been saved and read back.
+
+    The state goes first: a set is whole or none also while it is being removed.
+    """
+    steps = complete_steps(folder)
+    if not policy.keep_last:
+        return []
+    old = [step for step in steps[:-policy.keep_last] if not (policy.keep_every and step % policy.keep_every == 0)]
+    for step in old:
+        names = [name for name in os.listdir(folder) if re.fullmatch(rf"(model|opt|ema_.+_){step:06d}\.pt", name)]
+        for name in (checkpoint_name("state", step), *names):
+            os.remove(os.path.join(folder, name))
+    return old
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove the temporary files of saves that were killed."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if re.fullmatch(r"\.(model|opt|ema_|state).*\.pt\..*\.tmp", name):
+            os.remove(os.path.join(folder, name))
+
+
+def load_set(model_path: str, ema_names: Iterable[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """The parts and the state of the set that modelNNNNNN.pt belongs to, on the CPU.
 
     Raises:
         ValueError: not a modelNNNNNN.pt, or a part of the set is missing, damaged or unsafe; it is named.
     """
     if not re.fullmatch(r"model\d+\.pt", os.path.basename(model_path)):
-        raise ValueError(f"resume_checkpoint must be a file named modelNNNNNN.pt (NNNNNN = updates completed), got "
-                         f"{model_path}")
+        raise ValueError(f"resume_checkpoint must be a file named modelNNNNNN.pt (NNNNNN = steps completed), got "
+                         f"{model_path}; --init_from starts from weights alone")
     step, folder = parse_resume_step_from_filename(model_path), os.path.dirname(model_path)
     names = ["model", *ema_names, "opt", "state"]
     paths = {name: os.path.join(folder, checkpoint_name(name, step)) for name in names}
     missing = [path for path in paths.values() if not exists(path)]
     if missing:
         raise ValueError(f"cannot resume from {model_path}: {', '.join(missing)} "
-                         f"{'is' if len(missing) == 1 else 'are'} missing; the set is written together and needed whole")
-    parts = {name: dist_util.load_state_dict(path) for name, path in paths.items()}
-    return parts, parts.pop("state")
+                         f"{'is' if len(missing) == 1 else 'are'} missing; the set is written together and needed whole "
+                         "(--init_from starts at step 0 from weights alone)")
+    state = dist_util.load_state_dict(paths.pop("state"))
+    for name, path in paths.items():
+        known = state.get("sha256", {}).get(name)
+        if known and files.sha256(path) != known:
+            raise ValueError(f"cannot resume from {model_path}: {path} is damaged (its SHA-256 is not the one noted when it was "
+                             "written); --resume with an earlier checkpoint")
+    return {name: dist_util.load_state_dict(path) for name, path in paths.items()}, state
+
+
+class _Hashing:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _write(path: str, content: dict[str, Any]) -> str:
+    """Returns the SHA-256 of what was written."""
+    with atomic_file(path) as file:
+        hashing = _Hashing(file)
+        torch.save(content, hashing)
+    return hashing.digest.hexdigest()

@@ -8,14 +8,19 @@ from torch import Tensor, nn
 class EMA:
     """weights <- rate * weights + (1 - rate) * parameters, after every update. Kept in float32.
 
+    Args:
+        warmup: in update n (from 0) use min(rate, (1 + n) / (10 + n)), so that the random start is soon forgotten.
+
     Raises:
         ValueError: rate outside [0, 1).
     """
 
-    def __init__(self, model: nn.Module, rate: float) -> None:
+    def __init__(self, model: nn.Module, rate: float, warmup: bool = False) -> None:
         if not 0 <= rate < 1:
             raise ValueError(f"ema_rate must be at least 0 and below 1, got {rate}: 0.9999 is usual")
         self.rate = float(rate)
+        self.warmup = warmup
+        self.updates = 0
         self.weights = {name: p.detach().clone().float() for name, p in model.named_parameters()}
         self._model = model  # for its buffers, and for the names of parameters that it uses more than once
 
@@ -27,15 +32,18 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move towards the model's present parameters."""
-        torch._foreach_lerp_(list(self.weights.values()), [p.detach().float() for p in model.parameters()], 1 - self.rate)
+        rate = min(self.rate, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.rate
+        torch._foreach_lerp_(list(self.weights.values()), [p.detach().float() for p in model.parameters()], 1 - rate)
+        self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """A plain state_dict, as a network loads it; buffers are the model's present ones."""
         averages = {id(p): self.weights[name] for name, p in self._model.named_parameters()}
         return {name: averages.get(id(p), p.detach()) for name, p in self._model.state_dict(keep_vars=True).items()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over saved weights; names and shapes must agree."""
+    def load_state_dict(self, state: dict[str, Tensor], updates: int = 0) -> None:
+        """Take over saved weights, the average of so many updates; names and shapes must agree."""
+        self.updates = updates
         names = self._model.state_dict().keys()
         if state.keys() != names:
             odd = sorted(state.keys() ^ names)[0]

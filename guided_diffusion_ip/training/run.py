@@ -14,12 +14,52 @@ from torch import nn
 from .. import dist_util, files, logger
 from ..data.image_datasets import ImageStream, load_data
 from .banner import banner, warn_about_ema
+from .checkpoint import SavePolicy, remove_leftovers
+from .resume import find, init_from
+from .stopping import Limits
 from .timestep_samplers import create_named_schedule_sampler
 from .train_loop import TrainLoop
 
 
+def add_null_class(cfg: Any) -> None:
+    """--class_dropout asks for a network with a null class; the saved config.yaml tells sampling about it.
+
+    Raises:
+        ValueError: the network has no labels to drop, or was to have none for "no class".
+    """
+    if not cfg.class_dropout:
+        return
+    if not cfg.class_cond:
+        raise ValueError(f"--class_dropout {cfg.class_dropout:g} drops class labels, but this model has none: add --class_cond "
+                         "True, or leave it out")
+    # A config file may say False because it was saved by a run without dropout; on the command line it is a contradiction.
+    if cfg.given.get("null_class") == "--null_class" and not cfg.null_class:
+        raise ValueError(f"--class_dropout {cfg.class_dropout:g} needs a label for 'no class', and --null_class False "
+                         "refuses it: leave one of them out")
+    cfg.values["null_class"] = True
+
+
+def settle_batch(cfg: Any) -> None:
+    """--global_batch_size -> batch_size of each process; after setup_dist, before anything reads batch_size.
+
+    Raises:
+        ValueError: both are given and contradict each other, or the processes cannot share the images evenly.
+    """
+    if not cfg.global_batch_size:
+        return
+    world = dist_util.get_world_size()
+    each, left = divmod(cfg.global_batch_size, world)
+    if left or not each:
+        raise ValueError(f"--global_batch_size {cfg.global_batch_size} cannot be shared evenly by {world} processes: make it a "
+                         f"multiple of {world}, or start another number of them")
+    if cfg.given.get("batch_size", "").startswith("--") and cfg.batch_size != each:
+        raise ValueError(f"--batch_size {cfg.batch_size} and --global_batch_size {cfg.global_batch_size} with {world} processes "
+                         f"contradict each other ({each} per process): give one")
+    cfg.values["batch_size"] = each
+
+
 def open_data(
-    cfg: Any, image_size: tuple[int, int], *, class_cond: bool, log: Callable[[str], None],
+    cfg: Any, image_size: tuple[int, int], *, class_cond: bool, log: Callable[[str], None], class_dropout: float = 0.0,
 ) -> ImageStream:
     """The images in cfg.data_dir, with a hint if the network has more classes than they have.
 
@@ -32,7 +72,7 @@ def open_data(
         data_dir=cfg.data_dir, batch_size=cfg.batch_size, image_size=image_size, class_cond=class_cond,
         random_crop=cfg.random_crop, random_flip=cfg.random_flip, channels=cfg.in_channels, seed=cfg.seed,
         num_workers=None if cfg.num_workers < 0 else cfg.num_workers, cache_mb=cfg.cache_mb, log=log,
-        num_classes=cfg.num_classes if class_cond else None)
+        num_classes=cfg.num_classes if class_cond else None, class_dropout=class_dropout)
     if class_cond and len(data.classes) < cfg.num_classes:
         log(f"note: the images have {len(data.classes)} classes, the network {cfg.num_classes}: train with --num_classes "
             f"{len(data.classes)}, or sample with --class_ids 0-{len(data.classes) - 1}")
@@ -40,23 +80,55 @@ def open_data(
 
 
 def choose_out_dir(cfg: Any) -> str:
-    """--out_dir, else OPENAI_LOGDIR, else runs/<time>-<name of the config or of the images>; the same on all ranks."""
+    """--out_dir, else OPENAI_LOGDIR, else the folder of the --resume checkpoint, else runs/<time>-<name>; the same on all ranks.
+
+    Raises:
+        ValueError: --resume auto without a folder to look in.
+    """
+    if cfg.resume == "auto" and not (cfg.out_dir or os.environ.get("OPENAI_LOGDIR")):
+        raise ValueError("--resume auto continues what is in --out_dir: give one (without it, every run has a folder of its own)")
     name = os.path.splitext(os.path.basename(cfg.config_path or os.path.normpath(cfg.data_dir)))[0]
-    stamped = os.path.join("runs", f"{time.strftime('%Y-%m-%d-%H-%M-%S')}-{name}")
-    return dist_util.broadcast_object(files.results_folder(cfg.out_dir, stamped))
+    default = os.path.join("runs", f"{time.strftime('%Y-%m-%d-%H-%M-%S')}-{name}")
+    if cfg.resume not in ("", "auto") and not files.is_remote(cfg.resume):
+        default = cfg.resume if os.path.isdir(cfg.resume) else os.path.dirname(cfg.resume) or "."
+    return dist_util.broadcast_object(files.results_folder(cfg.out_dir, default))
+
+
+def loop_options(cfg: Any, model: nn.Module, out_dir: str, messages: list[str]) -> dict[str, Any]:
+    """What all training scripts hand to TrainLoop; where the run starts is decided here. A collective.
+
+    Raises:
+        ValueError: flags that contradict each other, or a checkpoint that cannot be used.
+    """
+    path, note = find(cfg.resume, cfg.resume_checkpoint, out_dir)
+    if note:
+        messages.append(note)
+    if cfg.init_from and path:
+        if cfg.resume != "auto":
+            raise ValueError(f"--init_from {cfg.init_from} starts at step 0, {path} continues a run: give one")
+        messages.append(f"note: --init_from {cfg.init_from} has served the run's start; it continues from {path}")
+    elif cfg.init_from:
+        messages.append(init_from(model, cfg.init_from))
+    if cfg.keep_every and not cfg.keep_last:
+        messages.append("note: --keep_every has no effect without --keep_last: all checkpoints stay")
+    return dict(
+        batch_size=cfg.batch_size, microbatch=cfg.microbatch, lr=cfg.lr, weight_decay=cfg.weight_decay, ema_rate=cfg.ema_rate,
+        ema_warmup=cfg.ema_warmup, log_interval=cfg.log_interval, save_interval=cfg.save_interval, resume_checkpoint=path,
+        saving=SavePolicy(cfg.save_interval, cfg.save_minutes, cfg.keep_last, cfg.keep_every), max_skipped=cfg.max_skipped,
+        seed=cfg.seed, settings=cfg.sections())
 
 
 def make_loop(
-    cfg: Any, model: nn.Module, diffusion: Any, data: Iterator, preview: Callable[..., Any] | None
+    cfg: Any, model: nn.Module, diffusion: Any, data: Iterator, preview: Callable[..., Any] | None, out_dir: str,
+    messages: list[str], evaluate: Callable[..., dict[str, float]] | None = None
 ) -> TrainLoop:
-    """The loop that a diffusion model's training flags describe."""
+    """The loop that a diffusion model's training flags describe. Adds to `messages` what is to be told before it starts."""
     return TrainLoop(
-        model=model, diffusion=diffusion, data=data, batch_size=cfg.batch_size, microbatch=cfg.microbatch, lr=cfg.lr,
-        ema_rate=cfg.ema_rate, log_interval=cfg.log_interval, save_interval=cfg.save_interval,
-        resume_checkpoint=cfg.resume_checkpoint, use_fp16=cfg.use_fp16, fp16_scale_growth=cfg.fp16_scale_growth,
+        model=model, diffusion=diffusion, data=data, **loop_options(cfg, model, out_dir, messages), use_fp16=cfg.use_fp16,
+        precision=cfg.precision, fp16_scale_growth=cfg.fp16_scale_growth, lr_anneal_steps=cfg.lr_anneal_steps,
         schedule_sampler=create_named_schedule_sampler(cfg.schedule_sampler, diffusion),
-        weight_decay=cfg.weight_decay, lr_anneal_steps=cfg.lr_anneal_steps, max_steps=cfg.max_steps, seed=cfg.seed,
-        sample_interval=cfg.sample_interval, preview=preview)
+        limits=Limits(cfg.max_steps, cfg.max_images, cfg.max_hours), sample_interval=cfg.sample_interval, preview=preview,
+        eval_interval=cfg.eval_interval if evaluate else 0, evaluate=evaluate)
 
 
 def run(loop: TrainLoop, cfg: Any, out_dir: str, image_shape: tuple[int, int, int], messages: Iterable[str]) -> None:
@@ -64,11 +136,13 @@ def run(loop: TrainLoop, cfg: Any, out_dir: str, image_shape: tuple[int, int, in
 
     The first thing that is written; whatever wrong input can break has been tried by now.
     """
-    logger.configure(out_dir, ["stdout", "log", "csv", "json", "tensorboard"], rank=dist_util.get_rank())
+    logger.configure(out_dir, ["stdout", "log", "csv", "json", "tensorboard"], rank=dist_util.get_rank(), resume_step=loop.step)
     logger.log(f"results go to {out_dir}")
+    cfg.trained_on = getattr(loop.data, "preprocessing", "")
     if dist_util.is_main():
-        with open(os.path.join(out_dir, "config.yaml"), "w", encoding="utf-8") as file:
-            file.write(cfg.as_yaml())
+        remove_leftovers(out_dir)
+        with files.atomic_file(os.path.join(out_dir, "config.yaml")) as file:
+            file.write(cfg.as_yaml().encode())
     for message in filter(None, [*messages, warn_about_ema(loop)]):
         logger.log(message)
     logger.log(banner(loop, out_dir, image_shape))

@@ -2,7 +2,8 @@
 
 The published loop's constructor and methods, for existing scripts; the parts are elsewhere in this package. A step is
 
-    images -> t from the timestep sampler -> objective under autocast -> gradients, averaged over ranks -> AdamW -> EMA
+    images -> t from the timestep sampler -> objective under autocast -> gradients, averaged over ranks
+    -> all ranks agree that they are finite, and whether to stop -> AdamW -> EMA
 
 The objective is the process's training_losses, unless another is given (a classifier's cross entropy).
 
@@ -12,11 +13,10 @@ rank, microbatch); so the same global batch gives the same training for any numb
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,10 +29,14 @@ from tqdm.auto import tqdm
 
 from .. import dist_util, logger, noise
 from ..noise import Stream
-from . import checkpoint
+from . import checkpoint, run_state
+from .checkpoint import SavePolicy
 from .ema import EMA, parse_rates
+from .guards import Diverged, check_batch, diagnose, is_out_of_memory, memory_advice, range_note
 from .loss_statistics import LossStatistics
 from .precision import Precision
+from .precision import resolve as precision_mode
+from .stopping import Clock, Limits, Signals
 from .timestep_samplers import ScheduleSampler, UniformSampler
 
 Losses = dict[str, Tensor]
@@ -48,14 +52,20 @@ class TrainLoop:
         batch_size: images per process and step.
         microbatch: images per forward pass; -1: all. The gradient is that of the whole batch.
         ema_rate: a number, or several separated by commas.
+        save_interval: steps between checkpoints; `saving` says more, and replaces it.
         resume_checkpoint: a modelNNNNNN.pt; its ema, opt and state files must lie beside it.
         lr_anneal_steps: if > 0, lr falls linearly to 0 and training stops there.
-        max_steps: if > 0, stop after so many updates.
+        limits: when to stop; max_steps alone may be given instead.
+        precision: fp32, fp16 or bf16; use_fp16 is the published way to say fp16.
         seed: of t, epsilon, xi and dropout.
+        ema_warmup: let the averages forget their start: rate min(rate, (1 + n) / (10 + n)) in update n.
+        max_skipped: so many steps in a row without finite gradients end the run.
         preview: called as preview(network, step) every sample_interval updates, with the first EMA's weights.
         objective: what is minimised, see Objective; by default the process's training_losses.
         validate: called as validate(network, step) every eval_interval updates, without gradients, on every rank; its
             {name: number} join the next log line, as means if several came before it.
+        evaluate: the same with the first EMA's weights, just before log lines (eval_interval serves both).
+        settings: the run's merged settings by section; saved, and compared on resume.
     """
 
     def __init__(
@@ -66,6 +76,9 @@ class TrainLoop:
         sample_interval: int = 0, preview: Callable[[Callable[..., Tensor], int], Any] | None = None,
         objective: Objective | None = None,
         eval_interval: int = 0, validate: Callable[[Callable[..., Tensor], int], dict[str, float]] | None = None,
+        evaluate: Callable[[Callable[..., Tensor], int], dict[str, float]] | None = None,
+        precision: str = "", limits: Limits | None = None, saving: SavePolicy | None = None, ema_warmup: bool = False,
+        max_skipped: int = 25, settings: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         self.model = model
         self.diffusion = diffusion
@@ -74,35 +87,45 @@ class TrainLoop:
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr = lr
         self.log_interval = log_interval
-        self.save_interval = save_interval
+        self.saving = saving or SavePolicy(save_interval)
         self.lr_anneal_steps = lr_anneal_steps
-        self.max_steps = max_steps
+        self.limits = limits or Limits(max_steps)
         self.seed = seed
         self.sample_interval = sample_interval
         self.preview = preview
         self.objective = objective or self._training_losses
         self.eval_interval = eval_interval
         self.validate = validate
+        self.evaluate = evaluate
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
-        self.step = 0  # updates completed
-        self.resumed = ""  # what to say about it when the loop starts
+        self.max_skipped = max_skipped
+        self.settings = settings or {}
+        self.step = 0  # steps completed, those without a finite gradient included
+        self.skipped = 0  # of them
+        self.skipped_in_a_row = 0
+        self.resumed: list[str] = []  # what to say about it when the loop starts
 
         self.rank, self.world = dist_util.get_rank(), dist_util.get_world_size()
         self.device = next(model.parameters()).device
-        self.precision = Precision("fp16" if use_fp16 else "fp32", self.device, fp16_scale_growth)
+        self.precision = Precision(precision_mode(precision, use_fp16), self.device, fp16_scale_growth)
         dist_util.sync_params(model.parameters())
-        self.emas = [EMA(model, rate) for rate in parse_rates(ema_rate)]
+        self.emas = [EMA(model, rate, ema_warmup) for rate in parse_rates(ema_rate)]
         self.opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+        self.statistics = LossStatistics(diffusion.num_timesteps)
         if resume_checkpoint:
-            self._resume(resume_checkpoint)
+            self.resumed = self._resume(resume_checkpoint)
+        dist_util.check_in_sync(model.state_dict())
         # DDP averages gradients over ranks while the backward pass is still running.
         self.ddp_model = model
         if self.world > 1:
             self.ddp_model = DistributedDataParallel(
                 model, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False)
-        self.statistics = LossStatistics(diffusion.num_timesteps)
+        self._clock = Clock(self.limits.max_hours, self.saving.minutes)
+        self._signals = Signals()
+        self._told = [False] * 3  # on all ranks alike: some rank has been told to stop, is out of time, should save
         self._grad_norm: Tensor | None = None
         self._waited = 0.0
+        self._waits_told = False
         self._last_log = (self.step, time.perf_counter())
         self._saved_step = self.step if resume_checkpoint else -1
 
@@ -111,47 +134,87 @@ class TrainLoop:
         return self.batch_size * self.world
 
     @property
+    def save_interval(self) -> int:
+        """Steps between checkpoints."""
+        return self.saving.interval
+
+    @save_interval.setter
+    def save_interval(self, steps: int) -> None:
+        self.saving = dataclasses.replace(self.saving, interval=steps)
+
+    @property
     def last_step(self) -> int | None:
         """Where training stops by itself; None if it does not."""
-        limits = [limit for limit in (self.lr_anneal_steps, self.max_steps) if limit > 0]
+        limits = [limit for limit in (self.lr_anneal_steps, self.limits.last_step(self.global_batch)) if limit]
         return min(limits) if limits else None
 
     # ---- the loop ----
 
     def run_loop(self) -> None:
-        """Train until a limit is reached or, in a single process, Ctrl-C; logs, saves and previews on the way."""
+        """Train until a limit is reached or a signal says to stop; logs, saves and previews on the way.
+
+        Raises:
+            Diverged: losses or gradients are not finite; nothing of them has reached weights or files.
+            ValueError: the data are not what the network is for, or memory has ended.
+        """
         self.model.train()
-        if self.resumed:
-            logger.log(self.resumed)
+        for line in self.resumed:
+            logger.log(line)
+        if self.last_step is None and not self.limits.max_hours:
+            logger.log("note: nothing ends this run but a signal (Ctrl-C, SIGTERM, SIGUSR1: each saves first): --max_steps, "
+                       "--max_images and --max_hours set limits")
         self._last_log = (self.step, time.perf_counter())
         bar = tqdm(total=self.last_step, initial=self.step, unit="step", desc="training",
                    disable=None if dist_util.is_main() else True)
-        # Ranks are interrupted at different steps: only a lone process can end by itself with a consistent checkpoint.
-        with bar, _CtrlC(enabled=self.world == 1) as ctrl_c:
-            while (self.last_step is None or self.step < self.last_step) and not ctrl_c.pressed:
-                self.run_step(*self._next_batch())
-                bar.update()
-                if self._after_step():
-                    return
-        if ctrl_c.pressed:
-            name = checkpoint.checkpoint_name("model", self.step)
-            logger.log(f"interrupted after step {self.step}: saving (a second Ctrl-C gives up); to continue, add "
-                       f"--resume_checkpoint {os.path.join(logger.get_dir(), name)}")
+        with bar, Signals() as self._signals:
+            why = self._run_until_told(bar)
+        if why:
+            logger.log(f"{why} after step {self.step}: saving; the same command with --resume auto and --out_dir "
+                       f"{logger.get_dir()} continues")
         if self.step != self._saved_step:
             self.save()
+
+    def _run_until_told(self, bar: tqdm) -> str:
+        """Steps until the end; returns what ended it before a limit, '' otherwise."""
+        first = True
+        while self.last_step is None or self.step < self.last_step:
+            batch, cond = self._next_batch()
+            if first:
+                check_batch(batch, cond, self.model, self.batch_size)
+                if note := range_note(batch):
+                    logger.log(note)
+                first = False
+            try:
+                self.run_step(batch, cond)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise ValueError(memory_advice(self.microbatch, self.batch_size, self.precision.mode,
+                                               bool(getattr(self.model, "use_checkpoint", False)), self.device)) from error
+            bar.update()
+            stop, over, save_due = self._told
+            ended = self._after_step(save_due)
+            if stop:
+                return f"{self._signals.received or 'another process was told to stop'}: stopped"
+            if over:
+                return f"--max_hours {self.limits.max_hours:g} are over: stopped"
+            if ended:
+                return ""
+        return ""
 
     def _log_due(self, step: int) -> bool:
         return step % self.log_interval == 0 or step in (1, self.last_step)
 
-    def _after_step(self) -> bool:
+    def _after_step(self, save_due: bool) -> bool:
         """Whatever is due after an update; True if the loop is to end."""
-        if self.eval_interval and self.validate and self.step % self.eval_interval == 0:
-            self._validate()  # before the log line, which shows its numbers
+        if self.eval_interval and self.step % self.eval_interval == 0:
+            self._evaluate()  # before the log line, which shows its numbers
         if self._log_due(self.step):
             self.log_step()
         if self.sample_interval and self.preview and self.step % self.sample_interval == 0:
-            self._draw_preview()
-        if self.step % self.save_interval == 0:
+            path = self._with_averages(self.preview)
+            logger.log(f"step {self.step}: samples in {path}")
+        if save_due or self.step % self.saving.interval == 0:
             self.save()
             if os.environ.get("DIFFUSION_TRAINING_TEST"):
                 return True  # what tests of existing scripts set to end after the first save
@@ -166,48 +229,86 @@ class TrainLoop:
     # ---- one step ----
 
     def run_step(self, batch: Tensor, cond: dict[str, Tensor]) -> None:
-        """One update from this rank's images [N, C, H, W] and their conditions."""
+        """One update from this rank's images [N, C, H, W] and their conditions.
+
+        An update whose losses or gradients are not finite, on whichever rank, is left out on all: weights, averages, optimizer and
+        timestep sampler stay as they were.
+
+        Raises:
+            Diverged: a loss is not finite (other than in fp16), or max_skipped updates in a row were left out.
+        """
         self._set_lr()
-        self.forward_backward(batch, cond)
+        t, losses, weights = self.forward_backward(batch, cond)
         self.precision.unscale(self.opt)
-        if self._log_due(self.step + 1):
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self._grad_norm = torch.nn.utils.get_total_norm(grads)
-        self.precision.step(self.opt)
-        for ema in self.emas:
-            ema.update(self.model)
+        self._grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        bad_loss = not bool(torch.isfinite(losses["loss"]).all())
+        bad_gradient = not bool(torch.isfinite(self._grad_norm))
+        flags = dist_util.any_rank(
+            bad_loss, bad_gradient, bool(self._signals.received), self._clock.over, self._clock.save_due)
+        self._told = flags[2:]
+        if any(flags[:2]):
+            self._skip(flags[0], batch, cond, t)
+        else:
+            self.skipped_in_a_row = 0
+            self.statistics.add(t, losses, weights)
+            self.schedule_sampler.update(t, losses["loss"])
+            self.precision.step(self.opt)
+            for ema in self.emas:
+                ema.update(self.model)
         self.step += 1
 
-    def forward_backward(self, batch: Tensor, cond: dict[str, Tensor]) -> None:
-        """Gradients of the mean loss over the global batch, from microbatches; tells the timestep sampler the losses."""
+    def forward_backward(self, batch: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Losses, Tensor]:
+        """Gradients of the mean loss over the global batch, from microbatches.
+
+        Returns: t [N], the losses [N] each, and the weights [N] that the timestep sampler gives them.
+        """
         self.opt.zero_grad(set_to_none=True)
         n = batch.shape[0]
-        position = torch.arange(self.rank * n, (self.rank + 1) * n)  # on the host: noise.py looks at its range
-        uniforms = noise.uniform(self.seed, Stream.TIMESTEP, position, self.step, device=self.device)
-        t, weights = self.schedule_sampler.sample(n, self.device, uniforms)
-        seen: list[Tensor] = []
-        for number, start in enumerate(range(0, n, self.microbatch)):
-            part = slice(start, start + self.microbatch)
-            last = start + self.microbatch >= n
-            losses = self._microbatch_losses(batch[part], {k: v[part] for k, v in cond.items()}, t[part],
-                                             position[part], number)
+        t, weights = self._draw_t(n)
+        parts: list[Losses] = []
+        for number, part in enumerate(self.microbatches(n)):
+            losses = self.microbatch_losses(batch, cond, t, part, number)
             loss = (losses["loss"] * weights[part]).sum() / n
-            with contextlib.nullcontext() if last or self.world == 1 else self.ddp_model.no_sync():
+            with contextlib.nullcontext() if part.stop >= n or self.world == 1 else self.ddp_model.no_sync():
                 self.precision.backward(loss)
-            self.statistics.add(t[part], losses, weights[part])
-            seen.append(losses["loss"].detach())
-        self.schedule_sampler.update(t, torch.cat(seen))
+            parts.append({name: values.detach() for name, values in losses.items()})
+        return t, {name: torch.cat([losses[name] for losses in parts]) for name in parts[0]}, weights
 
-    def _microbatch_losses(
-        self, images: Tensor, cond: dict[str, Tensor], t: Tensor, position: Tensor, number: int
+    def _draw_t(self, n: int) -> tuple[Tensor, Tensor]:
+        uniforms = noise.uniform(self.seed, Stream.TIMESTEP, self._positions(n), self.step, device=self.device)
+        return self.schedule_sampler.sample(n, self.device, uniforms)
+
+    def _positions(self, n: int) -> Tensor:
+        """Of this rank's images in the global batch; on the host, since noise.py looks at their range."""
+        return torch.arange(self.rank * n, (self.rank + 1) * n)
+
+    def microbatches(self, n: int) -> list[slice]:
+        return [slice(start, start + self.microbatch) for start in range(0, n, self.microbatch)]
+
+    def _skip(self, bad_loss: bool, batch: Tensor, cond: dict[str, Tensor], t: Tensor) -> None:
+        """Leave this update out, or give up if there is no hope."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if bad_loss and self.precision.mode != "fp16":
+            raise Diverged(f"the loss is not finite at step {self.step + 1}: {diagnose(self, batch, cond, t)}")
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise Diverged(f"no finite gradient in {self.skipped_in_a_row} steps in a row, the last of them step {self.step + 1}: "
+                           f"{diagnose(self, batch, cond, t)}")
+        logger.log(f"step {self.step + 1} left out: its gradients are not finite. "
+                   + (self.precision.skip() or f"{self.max_skipped} in a row would end the run"))
+
+    def microbatch_losses(
+        self, batch: Tensor, cond: dict[str, Tensor], t: Tensor, part: slice, number: int, model: nn.Module | None = None
     ) -> Losses:
-        images = images.to(self.device, non_blocking=True)
-        cond = {k: v.to(self.device, non_blocking=True) for k, v in cond.items()}
+        """The losses of the images `part`, with a graph for gradients; `model` instead of the one that averages over ranks."""
+        images = batch[part].to(self.device, non_blocking=True)
+        cond = {k: v[part].to(self.device, non_blocking=True) for k, v in cond.items()}
+        position = self._positions(len(batch))[part]
         epsilon = noise.normal(self.seed, Stream.EPSILON, position, self.step, images.shape[1:], self.device)
         xi = functools.partial(self._xi, position)
         torch.manual_seed(self._dropout_seed(number))
         with self.precision.autocast():
-            return self.objective(self.ddp_model, images, t, cond, epsilon, xi)
+            return self.objective(model or self.ddp_model, images, t[part], cond, epsilon, xi)
 
     def _training_losses(
         self, model: Callable[..., Tensor], images: Tensor, t: Tensor, cond: dict[str, Tensor], epsilon: Tensor,
@@ -237,7 +338,8 @@ class TrainLoop:
         step, now = self.step, time.perf_counter()
         since, then = self._last_log
         seconds = now - then
-        losses = self.statistics.reduce()
+        # The last line of a run that may be continued must not break the means of the next one.
+        losses = self.statistics.reduce(keep=step == self.last_step and step % self.log_interval != 0)
         logger.logkv("step", step)
         logger.logkv("loss", losses.pop("loss", math.nan))
         if self._grad_norm is not None:
@@ -250,78 +352,66 @@ class TrainLoop:
         logger.logkv("lr", self.opt.param_groups[0]["lr"])
         if self.precision.mode == "fp16":
             logger.logkv("loss_scale", self.precision.scaler.get_scale())
+        if self.skipped:
+            logger.logkv("skipped", self.skipped)
         logger.logkvs(losses)
         logger.dumpkvs()
+        if step > since + 1 and self._waited > 0.2 * seconds and not self._waits_told:
+            self._waits_told = True
+            logger.log(f"note: {self._waited / seconds:.0%} of the time is spent waiting for images: raise --num_workers or "
+                       "--cache_mb, or pass an npz that is not compressed instead of a folder")
         self._last_log, self._waited = (step, now), 0.0
 
-    def _validate(self) -> None:
-        self.model.eval()
-        with torch.no_grad(), self.precision.autocast():
-            numbers = self.validate(self.model, self.step)
-        self.model.train()
+    def _evaluate(self) -> None:
+        numbers: dict[str, float] = {}
+        if self.validate:
+            self.model.eval()
+            with torch.no_grad(), self.precision.autocast():
+                numbers |= self.validate(self.model, self.step)
+            self.model.train()
+        if self.evaluate:
+            numbers |= self._with_averages(self.evaluate)
         for name, value in numbers.items():
             logger.logkv_mean(name, value)
 
-    def _draw_preview(self) -> None:
-        """A picture from the first EMA's weights, which the network borrows for the calls."""
+    def _with_averages(self, use: Callable[[Callable[..., Tensor], int], Any]) -> Any:
+        """Call use(network, step), the network having the first EMA's weights for the calls."""
         weights = self.emas[0].weights if self.emas else dict(self.model.named_parameters())
         self.model.eval()
         with torch.no_grad(), self.precision.autocast():
-            path = self.preview(functools.partial(_call_with, self.model, weights), self.step)
+            result = use(functools.partial(_call_with, self.model, weights), self.step)
         self.model.train()
-        logger.log(f"step {self.step}: samples in {path}")
+        return result
 
     # ---- keeping ----
 
     def save(self) -> None:
-        """Write the checkpoint of this step; a collective."""
+        """Write the checkpoint of this step, then remove what the policy does not keep; a collective.
+
+        Raises:
+            ValueError: it cannot be written; what was there before is untouched. Or it would hold a NaN.
+        """
+        statistics = self.statistics.state_dict()  # a collective
+        complaint = None
         if dist_util.is_main():
-            parts = {"model": self.model.state_dict(), **{ema.name: ema.state_dict() for ema in self.emas},
-                     "opt": self.opt.state_dict()}
-            state = {"step": self.step, "images_seen": self.step * self.global_batch, "seed": self.seed,
-                     "world": self.world, "sampler": self.schedule_sampler.state_dict(),
-                     "scaler": self.precision.state_dict()}
-            path = checkpoint.save_set(logger.get_dir(), self.step, parts, state)
-            logger.log(f"step {self.step}: saved {path}")
+            try:
+                path = checkpoint.save_set(logger.get_dir(), self.step, *run_state.gather(self, statistics))
+                removed = checkpoint.prune(logger.get_dir(), self.saving)
+                logger.log(f"step {self.step}: saved {path}"
+                           + (f"; removed step {', '.join(map(str, removed))}" if removed else ""))
+            except (OSError, ValueError) as error:
+                last = checkpoint.newest(logger.get_dir())
+                complaint = (f"the checkpoint of step {self.step} could not be saved in {logger.get_dir()}: {error}. The last complete "
+                             f"one is {last or 'none'}; with the cause removed, the same command with --resume auto continues")
+        complaint = dist_util.broadcast_object(complaint)
+        if complaint:
+            raise ValueError(complaint)
         self._saved_step = self.step
-        dist_util.barrier()
+        self._clock.saved()
 
-    def _resume(self, path: str) -> None:
-        """Continue where a checkpoint ended: weights, averages, optimizer, timestep sampler, data position."""
-        parts, state = checkpoint.load_set(path, [ema.name for ema in self.emas])
-        self.model.load_state_dict(parts["model"])
-        for ema in self.emas:
-            ema.load_state_dict(parts[ema.name])
-        self.opt.load_state_dict(parts["opt"])
-        self.schedule_sampler.load_state_dict(state["sampler"])
-        self.precision.load_state_dict(state["scaler"])
-        self.step = state["step"]
-        self.resumed = f"continuing from {path}: {self.step} updates done"
-        if hasattr(self.data, "seek"):
-            self.data.seek(self.step)
-        else:
-            self.resumed += "; the data iterator cannot be moved, so its images start again from the beginning"
-
-
-class _CtrlC:
-    """In its block, the first Ctrl-C sets `pressed` instead of breaking into the middle of an update; the second breaks."""
-
-    def __init__(self, enabled: bool) -> None:
-        self.pressed = False
-        self._enabled = enabled and threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> _CtrlC:
-        if self._enabled:
-            self._before = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def _press(self, *_: Any) -> None:
-        self.pressed = True
-        signal.signal(signal.SIGINT, self._before)
-
-    def __exit__(self, *_: Any) -> None:
-        if self._enabled:
-            signal.signal(signal.SIGINT, self._before)
+    def _resume(self, path: str) -> list[str]:
+        """Take over the whole set of a checkpoint; returns what to tell. (Drop-in loops accept less.)"""
+        return run_state.restore(self, path)
 
 
 def _call_with(model: nn.Module, weights: dict[str, Tensor], x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:

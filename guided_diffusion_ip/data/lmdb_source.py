@@ -1,0 +1,71 @@
+"""Images in an LMDB folder, as LSUN is published: key -> the bytes of a webp or jpeg file."""
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from PIL import Image
+
+from .image_io import decode_image
+from .sources import Source
+
+
+def lmdb_package() -> Any:
+    """The module lmdb.
+
+    Raises:
+        ValueError: not installed.
+    """
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ValueError("LSUN is published as an LMDB, which needs the lmdb package: pip install lmdb "
+                         "(or the extra [lsun])") from error
+    return lmdb
+
+
+class LmdbSource(Source):
+    """The images of an LMDB folder, in the order of their keys; `names` are the keys.
+
+    Raises:
+        ValueError: the lmdb package is missing, or there is no database of images.
+    """
+
+    kind = "lmdb"
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._env: Any = None
+        if not os.path.isfile(os.path.join(path, "data.mdb")):
+            packed = " (unpack the zip first)" if path.lower().endswith(".zip") else ""
+            raise ValueError(f"{path} is no LMDB folder, which has a file data.mdb{packed}")
+        with self._open().begin() as transaction, transaction.cursor() as cursor:
+            # latin-1 maps bytes to characters one to one, whatever the keys are.
+            names = [key.decode("latin-1") for key in cursor.iternext(keys=True, values=False)]
+        super().__init__(path, names, class_cond=False)
+
+    def image(self, i: int, channels: int) -> Image.Image:
+        name = f"{self.path}: key {self.names[i]}"
+        with self._open().begin(buffers=False) as transaction:
+            data = transaction.get(self.names[i].encode("latin-1"))
+        if data is None:
+            raise ValueError(f"{name} is not there any more")
+        return decode_image(data, channels, name)
+
+    def close(self) -> None:
+        if self._env is not None and self._owner == os.getpid():
+            self._env.close()
+        self._env = None
+
+    def _open(self) -> Any:
+        lmdb = lmdb_package()
+        if self._env is None or self._owner != os.getpid():  # an environment must not cross a fork
+            try:
+                self._env = lmdb.open(self.path, readonly=True, lock=False, create=False, readahead=False)
+            except lmdb.Error as error:
+                raise ValueError(f"{self.path} cannot be read as an LMDB: {error}") from error
+            self._owner = os.getpid()
+        return self._env
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_env": None}

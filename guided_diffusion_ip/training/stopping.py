@@ -1,0 +1,72 @@
+"""When training ends: limits, and signals that mean "save and go"."""
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+# Ctrl-C; what schedulers and launchers send; what Slurm sends ahead of time (--signal=USR1@120).
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """0 means none. Steps, images (over all processes), and hours of this process, not counting those before a resume."""
+
+    max_steps: int = 0
+    max_images: int = 0
+    max_hours: float = 0
+
+    def last_step(self, global_batch: int) -> int | None:
+        """The step at which one of the first two is reached; None without them."""
+        steps = [self.max_steps, -(-self.max_images // global_batch)]
+        return min((limit for limit in steps if limit > 0), default=None)
+
+
+@dataclass
+class Signals:
+    """In its block, the first signal of SIGNALS is noted in `received` instead of breaking into the middle of an update.
+
+    A second Ctrl-C breaks. Does nothing outside the main thread, where Python takes no signals.
+    """
+
+    received: str = ""
+    _before: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for name in SIGNALS:
+                if number := getattr(signal, name, None):
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number).name
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+class Clock:
+    """Is it over, or due, by the clock? Ranks differ by moments: they have to agree on the answers."""
+
+    def __init__(self, max_hours: float, save_minutes: float) -> None:
+        self._start = self._saved = time.monotonic()
+        self._max_hours, self._save_minutes = max_hours, save_minutes
+
+    def saved(self) -> None:
+        self._saved = time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        return 0 < self._max_hours <= (time.monotonic() - self._start) / 3600
+
+    @property
+    def save_due(self) -> bool:
+        return 0 < self._save_minutes <= (time.monotonic() - self._saved) / 60

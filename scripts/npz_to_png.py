@@ -1,0 +1,60 @@
+"""Pictures out of an npz of images, or an npz out of pictures.
+
+    python scripts/npz_to_png.py samples.npz --out pictures             # pictures/000000.png ...
+    python scripts/npz_to_png.py samples.npz --out grid.png --count 64  # one picture of the first 64
+    python scripts/npz_to_png.py pictures --out images.npz              # a folder or zip -> arr_0 uint8 [N, H, W, C]
+
+With labels (arr_1), pictures go to a folder per class (--classes False: not), and a grid has them as captions.
+"""
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from guided_diffusion_ip.config import command, parse
+from guided_diffusion_ip.data.dataset_prep import write_image_folder, write_image_npz
+from guided_diffusion_ip.data.image_io import save_grid
+from guided_diffusion_ip.data.npz_io import NpzReader
+from guided_diffusion_ip.evaluation.images import ImageFile, open_images
+from guided_diffusion_ip.script_util import parse_image_size
+
+
+def main() -> None:
+    cfg = parse("npz_to_png", __doc__)
+    if not cfg.data or not cfg.out:
+        raise ValueError("give what to read and what to write: npz_to_png.py samples.npz --out pictures (see --help)")
+    if os.path.exists(cfg.out) and not cfg.overwrite and not (os.path.isdir(cfg.out) and not os.listdir(cfg.out)):
+        raise ValueError(f"{cfg.out} is there already: choose another name, or --overwrite True for a file")
+    size = parse_image_size(cfg.image_size) if cfg.image_size else None
+    images = open_images(cfg.data, "images", size)
+    count = min(cfg.count or images.n, images.n)
+    if cfg.out.lower().endswith(".npz"):
+        if images.kind == "npz":
+            raise ValueError(f"{cfg.data} is an npz already; --out {cfg.out} asks for another: give a folder or a .png")
+        write_image_npz(cfg.out, (images.rows(i, i + 1)[0] for i in tqdm(range(count), unit="img", disable=None)),
+                        (count, *images.shape), preprocessing=images.preprocessing)
+    elif cfg.out.lower().endswith(".png"):
+        labels = read_labels(images, count)
+        save_grid(images.rows(0, count), cfg.out, captions=None if labels is None else [str(y) for y in labels])
+    else:
+        labels = read_labels(images, count) if cfg.classes else None
+        names = [None] * count if labels is None else [str(y) for y in labels]
+        pictures = ((images.rows(i, i + 1)[0], names[i]) for i in tqdm(range(count), unit="img", disable=None))
+        write_image_folder(cfg.out, pictures, digits=6, preprocessing=images.preprocessing)
+    print(f"{cfg.out}: {count} of {images.n} images, {' x '.join(map(str, images.shape))}")
+
+
+def read_labels(images: ImageFile, count: int) -> np.ndarray | None:
+    """arr_1 of the first `count` images, if the file has it."""
+    if images.kind != "npz":
+        return None
+    with NpzReader(images.path) as reader:
+        if "arr_1" not in reader.keys or reader.shape("arr_1") != (images.n,):
+            return None
+        return reader.rows("arr_1", 0, count)
+
+
+if __name__ == "__main__":
+    command(main)

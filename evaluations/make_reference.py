@@ -10,14 +10,13 @@ training does, and the file says so (`preprocessing`), so that evaluator.py can 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import numpy as np
 
 from guided_diffusion_ip import dist_util
 from guided_diffusion_ip.config import command, parse
 from guided_diffusion_ip.data.npz_io import NpzWriter
-from guided_diffusion_ip.evaluation.images import ImageFile, open_images
+from guided_diffusion_ip.evaluation.images import Subset, open_images
 from guided_diffusion_ip.evaluation.reference import statistics_arrays
 from guided_diffusion_ip.evaluation.set_features import extract
 from guided_diffusion_ip.evaluation.setup import open_space
@@ -48,23 +47,14 @@ def main() -> None:
         keep = images.n if cfg.keep_images < 0 else min(cfg.keep_images, images.n)
         with NpzWriter(cfg.out) as out:
             if keep:
-                out.write("arr_0", (keep, *images.shape), np.uint8, chosen(images, keep, cfg.batch_size))
+                # Spread evenly over the set, whose order often is that of classes.
+                some = Subset(images, np.arange(keep) * images.n // keep)
+                out.write("arr_0", (keep, *images.shape), np.uint8, some.batches(0, keep, cfg.batch_size))
             for name, array in arrays.items():
                 out.write(name, array.shape, array.dtype, [array])
         say(f"{cfg.out}: {', '.join(arrays)} of {images.n} images" + (f", and {keep} of them as arr_0" if keep else ""))
     dist_util.barrier()
     dist_util.cleanup()
-
-
-def chosen(images: ImageFile, keep: int, size: int) -> Iterator[np.ndarray]:
-    """`keep` images spread evenly over the set (whose order often is that of classes), in batches."""
-    index = np.arange(keep) * images.n // keep
-    for start in range(0, keep, size):
-        part = index[start:start + size]
-        if part[-1] - part[0] + 1 == len(part):
-            yield images.rows(int(part[0]), int(part[-1]) + 1)
-        else:
-            yield np.concatenate([images.rows(int(i), int(i) + 1) for i in part])
 
 
 if __name__ == "__main__":

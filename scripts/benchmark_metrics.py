@@ -42,7 +42,7 @@ def features(n: int, dim: int, seed: int) -> np.ndarray:
     """float32 [n, dim], ReLU of normal numbers of unequal scales: about as spread as features of a network."""
     rng = np.random.default_rng(seed)
     scale = rng.uniform(0.3, 1, dim).astype(np.float32)
-    return np.maximum(rng.standard_normal((n, dim), dtype=np.float32) * scale + 0.1 * seed, 0)
+    return np.maximum(rng.standard_normal((n, dim), dtype=np.float32) * scale + 0.01 * seed, 0)
 
 
 def frechet(dim: int, repeats: int) -> None:

@@ -10,7 +10,8 @@ import torch
 from guided_diffusion_ip import dist_util, script_util
 from guided_diffusion_ip.config import Config, command, parse
 from guided_diffusion_ip.generation.sample_batch import Sampler
-from guided_diffusion_ip.training.preview import Preview
+from guided_diffusion_ip.training.evaluation import make_evaluation
+from guided_diffusion_ip.training.preview import Preview, drawn_classes
 from guided_diffusion_ip.training.run import add_null_class, choose_out_dir, make_loop, open_data, run, settle_batch
 
 
@@ -21,17 +22,16 @@ def main() -> None:
     # Everything that wrong input can break comes before anything is written.
     add_null_class(cfg)
     model, diffusion = create(cfg)
-    preview_diffusion = (create(cfg, timestep_respacing=cfg.sample_respacing, loss_weighting="uniform")[1]
-                         if cfg.sample_interval else None)
     messages: list[str] = []
     size = script_util.parse_image_size(cfg.image_size)
     data = open_data(cfg, size, class_cond=cfg.class_cond, log=messages.append, class_dropout=cfg.class_dropout)
     out_dir, shape = choose_out_dir(cfg), (cfg.in_channels, *size)
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
-    preview = preview_diffusion and Preview(
-        Sampler(preview_diffusion, shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size,
-        list(range(len(data.classes))) if cfg.class_cond else None)
-    loop = make_loop(cfg, model, diffusion, data, preview, out_dir, messages)
+    drawn = drawn_classes(cfg.seed, len(data.classes) if cfg.class_cond else 0)
+    preview = cfg.sample_interval and Preview(
+        Sampler(sampling_process(cfg, cfg.sample_respacing), shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size, drawn)
+    evaluation = cfg.eval_interval and make_evaluation(cfg, sampling_process(cfg, cfg.eval_respacing), shape, drawn)
+    loop = make_loop(cfg, model, diffusion, data, preview, out_dir, messages, evaluation)
     run(loop, cfg, out_dir, shape, messages)
 
 
@@ -40,6 +40,11 @@ def create(cfg: Config, **process):
     torch.manual_seed(cfg.seed)
     flags = {**cfg.section("model"), **cfg.section("diffusion"), "timestep_respacing": cfg.timestep_respacing}
     return script_util.create_model_and_diffusion(**{**flags, **process, "use_fp16": False})
+
+
+def sampling_process(cfg: Config, timestep_respacing: str):
+    """The process of pictures and evaluations on the way, which knows no losses."""
+    return create(cfg, timestep_respacing=timestep_respacing, loss_weighting="uniform")[1]
 
 
 if __name__ == "__main__":

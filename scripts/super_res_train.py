@@ -16,6 +16,7 @@ from guided_diffusion_ip.config import Config, command, parse
 from guided_diffusion_ip.data.image_io import save_grid, to_uint8
 from guided_diffusion_ip.data.super_resolution import SuperResolutionStream, check_sizes
 from guided_diffusion_ip.generation.sample_batch import Sampler
+from guided_diffusion_ip.training.evaluation import make_evaluation
 from guided_diffusion_ip.training.preview import Preview
 from guided_diffusion_ip.training.run import add_null_class, choose_out_dir, make_loop, open_data, run, settle_batch
 
@@ -29,23 +30,26 @@ def main() -> None:
     large, small = (script_util.parse_image_size(size) for size in (cfg.large_size, cfg.small_size))
     check_sizes(large, small)
     model, diffusion = create(cfg)
-    preview_diffusion = (create(cfg, timestep_respacing=cfg.sample_respacing, loss_weighting="uniform")[1]
-                         if cfg.sample_interval else None)
     messages: list[str] = []
     data = SuperResolutionStream(
         open_data(cfg, large, class_cond=cfg.class_cond, log=messages.append, class_dropout=cfg.class_dropout), large, small)
     messages.append(f"low-resolution images: {small[0]} x {small[1]}, by area averaging")
-    examples = data.examples(cfg.sample_count) if cfg.sample_interval else None
+    count = max(cfg.sample_count if cfg.sample_interval else 0, cfg.eval_samples if cfg.eval_interval else 0)
+    examples = data.examples(count) if count else None
     out_dir, shape = choose_out_dir(cfg), (cfg.in_channels, *large)
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
-    preview = examples and Preview(
-        Sampler(preview_diffusion, shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size,
-        kwargs_for=lambda index: {name: value[[i % cfg.sample_count for i in index]]
-                                  for name, value in examples[1].items()})
-    loop = make_loop(cfg, model, diffusion, data, preview, out_dir, messages)
-    if examples and dist_util.is_main():
-        save_grid(to_uint8(examples[1]["low_res"]), os.path.join(out_dir, "low_res.png"))
-        save_grid(to_uint8(examples[0]), os.path.join(out_dir, "large.png"))
+
+    def conditions(index: list[int]) -> dict[str, torch.Tensor]:
+        return {name: value[index] for name, value in examples[1].items()}
+
+    preview = cfg.sample_interval and Preview(
+        Sampler(sampling_process(cfg, cfg.sample_respacing), shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size,
+        conditions)
+    evaluation = cfg.eval_interval and make_evaluation(cfg, sampling_process(cfg, cfg.eval_respacing), shape, conditions)
+    loop = make_loop(cfg, model, diffusion, data, preview, out_dir, messages, evaluation)
+    if cfg.sample_interval and dist_util.is_main():
+        save_grid(to_uint8(examples[1]["low_res"][:cfg.sample_count]), os.path.join(out_dir, "low_res.png"))
+        save_grid(to_uint8(examples[0][:cfg.sample_count]), os.path.join(out_dir, "large.png"))
     run(loop, cfg, out_dir, shape, messages)
 
 
@@ -55,6 +59,11 @@ def create(cfg: Config, **process):
     flags = {**cfg.section("model"), **cfg.section("super_res"), **cfg.section("diffusion"),
              "timestep_respacing": cfg.timestep_respacing}
     return script_util.sr_create_model_and_diffusion(**{**flags, **process, "use_fp16": False})
+
+
+def sampling_process(cfg: Config, timestep_respacing: str):
+    """The process of pictures and evaluations on the way, which knows no losses."""
+    return create(cfg, timestep_respacing=timestep_respacing, loss_weighting="uniform")[1]
 
 
 if __name__ == "__main__":

@@ -172,7 +172,15 @@ def test_ranks_that_are_not_in_a_collective_are_ended_too(ranks):
 
 
 def test_both_survivors_name_the_rank_that_died(ranks):
-    run = ranks(3, "exchange(0.3)\nif rank == 1: die()\nexchange()")
+    run = ranks(3, """
+        exchange(0.3)
+        if rank == 1: die()
+        if rank == 2: dist.recv(torch.ones(1), src=1)
+        if rank == 0:
+            time.sleep(2)
+            assert dist_util.absent_ranks()[0] == [1]  # and not rank 2, whose end is a consequence
+        exchange()
+    """)
     for code, output in run.end(0, 2, within=10):
         assert code == 1 and "rank 1 of 3 is gone" in one_error(output), output
 
@@ -197,7 +205,8 @@ def test_a_mistake_on_all_ranks_is_shown_once_or_twice_and_exits_2(ranks):
 def test_a_stopped_rank_is_named_after_the_limit(ranks):
     waiting = ranks(3, "dist.barrier()\nif rank == 1: time.sleep(60)\ndist.barrier()", GUIDED_DIFFUSION_IP_TIMEOUT="5")
     without_hub = ranks(2, "dist.barrier()\nif rank == 0: time.sleep(60)\ndist.barrier()", GUIDED_DIFFUSION_IP_TIMEOUT="5")
-    suspended = ranks(2, "exchange(3)", GUIDED_DIFFUSION_IP_TIMEOUT="5")  # the whole job, as schedulers do
+    # The whole job, as schedulers do.
+    suspended = ranks(2, "exchange(3)\nprint(dist_util.absent_ranks(0))\ndist.barrier()", GUIDED_DIFFUSION_IP_TIMEOUT="5")
     time.sleep(0.5)
     for rank in (0, 1):
         suspended.send(rank, signal.SIGSTOP)
@@ -211,14 +220,18 @@ def test_a_stopped_rank_is_named_after_the_limit(ranks):
     assert time.monotonic() - begin > 6
     for rank in (0, 1):
         suspended.send(rank, signal.SIGCONT)
-    assert suspended.end(0, 1, within=15) == [(0, "here\n"), (0, "here\n")]
+        time.sleep(1)
+    assert suspended.end(0, 1, within=15) == [(0, "here\n([], '')\n")] * 2
 
 
 def test_ranks_that_end_seconds_apart_are_quiet(ranks):
     # PyDLL keeps the interpreter's lock: nothing else in the process runs meanwhile.
     body = """
         exchange(0.1)
-        if rank == {}: time.sleep(1); ctypes.PyDLL(None).usleep(3_500_000)
+        if rank == {}:
+            ctypes.PyDLL(None).usleep(3_500_000)
+            time.sleep(1.5)
+            assert "has ended as if all was done" in dist_util.absent_ranks(0)[1]
         if rank == 0: dist_util.cleanup()
     """
     for run in [ranks(2, body.format(late), end, GUIDED_DIFFUSION_IP_TIMEOUT="5")

@@ -6,16 +6,19 @@ torch.distributed itself, and `cleanup()` last.
     launcher     the environment -> rank and world (torchrun, srun, mpiexec, nobody)
     rendezvous   the process group; the only file that imports mpi4py
     watchdog     a rank that dies or fails ends all others, which say who it was
+    endings      an error in one of several processes -> what it says, tells and exits with
     collectives  gather, broadcast, agree
     loading      a checkpoint file -> tensors, never code
 """
-from .collectives import (all_gather_tensor, any_rank, barrier, broadcast_object, check_in_sync,
+from .collectives import (all_gather_rows, all_gather_tensor, any_rank, barrier, broadcast_object, check_in_sync,
                           sync_params)
+from .endings import end_process
 from .launcher import LaunchInfo, env_rank, launch_info
 from .loading import load_state_dict
 from .rendezvous import cleanup, dev, get_rank, get_world_size, is_main, setup_dist
-from .watchdog import absent_ranks, end_process, report_failure
+from .watchdog import absent_ranks, report_failure
 
-__all__ = ["LaunchInfo", "absent_ranks", "all_gather_tensor", "any_rank", "barrier", "broadcast_object", "check_in_sync",
-           "cleanup", "dev", "end_process", "env_rank", "get_rank", "get_world_size", "is_main", "launch_info",
-           "load_state_dict", "report_failure", "setup_dist", "sync_params"]
+__all__ = ["LaunchInfo", "absent_ranks", "all_gather_rows", "all_gather_tensor", "any_rank", "barrier",
+           "broadcast_object", "check_in_sync", "cleanup", "dev", "end_process", "env_rank", "get_rank",
+           "get_world_size", "is_main", "launch_info", "load_state_dict", "report_failure", "setup_dist",
+           "sync_params"]

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -67,6 +68,17 @@ def all_gather_tensor(x: Tensor) -> Tensor:
     parts = [torch.empty_like(sent) for _ in range(get_world_size())]
     dist.all_gather(parts, sent)
     return torch.cat(parts).to(x.device)  # [world * N, ...]
+
+
+def all_gather_rows(rows: np.ndarray) -> np.ndarray:
+    """The rows [n_r, D] of all ranks, one below the other, on every rank; n_r may differ, also be 0 (whatever D then)."""
+    if get_world_size() == 1:
+        return rows
+    shapes = all_gather_tensor(torch.tensor([rows.shape]))  # [world, 2]
+    padded = np.zeros((1, *shapes.amax(dim=0).tolist()), rows.dtype)
+    padded[0, :len(rows), :rows.shape[1]] = rows
+    every = all_gather_tensor(torch.from_numpy(padded)).numpy()
+    return np.concatenate([part[:n] for part, n in zip(every, shapes[:, 0].tolist())])
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import re
+import struct
 import warnings
 from typing import Any
 
@@ -34,7 +35,7 @@ def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
         raise ValueError(f"checkpoint {name}: {found}; give the path of a .pt file") from None
     except torch.OutOfMemoryError:
         raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+    except (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError) as error:
         raise ValueError(_explain(name, error)) from None
 
 

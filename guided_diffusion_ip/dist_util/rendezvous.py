@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from . import watchdog
+from . import endings, watchdog
 from .launcher import Env, LaunchInfo, choose_gpu, has_master, launch_info, number, slurm_address
 
 # Dead ranks are the watchdog's business. What is left to collectives is ranks that live but do not
@@ -125,8 +125,8 @@ def _cleanup_at_exit() -> None:
         cleanup()
         return
     # Others may wait for us in a collective: no cleanup, which could wait for them.
-    if watchdog.is_watched():
-        if other := watchdog.blame(error):
+    if watchdog.current():
+        if other := endings.blame(error):
             print(f"error: {other}", file=sys.stderr)
         if hasattr(signal, "alarm"):
             # Whatever holds up what follows (communicators with dead peers), the system ends it.

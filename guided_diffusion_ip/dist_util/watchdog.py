@@ -107,17 +107,14 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
+        """Until close()."""
         self._thread.start()
 
     def report(self, text: str) -> tuple[int, str] | None:
         """See report_failure."""
         self._reported = True
-        if not self._lock.acquire(timeout=1):
-            return None
-        try:
+        with self._lock:  # held for moments only: nothing done with it waits
             self._fail(self.rank, f"failed: {text}")
-        finally:
-            self._lock.release()
         until = time.monotonic() + 2
         while not self.failure and self._thread.is_alive() and time.monotonic() < until:
             time.sleep(0.01)  # for rank 0's word on who was first
@@ -143,16 +140,10 @@ class Watchdog:
             self.left.add(self.rank)
             self._say_goodbye()
             self._closed = True
-            for line in self._sockets():
+            for held in self._sockets():
                 with contextlib.suppress(OSError):
-                    line.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        if self._thread is not threading.current_thread():
-            self._thread.join(2 * _BEAT_S)
-
-    def drop(self) -> None:
-        """In a forked child, which must not keep the connections of a parent that dies."""
-        for held in self._sockets():
-            held.close()
+                    held.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._thread.join(2 * _BEAT_S)
 
     def _sockets(self) -> Iterator[socket.socket]:
         yield from (line.socket for line in list(self._lines.values()))
@@ -160,10 +151,8 @@ class Watchdog:
     def _sentence(self, ranks: set[int] | list[int]) -> str:
         if self.failure:
             return f"rank {self.failure[0]} of {self.world} {self.failure[1]}"
-        if not ranks:
-            return ""
         what = _GONE if self.gone.issuperset(ranks) else _QUIET if set(self.silent).issuperset(ranks) else _LEFT
-        return f"rank {', '.join(map(str, sorted(ranks)))} of {self.world} {what}"
+        return f"rank {', '.join(map(str, sorted(ranks)))} of {self.world} {what}" if ranks else ""
 
     def _run(self) -> None:
         beat = last = time.monotonic()
@@ -196,7 +185,8 @@ class Watchdog:
                 if line.rank not in self.left:
                     self.gone.add(line.rank)
                     self._fail(line.rank, _GONE)
-                self._lost(line.rank)
+                elif line.rank == 0:  # is done: nobody is left to hear about the others
+                    self._closed = self.failure is None
 
     def _judge(self, now: float, passed_s: float) -> None:
         for rank, line in self._lines.items():
@@ -210,15 +200,12 @@ class Watchdog:
                 # The main thread may be in a collective for ever, or at work whose result nobody will use.
                 self.left.add(self.rank)
                 self._say_goodbye()
-                _exit(f"error: {self._sentence([])}; this is rank {self.rank}", 1)
+                exit_now(f"error: {self._sentence([])}; this is rank {self.rank}", 1)
 
     def _fail(self, rank: int, what: str) -> None:
         raise NotImplementedError
 
     def _hear(self, line: _Line, message: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    def _lost(self, rank: int) -> None:
         raise NotImplementedError
 
     def _beat(self) -> None:
@@ -261,9 +248,6 @@ class _Hub(Watchdog):
             self.left.add(line.rank)
             self._beat()
 
-    def _lost(self, rank: int) -> None:
-        self._beat()
-
     def _fail(self, rank: int, what: str) -> None:
         self.failure = self.failure or (rank, what)
         self._beat()
@@ -292,10 +276,6 @@ class _Spoke(Watchdog):
         self.gone.update(message["gone"])
         self.left.update(message["left"])
         self.silent = message["silent"]
-
-    def _lost(self, rank: int) -> None:
-        # Rank 0 is done: nobody is left to hear about the others.
-        self._closed = self.failure is None
 
     def _fail(self, rank: int, what: str) -> None:
         if rank == self.rank:
@@ -368,9 +348,9 @@ def stop() -> None:
         watchdog.close()
 
 
-def is_watched() -> bool:
-    """Are there other processes, and a watchdog that knows how they are?"""
-    return _current is not None
+def current() -> Watchdog | None:
+    """This process's watchdog: None in a single process, before the ranks have met and after goodbye."""
+    return _current
 
 
 def report_failure(text: str) -> tuple[int, str] | None:
@@ -392,69 +372,11 @@ def absent_ranks(wait_s: float = 5) -> tuple[list[int], str]:
     return _current.absent(wait_s) if _current else ([], "")
 
 
-def is_failed_collective(error: BaseException | None) -> bool:
-    """Is this, or what it was raised in answer to, an error of exchanging data with other ranks?"""
-    while error is not None:
-        if isinstance(error, dist.DistError):
-            return True
-        # gloo has no exception type of its own, and DDP's come out of autograd.
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo/transport", "NCCL", "ProcessGroup")):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def blame(error: BaseException) -> str:
-    """Who is the cause of the error that ends this rank: one line about another rank, or "" if it is this one.
-
-    In the latter case the others are told. In bounded time, like everything here.
-    """
-    watchdog = _current
-    if watchdog is None:
-        return ""
-    if is_failed_collective(error):
-        ranks, sentence = watchdog.absent(5)
-        if ranks:
-            stop()  # ends as a consequence: the others must not take it for another cause
-            return f"{sentence}; this is rank {watchdog.rank}"
-    report_failure(_in_short(error))
-    return ""
-
-
-def end_process(error: BaseException, line: str, code: int) -> None:
-    """Ends one of several watched processes after `error`, without waiting for any other; does nothing in a single one.
-
-    If another rank is the cause, says so and exits with code 1. Otherwise tells the others, shows `line` (the traceback if it
-    is "") unless another rank shows the same one, and exits with `code`.
-    """
-    watchdog = _current
-    if watchdog is None:
-        return
-    other = blame(error)
-    if other:
-        _exit(f"error: {other}", 1)
-    if not line:
-        sys.excepthook(type(error), error, error.__traceback__)
-    elif watchdog.rank > 0:
-        # A mistake in flags shows on every rank: rank 0 tells of it, and the first that noticed.
-        first, what = watchdog.failure or (watchdog.rank, "")
-        same = first != watchdog.rank and what == f"failed: {_in_short(error)}"
-        line = "" if same else f"rank {watchdog.rank}: {line}"
-    _exit(line, code)
-
-
-def _in_short(error: BaseException) -> str:
-    """One line; names the type unless the message is addressed to the user."""
-    text = " ".join(str(error).split())[:1000]
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
-
-
-def _exit(line: str, code: int) -> NoReturn:
+def exit_now(line: str, code: int) -> NoReturn:
     """Ends the process from any thread, whatever the main one is blocked in, without the exit handlers that could wait."""
     if line:
-        os.write(2, (line + "\n").encode())
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            os.write(2, (line + "\n").encode())
     for child in multiprocessing.active_children():
         child.terminate()  # they hold this process's output open
     # In a thread, because the main one may hold a stream's lock.
@@ -465,9 +387,10 @@ def _exit(line: str, code: int) -> NoReturn:
 
 
 def _forget_in_child() -> None:
+    """A forked child has no watchdog, and must not keep the connections of a parent that dies."""
     global _current
-    if _current:
-        _current.drop()
+    for held in _current._sockets() if _current else ():
+        held.close()
     _current = None
 
 

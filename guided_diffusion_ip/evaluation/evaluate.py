@@ -61,7 +61,7 @@ def unavailable(name: str, space: FeatureSpace, ref_has_images: bool) -> str:
     return ""
 
 
-def evaluate(reference: ImageFile | None, stored: StoredStatistics | None, samples: ImageFile, space: FeatureSpace, *,
+def evaluate(reference: ImageFile | SetFeatures | None, stored: StoredStatistics | None, samples: ImageFile, space: FeatureSpace, *,
              metrics: Sequence[str] = PUBLISHED, num_samples: int = 0, batch_size: int = 64,
              pr_arithmetic: str = "float32", seed: int = 0, device: torch.device | None = None,
              say: Callable[[str], Any] = print) -> Result:
@@ -70,6 +70,7 @@ def evaluate(reference: ImageFile | None, stored: StoredStatistics | None, sampl
     With `stored` statistics, the images of the reference only serve precision, recall and KID.
 
     Args:
+        reference: images, or what has been extracted from them before; None: `stored` alone serves.
         num_samples: the first so many samples; 0: all.
         pr_arithmetic: of the distances of precision and recall; "half" imitates the published evaluator.
         seed: of KID's subsets.
@@ -85,8 +86,8 @@ def evaluate(reference: ImageFile | None, stored: StoredStatistics | None, sampl
     keep = manifold or "kid" in metrics
     moments = any(name in metrics for name in ("fid", "sfid"))
     _enough(samples.n if not num_samples else min(num_samples, samples.n), moments, manifold, "samples")
-    ref: SetFeatures | None = None
-    if reference is not None and (keep or moments and stored is None):
+    ref = reference if isinstance(reference, SetFeatures) else None
+    if isinstance(reference, ImageFile) and (keep or moments and stored is None):
         _enough(reference.n, moments and stored is None, manifold, "reference")
         ref = extract(reference, space, batch_size=batch_size, keep_rows=keep, what="reference",
                       spatial="sfid" in metrics and stored is None)

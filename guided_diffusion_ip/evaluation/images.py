@@ -162,3 +162,31 @@ class _Pictures(ImageFile):
             raise ValueError(f"{self._name}: {self.path}: {self._source.names[i]} is {image.height} x {image.width}, but "
                              f"{self._source.names[0]} is {height} x {width}: give --image_size to scale and crop all")
         return render(image, (height, width))
+
+
+class ArrayImages(ImageFile):
+    """Images in memory, uint8 [N, H, W, C]."""
+
+    kind, path, preprocessing = "array", "(memory)", ""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self._pixels = pixels
+        self.n, self.shape = len(pixels), pixels.shape[1:]
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self._pixels[start:stop]
+
+
+class Subset(ImageFile):
+    """Some images of another set, in the order of `index` [n]."""
+
+    def __init__(self, images: ImageFile, index: np.ndarray) -> None:
+        self._images, self._index = images, index
+        self.path, self.kind, self.preprocessing = images.path, images.kind, images.preprocessing
+        self.n, self.shape = len(index), images.shape
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        part = self._index[start:stop]
+        if len(part) and part[-1] - part[0] + 1 == len(part):
+            return self._images.rows(int(part[0]), int(part[-1]) + 1)
+        return np.concatenate([self._images.rows(int(i), int(i) + 1) for i in part])

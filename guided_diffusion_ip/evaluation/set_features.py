@@ -8,7 +8,6 @@ from tqdm.auto import tqdm
 
 from .. import dist_util
 from ..metrics import FeatureStatistics
-from ..metrics.feature_rows import gather_ranks
 from ..metrics.features import FeatureSpace
 from ..metrics.score import InceptionScore
 from .images import ImageFile
@@ -63,14 +62,4 @@ def extract(images: ImageFile, space: FeatureSpace, *, batch_size: int, limit: i
         if statistics is not None:
             statistics.all_reduce()
     rows = np.concatenate(kept) if kept else np.empty((0, 0), np.float32)
-    return SetFeatures(n, pool, spatial_statistics, gather_rows(rows) if keep_rows else None, inception_score)
-
-
-def gather_rows(rows: np.ndarray) -> np.ndarray:
-    """The rows [n_r, D] of all ranks, one below the other, on every rank; n_r may differ, also be 0 (whatever D then)."""
-    if dist_util.get_world_size() == 1:
-        return rows
-    shapes = gather_ranks(np.array([rows.shape]))  # [world, 2]
-    padded = np.zeros((1, *shapes.max(axis=0)), np.float32)
-    padded[0, :len(rows), :rows.shape[1]] = rows
-    return np.concatenate([part[:count] for part, count in zip(gather_ranks(padded), shapes[:, 0])])
+    return SetFeatures(n, pool, spatial_statistics, dist_util.all_gather_rows(rows) if keep_rows else None, inception_score)

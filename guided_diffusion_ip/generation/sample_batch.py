@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .. import dist_util
+from ..data.image_io import to_uint8
 from ..diffusion.guidance import classifier_free
 from ..noise import NormalStream, Stream, integers
 
@@ -45,6 +48,24 @@ class Sampler:
         if self.use_ddim:
             return self.diffusion.ddim_sample_loop(model, shape, eta=self.eta, **options)
         return self.diffusion.p_sample_loop(model, shape, **options)
+
+
+def draw_images(sampler: Sampler, model: Callable[..., Tensor], count: int, batch_size: int,
+                kwargs_for: Callable[[list[int]], dict[str, Tensor]]) -> np.ndarray:
+    """Images 0 .. count - 1 as uint8 [count, H, W, C], on every rank; a collective: the ranks share the work.
+
+    Args:
+        kwargs_for: model_kwargs of the images numbered [n].
+    """
+    rank, world, device = dist_util.get_rank(), dist_util.get_world_size(), dist_util.dev()
+    mine = range(count * rank // world, count * (rank + 1) // world)
+    channels, height, width = sampler.image_shape
+    flat = [np.empty((0, height * width * channels), np.uint8)]
+    for start in range(0, len(mine), batch_size):
+        index = list(mine[start:start + batch_size])
+        kwargs = {name: value.to(device) for name, value in kwargs_for(index).items()}
+        flat.append(to_uint8(sampler(model, index, kwargs, device)).flatten(1).cpu().numpy())
+    return dist_util.all_gather_rows(np.concatenate(flat)).reshape(count, height, width, channels)
 
 
 def draw_labels(seed: int, index: Sequence[int], class_ids: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import logger
 from . import checkpoint, resume
 from .guards import first_not_finite
 
@@ -30,6 +31,7 @@ def gather(loop: Any, statistics: dict[str, Tensor]) -> tuple[dict[str, dict[str
         "data": {name: getattr(loop.data, name) for name in ("num_images", "preprocessing") if hasattr(loop.data, name)},
         "sampler_type": type(loop.schedule_sampler).__name__, "sampler": loop.schedule_sampler.state_dict(),
         "scaler": loop.precision.state_dict(), "statistics": statistics, "ema_updates": [ema.updates for ema in loop.emas],
+        "pending": {key: value for key, value in logger.getkvs().items() if isinstance(value, (int, float))},
         "settings": loop.settings, "versions": resume.versions()}
 
 
@@ -58,6 +60,7 @@ def restore(loop: Any, path: str) -> list[str]:
     loop.statistics.load_state_dict(state.get("statistics") or {})
     loop.step = state["step"]
     loop.skipped, loop.skipped_in_a_row = state.get("skipped", 0), state.get("skipped_in_a_row", 0)
+    loop.pending = state.get("pending") or {}
     told = [f"continuing from {path}: {loop.step} steps done", *notes]
     if hasattr(loop.data, "seek"):
         loop.data.seek(loop.step)

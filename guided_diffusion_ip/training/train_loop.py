@@ -93,7 +93,7 @@ class TrainLoop:
         self.seed = seed
         self.sample_interval = sample_interval
         self.preview = preview
-        self.objective = objective or self._training_losses
+        self.objective = objective
         self.eval_interval = eval_interval
         self.validate = validate
         self.evaluate = evaluate
@@ -104,6 +104,7 @@ class TrainLoop:
         self.skipped = 0  # of them
         self.skipped_in_a_row = 0
         self.resumed: list[str] = []  # what to say about it when the loop starts
+        self.pending: dict[str, float] = {}  # numbers that had been logged, but not written, at the checkpoint
 
         self.rank, self.world = dist_util.get_rank(), dist_util.get_world_size()
         self.device = next(model.parameters()).device
@@ -160,14 +161,21 @@ class TrainLoop:
         self.model.train()
         for line in self.resumed:
             logger.log(line)
+        for name, value in self.pending.items():
+            logger.logkv_mean(name, value)
         if self.last_step is None and not self.limits.max_hours:
             logger.log("note: nothing ends this run but a signal (Ctrl-C, SIGTERM, SIGUSR1: each saves first): --max_steps, "
                        "--max_images and --max_hours set limits")
         self._last_log = (self.step, time.perf_counter())
         bar = tqdm(total=self.last_step, initial=self.step, unit="step", desc="training",
                    disable=None if dist_util.is_main() else True)
-        with bar, Signals() as self._signals:
-            why = self._run_until_told(bar)
+        try:
+            with bar, Signals() as self._signals:
+                why = self._run_until_told(bar)
+        finally:
+            # Loader processes that end by garbage collection, without being told, take torch 5 s each, or for ever.
+            if hasattr(self.data, "seek"):
+                self.data.close()
         if why:
             logger.log(f"{why} after step {self.step}: saving; the same command with --resume auto and --out_dir "
                        f"{logger.get_dir()} continues")
@@ -308,7 +316,7 @@ class TrainLoop:
         xi = functools.partial(self._xi, position)
         torch.manual_seed(self._dropout_seed(number))
         with self.precision.autocast():
-            return self.objective(model or self.ddp_model, images, t[part], cond, epsilon, xi)
+            return (self.objective or self._training_losses)(model or self.ddp_model, images, t[part], cond, epsilon, xi)
 
     def _training_losses(
         self, model: Callable[..., Tensor], images: Tensor, t: Tensor, cond: dict[str, Tensor], epsilon: Tensor,

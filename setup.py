@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="guided_diffusion_ip",
-    version=re.search(r'__version__ = "(.+)"', Path(__file__).with_name("guided_diffusion_ip").joinpath("__init__.py").read_text())[1],
+    version=re.search(r'__version__ = "(.+)"', (Path(__file__).parent / "guided_diffusion_ip/__init__.py").read_text())[1],
     description="Train, sample, measure and evaluate diffusion models with remedies for exposure bias",
     license="MIT",
     python_requires=">=3.10",

@@ -338,6 +338,12 @@ SCRIPTS = {
         ("model", "super_res", "diffusion", "sample"),
         (Flag("base_samples", "", "low-resolution images: an npz with arr_0 (and arr_1), a folder, or a zip"),),
         ("image_size",)),
+    "sweep": Script((), (
+        Flag("sweep", "", "YAML file that describes the grid; see docs/sweep.md"),
+        Flag("out_dir", "", "where results go; default: runs/sweep-NAME"),
+        Flag("processes", 1, "cells that are computed at the same time", least=1),
+        Flag("launcher", "", "words before the programs of a cell, such as 'torchrun --standalone --nproc_per_node 2'")),
+        positional=("sweep",)),
     # Measures the step that image_train makes, on images in memory, and the network calls that image_sample makes.
     "benchmark": Script(
         ("model", "diffusion", "train"),

@@ -48,6 +48,8 @@ class Stream(enum.IntEnum):
     CHAIN = 8
     LIKELIHOOD = 9
     CLASS_DROPOUT = 10
+    MEASURE_INPUT = 11
+    MEASURE_STEP = 12
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor],

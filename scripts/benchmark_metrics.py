@@ -5,9 +5,11 @@
 
 Frechet distance: against scipy.linalg.sqrtm of the product of the covariances, which most programs use; both in turn in this
 process, covariances of full rank. Threads: OMP_NUM_THREADS holds for both. Precision and recall: all three passes, with the
-memory they take beyond the features (CPU: resident set, Linux).
+memory they take beyond the features (CPU: resident set, Linux). Inception: images/s of ours and of torch-fidelity's network as it
+comes, with equal random weights (their values do not change the speed), in turn in this process.
 """
 import argparse
+import io
 import statistics
 import time
 
@@ -16,25 +18,28 @@ import torch
 
 from guided_diffusion_ip.benchmark.machine import Machine, PeakMemory, choose_device, timed
 from guided_diffusion_ip.config import command
-from guided_diffusion_ip.metrics import FeatureStatistics, frechet_distance, precision_recall
+from guided_diffusion_ip.metrics import FeatureStatistics, frechet_distance, inception, precision_recall
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("frechet", "precision_recall"), help="one of the two (default: both)")
+    parser.add_argument("--only", choices=("frechet", "precision_recall", "inception"), help="one of these (default: all)")
     parser.add_argument("--dim", type=int, default=2048, help="entries of a feature row (default: 2048)")
     parser.add_argument("--images", type=int, default=10_000, help="of each set, for precision and recall (default: 10000)")
     parser.add_argument("--repeats", type=int, default=3, help="of the Frechet distance; the median counts (default: 3)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "auto"), help="of precision and recall (cpu)")
+    parser.add_argument("--batch_size", type=int, default=16, help="images in a batch, for Inception (default: 16)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "auto"), help="of all but the Frechet distance (cpu)")
     args = parser.parse_args()
-    for name, least in ("dim", 2), ("images", 4), ("repeats", 1):
+    for name, least in ("dim", 2), ("images", 4), ("repeats", 1), ("batch_size", 1):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} is too small, it must be at least {least}")
     device = choose_device(args.device)
     print(f"{Machine.look(device)}\n", flush=True)
-    if args.only != "precision_recall":
+    if args.only in (None, "frechet"):
         frechet(args.dim, args.repeats)
-    if args.only != "frechet":
+    if args.only in (None, "inception"):
+        networks(args.batch_size, args.repeats, device)
+    if args.only in (None, "precision_recall"):
         manifold(args.images, args.dim, device)
 
 
@@ -68,6 +73,35 @@ def frechet(dim: int, repeats: int) -> None:
     print(f"Frechet distance, {dim} dimensions, full rank, median of {repeats}:")
     print(f"  {'ours':<24}{ours:10.2f} s\n  {'scipy.linalg.sqrtm':<24}{theirs:10.2f} s\n  {'ratio':<24}{theirs / ours:10.1f}")
     print(f"  {'relative difference':<24}{abs(values['ours'] / values['sqrtm'] - 1):10.1e}\n", flush=True)
+
+
+def networks(batch_size: int, repeats: int, device: torch.device) -> None:
+    torch.manual_seed(0)
+    state = {name: torch.ones(shape) if name.endswith("running_var") else torch.randn(shape) * 0.05
+             for name, shape in inception.parameter_shapes().items()}
+    ours = inception.build(state, device)
+    checkpoint = io.BytesIO()
+    torch.save({**state, "fc.bias": torch.zeros(1008)}, checkpoint)
+    checkpoint.seek(0)
+    theirs = inception.layer_library().FeatureExtractorInceptionV3(
+        "theirs", ["2048", "logits_unbiased"], feature_extractor_weights_path=checkpoint).to(device)
+
+    def images_per_second(work) -> float:
+        with torch.no_grad():
+            return batch_size / timed(work, device)
+
+    print(f"Inception, batch {batch_size}, median of {repeats}, images/s:")
+    print(f"  {'':<24}{'ours fp32':>12}{'ours bf16':>12}{'theirs fp32':>14}{'ratio fp32':>12}")
+    for size in (32, 256):
+        images = torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8).to(device)
+        ways = (lambda: ours(images), lambda: ours(images, bf16=True), lambda: theirs(images.permute(0, 3, 1, 2)))
+        rates: list[list[float]] = [[], [], []]
+        for repeat in range(repeats + 1):  # the first round warms up
+            for way, found in zip(ways, rates):
+                found.append(images_per_second(way))
+        fp32, bf16, other = (statistics.median(found[1:]) for found in rates)
+        print(f"  {f'{size} x {size}':<24}{fp32:12.1f}{bf16:12.1f}{other:14.1f}{fp32 / other:12.2f}", flush=True)
+    print()
 
 
 def manifold(n: int, dim: int, device: torch.device) -> None:

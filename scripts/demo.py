@@ -58,8 +58,8 @@ def report(folders: dict[float, str]) -> None:
         rows.append((f"samples, lambda = {lam}", evaluate(DIGITS, npz_in(folder), f"{folder}/evaluation.json")))
     print(f"\n{'against the real digits, on pixels':<38}{'Frechet distance':>18}{'precision':>12}{'recall':>10}{'images':>9}")
     for name, numbers in rows:
-        print(f"{name:<38}" + "".join(f"{numbers[key]['value']:{width}.4f}" for key, width in (("fid", 18), ("prec", 12), ("recall", 10)))
-              + f"{numbers['fid']['samples']:9d}")
+        values = "".join(f"{numbers[key]['value']:{width}.4f}" for key, width in (("fid", 18), ("prec", 12), ("recall", 10)))
+        print(f"{name:<38}{values}{numbers['fid']['samples']:9d}")
     pictures = [("real.png", "real digits"), ("samples_*.png", "how they came about during training")]
     pictures[1:1] = [(os.path.relpath(f"{folder}/grid.png", RUN), f"samples, lambda = {lam}, from the same noise")
                      for lam, folder in folders.items()]

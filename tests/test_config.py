@@ -6,6 +6,7 @@ import yaml
 
 from guided_diffusion_ip.config import adopt_checkpoint_config, parse
 from guided_diffusion_ip.flags import SECTIONS
+from guided_diffusion_ip.training.run import settle_batch
 
 
 @pytest.fixture
@@ -88,3 +89,18 @@ def test_published_settings_of_the_papers():
     for name, values in lambdas.items():
         paper = parse("image_sample", "", ["--config", str(configs / f"{name}.yaml")]).paper
         assert tuple(paper["eps_scaler"][steps] for steps in (20, 50, 100)) == values
+
+
+@pytest.mark.parametrize("argv, expected", [
+    ([], 64), (["--batch_size", "7"], 7), (["--global_batch_size", "32"], 32), (["--batch_size", "9", "--global_batch_size", "9"], 9)])
+def test_a_batch_size_on_the_command_line_wins_over_either_in_the_file(argv, expected, tmp_path):
+    (tmp_path / "c.yaml").write_text("train: {global_batch_size: 64}\n")
+    cfg = parse("image_train", "", ["--config", str(tmp_path / "c.yaml"), *argv])
+    settle_batch(cfg)
+    assert cfg.batch_size == expected
+
+
+def test_two_batch_sizes_that_contradict_each_other():
+    cfg = parse("image_train", "", ["--batch_size", "9", "--global_batch_size", "8"])
+    with pytest.raises(ValueError, match="contradict"):
+        settle_batch(cfg)

@@ -137,3 +137,51 @@ def test_configs_describe_the_published_networks(name, million):
     with torch.device("meta"):
         model, _ = script_util.create_model_and_diffusion(**cfg.section("model"), **cfg.section("diffusion"))
     assert script_util.parameter_count(model) == round(million * 1e6)
+
+
+# The settings of arXiv 2301.11706 (its README and appendix): base channels, res blocks, head channels, attention, dropout, global
+# batch, gamma, steps of the baseline and of IP. Common to all: T = 1000, cosine, learned sigma, lr 1e-4, EMA 0.9999.
+PAPER = {
+    "cifar10": (128, 3, 32, "16,8", 0.3, 128, 0.15, 500_000, 460_000),
+    "imagenet32": (128, 3, 32, "16,8", 0.3, 512, 0.1, 4_500_000, 4_000_000),
+    "lsun_tower64": (192, 3, 64, "32,16,8", 0.1, 256, 0.1, 300_000, 220_000),
+    "celeba64": (192, 3, 64, "32,16,8", 0.1, 256, 0.1, 480_000, 300_000),
+    "ffhq128": (256, 3, 64, "32,16,8", 0.1, 128, 0.1, 420_000, 180_000),
+}
+# FID by DDPM of the baseline and of IP (Table 3, final version), and lambda by number of steps (arXiv 2308.15321).
+TABLES = {
+    "cifar10": ({1000: 2.99, 300: 2.95, 100: 3.37, 80: 3.63}, {1000: 2.76, 300: 2.67, 100: 2.70, 80: 2.93},
+                {20: 1.017, 50: 1.017, 100: 1.017}),
+    "imagenet32": ({1000: 3.60, 300: 3.58, 100: 4.26, 80: 4.61}, {1000: 2.87, 300: 2.74, 100: 3.24, 80: 3.57}, None),
+    "lsun_tower64": ({1000: 3.39, 300: 3.31, 100: 3.50, 80: 4.17}, {1000: 2.68, 300: 2.60, 100: 2.79, 80: 2.95},
+                     {20: 1.011, 50: 1.007, 100: 1.006}),
+    "celeba64": ({1000: 1.60, 300: 1.82, 100: 3.02, 80: 3.75}, {1000: 1.31, 300: 1.43, 100: 2.21, 80: 2.67}, None),
+    "ffhq128": ({1000: 9.65, 300: 9.55, 100: 14.52, 80: 17.00}, {1000: 2.98, 300: 3.74, 100: 5.94, 80: 6.89},
+                {20: 1.008, 50: 1.007, 100: 1.005}),
+}
+
+
+@pytest.mark.parametrize("ip", [False, True])
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_configs_are_the_papers_settings(name, ip):
+    channels, blocks, head, attention, dropout, batch, gamma, steps, ip_steps = PAPER[name]
+    path = str(ROOT / "configs" / (f"{name}_ip.yaml" if ip else f"{name}.yaml"))
+    cfg = parse("image_train", "", ["--config", path])
+    assert (cfg.num_channels, cfg.num_res_blocks, cfg.num_head_channels, cfg.attention_resolutions, cfg.dropout) == (
+        channels, blocks, head, attention, dropout)
+    assert cfg.learn_sigma and cfg.resblock_updown and cfg.use_new_attention_order and cfg.use_scale_shift_norm
+    assert (cfg.diffusion_steps, cfg.noise_schedule, cfg.rescale_learned_sigmas) == (1000, "cosine", True) and not cfg.class_cond
+    assert cfg.input_perturbation == (gamma if ip else 0) and cfg.schedule_sampler == "loss-second-moment"
+    assert (cfg.lr, cfg.ema_rate, cfg.weight_decay) == (1e-4, "0.9999", 0)
+    assert cfg.global_batch_size == cfg.paper["global_batch"] == batch
+    assert cfg.max_steps == cfg.paper["iterations"] == (ip_steps if ip else steps)
+
+    sampling = parse("image_sample", "", ["--config", path])
+    assert sampling.num_samples == 50_000 and sampling.eps_scaler == 1.0 and sampling.eps_scaler_k == 0.0
+    evaluation = parse("evaluator", "", ["--config", path])
+    assert evaluation.features == "inception" and evaluation.metrics == "fid,sfid,is,prec,recall" and cfg.paper["reference"]
+
+    baseline_fid, ip_fid, lambdas = TABLES[name]
+    fid = cfg.paper["fid_ddpm_gamma_0.1"] if name == "cifar10" and ip else cfg.paper["fid_ddpm"]
+    assert fid == (ip_fid if ip else baseline_fid)
+    assert cfg.paper.get("eps_scaler") == (None if ip else lambdas), "published lambdas belong to gamma = 0"

@@ -1,4 +1,4 @@
-"""Interrupted and continued equals uninterrupted, bit for bit: in process, in real processes, killed at any moment, also in a save."""
+"""Interrupted and continued equals uninterrupted, bit for bit: in process, in real processes, killed at any moment."""
 import csv
 import os
 import random

@@ -13,13 +13,13 @@ from .. import logger
 from ..networks.layers import CONVOLUTIONS
 
 
-def convert_module_to_f16(l: nn.Module) -> None:
+def convert_module_to_f16(l: nn.Module) -> None:  # noqa: E741 (published name)
     """A convolution's weights to float16; other modules stay. For nn.Module.apply."""
     if isinstance(l, tuple(CONVOLUTIONS.values())):
         l.half()
 
 
-def convert_module_to_f32(l: nn.Module) -> None:
+def convert_module_to_f32(l: nn.Module) -> None:  # noqa: E741 (published name)
     """A convolution's weights to float32. For nn.Module.apply."""
     if isinstance(l, tuple(CONVOLUTIONS.values())):
         l.float()

@@ -53,6 +53,15 @@ def broadcast_object(obj: T) -> T:
     return box[0]
 
 
+def all_gather_objects(obj: T) -> list[T]:
+    """The `obj` of each rank, in rank order, on every rank."""
+    if get_world_size() == 1:
+        return [obj]
+    box: list = [None] * get_world_size()
+    dist.all_gather_object(box, obj)
+    return box
+
+
 def all_gather_tensor(x: Tensor) -> Tensor:
     """[N, ...] on each rank, of equal shape -> [world * N, ...] in rank order, on x's device.
 

@@ -61,8 +61,8 @@ def unavailable(name: str, space: FeatureSpace, ref_has_images: bool) -> str:
     return ""
 
 
-def evaluate(reference: ImageFile | SetFeatures | None, stored: StoredStatistics | None, samples: ImageFile, space: FeatureSpace, *,
-             metrics: Sequence[str] = PUBLISHED, num_samples: int = 0, batch_size: int = 64,
+def evaluate(reference: ImageFile | SetFeatures | None, stored: StoredStatistics | None, samples: ImageFile,
+             space: FeatureSpace, *, metrics: Sequence[str] = PUBLISHED, num_samples: int = 0, batch_size: int = 64,
              pr_arithmetic: str = "float32", seed: int = 0, device: torch.device | None = None,
              say: Callable[[str], Any] = print) -> Result:
     """Compare `samples` with a reference: its images, statistics of them, or both; a collective.

@@ -66,8 +66,7 @@ def open_images(path: str | os.PathLike, what: str, image_size: tuple[int, int] 
         return _Pictures(path, what, image_size)
     if path.lower().endswith(".npy"):
         raise ValueError(f"{what}: {path} is a .npy file; expected .npz: numpy.savez({path[:-4]!r}, arr_0=numpy.load(...))")
-    with NpzReader(path) as reader:
-        pass  # a file of another kind is an error here, with its name
+    NpzReader(path).close()  # a file of another kind is an error here, with its name
     return _Npz(path, what)
 
 

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, for people (a table), for parsers of the published evaluator (its five lines), for programs (JSON)."""
+"""The numbers of an evaluation: a table for people, the published evaluator's lines for its parsers, JSON for programs."""
 from __future__ import annotations
 
 import json
@@ -42,7 +42,8 @@ def table(result: Result, published: Mapping[str, float], pr_arithmetic: str, fe
 
 def published_lines(metrics: Mapping[str, Metric]) -> str:
     """The lines that the published evaluator prints, in its order, for programs that read them."""
-    return "\n".join(f"{TITLES[name]}: {metrics[name].value}" for name in ("is", "fid", "sfid", "prec", "recall") if name in metrics)
+    order = ("is", "fid", "sfid", "prec", "recall")
+    return "\n".join(f"{TITLES[name]}: {metrics[name].value}" for name in order if name in metrics)
 
 
 def published_values(paper: Mapping[str, Any], made_with: Mapping[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A set of images, over all processes, to what the metrics need of it: moments, and only where asked for, the features themselves."""
+"""A set of images, over all processes -> what the metrics need of it: moments and, only where asked for, the features."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def extract(images: ImageFile, space: FeatureSpace, *, batch_size: int, limit: i
     n = min(limit or images.n, images.n)
     rank, world = dist_util.get_rank(), dist_util.get_world_size()
     start, stop = n * rank // world, n * (rank + 1) // world
-    pool, kept = FeatureStatistics(), []
+    pool, rows = FeatureStatistics(), np.empty((0, 0), np.float32)
     spatial_statistics = FeatureStatistics() if spatial and space.has_spatial else None
     inception_score = InceptionScore() if score and space.has_logits else None
     with tqdm(total=n, unit="img", desc=what, disable=None if dist_util.is_main() else True) as bar:
@@ -55,11 +55,12 @@ def extract(images: ImageFile, space: FeatureSpace, *, batch_size: int, limit: i
             if inception_score is not None:
                 inception_score.update(features.logits, first)
             if keep_rows:
-                kept.append(features.pool.float().cpu().numpy())
+                if first == start:
+                    rows = np.empty((stop - start, features.pool.shape[1]), np.float32)
+                rows[first - start:first - start + len(batch)] = features.pool.float().cpu().numpy()
             first += len(batch)
             bar.update(min(len(batch) * world, n - bar.n))
     for statistics in (pool, spatial_statistics, inception_score):
         if statistics is not None:
             statistics.all_reduce()
-    rows = np.concatenate(kept) if kept else np.empty((0, 0), np.float32)
     return SetFeatures(n, pool, spatial_statistics, dist_util.all_gather_rows(rows) if keep_rows else None, inception_score)

@@ -1,7 +1,6 @@
 """What the evaluation scripts share: flags -> a device and a feature space."""
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 

@@ -64,6 +64,15 @@ class Logger:
         """What dumpkvs() would write now, of this rank."""
         return {key: _mean(total, count) for key, (total, count) in self._sums.items()}
 
+    def state_dict(self) -> dict[str, tuple[float, int]]:
+        """The numbers of the row so far, as {key: (sum, how many)}."""
+        plain = {key: (total.item() if hasattr(total, "item") else total, count) for key, (total, count) in self._sums.items()}
+        return {key: pair for key, pair in plain.items() if isinstance(pair[0], (int, float))}
+
+    def load_state_dict(self, state: Mapping[str, tuple[float, int]]) -> None:
+        """Goes on with these numbers, beside what the row has."""
+        self._sums.update({key: (total, count) for key, (total, count) in state.items()})
+
     def dumpkvs(self) -> dict[str, Value]:
         """Writes the row, returns it, and starts the next one. A collective if there is a comm."""
         values = self.getkvs() if self._comm is None else self._mean_over_ranks()

@@ -67,8 +67,8 @@ def warn_about_ema(loop: TrainLoop) -> str:
     left = rate**loop.last_step
     if left < 0.05 or loop.emas[0].warmup:
         return ""
-    better = round(1 - 5 / loop.last_step, 4) if loop.last_step > 5 else 0.0
+    better = 1 - float(f"{5 / loop.last_step:.0e}") if loop.last_step > 5 else 0.0  # leaves exp(-5), or 3 % once rounded
     return (f"note: after {loop.last_step} steps, {left:.0%} of the weights averaged with rate {rate} will still be the "
-            f"random start; --ema_rate {better} or --ema_warmup True would suit so short a run")
+            f"random start; --ema_rate {better:.10g} or --ema_warmup True would suit so short a run")
 
 

@@ -83,7 +83,7 @@ def save_set(folder: str, step: int, parts: dict[str, dict[str, Any]], state: di
         for part, content in parts.items():
             hashes[part] = _write(paths[part], content)
         written = dict(hashes)
-        written["state"] = _write(paths["state"], {**state, "sha256": hashes})
+        written["state"] = _write(paths["state"], {**state, "sha256": hashes, "content": content_hash(state)})
         for part, digest in written.items():
             if files.sha256(paths[part]) != digest:
                 raise OSError(f"{paths[part]} reads back differently from what was written: the disk is not to be trusted")
@@ -97,12 +97,13 @@ def save_set(folder: str, step: int, parts: dict[str, dict[str, Any]], state: di
     return paths["model"]
 
 
-def prune(folder: str, policy: SavePolicy) -> list[int]:
-    """Remove the sets that the policy does not keep; returns their steps. Call after a set has been saved and read back.
+def prune(folder: str, policy: SavePolicy, saved: int) -> list[int]:
+    """Remove the sets that the policy does not keep; returns their steps. Call after the set `saved` has been read back.
 
+    Sets of later steps are of an earlier run in this folder, or from before a return to an older checkpoint: they do not count.
     The state goes first: a set is whole or none also while it is being removed.
     """
-    steps = complete_steps(folder)
+    steps = [step for step in complete_steps(folder) if step <= saved]
     if not policy.keep_last:
         return []
     old = [step for step in steps[:-policy.keep_last] if not (policy.keep_every and step % policy.keep_every == 0)]
@@ -137,13 +138,40 @@ def load_set(model_path: str, ema_names: Iterable[str]) -> tuple[dict[str, dict[
         raise ValueError(f"cannot resume from {model_path}: {', '.join(missing)} "
                          f"{'is' if len(missing) == 1 else 'are'} missing; the set is written together and needed whole "
                          "(--init_from starts at step 0 from weights alone)")
-    state = dist_util.load_state_dict(paths.pop("state"))
+    state = dist_util.load_state_dict(paths["state"])
+    rest = {key: value for key, value in state.items() if key not in ("sha256", "content")}
+    if "content" in state and state["content"] != content_hash(rest):
+        raise ValueError(f"cannot resume from {model_path}: {paths['state']} is damaged (its content is not what was written); "
+                         "--resume with an earlier checkpoint")
+    del paths["state"]
     for name, path in paths.items():
         known = state.get("sha256", {}).get(name)
         if known and files.sha256(path) != known:
             raise ValueError(f"cannot resume from {model_path}: {path} is damaged (its SHA-256 is not the one noted when it was "
                              "written); --resume with an earlier checkpoint")
     return {name: dist_util.load_state_dict(path) for name, path in paths.items()}, state
+
+
+def content_hash(content: Any) -> str:
+    """SHA-256 of nested dicts, lists and tuples of tensors and plain values: for what cannot hold the hash of its own file.
+
+    (torch.load does not look at the checksums of the archive that it reads.)
+    """
+    digest = hashlib.sha256()
+
+    def take(x: Any) -> None:
+        if isinstance(x, torch.Tensor):
+            digest.update(f"{x.dtype} {tuple(x.shape)}".encode())
+            digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(x, (dict, list, tuple)):
+            digest.update(f"{type(x).__name__} {len(x)}".encode())
+            for item in x.items() if isinstance(x, dict) else x:
+                take(item)
+        else:
+            digest.update(f"{type(x).__name__} {x!r}".encode())
+
+    take(content)
+    return digest.hexdigest()
 
 
 class _Hashing:

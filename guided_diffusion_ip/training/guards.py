@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import logger
+from .. import dist_util, logger
 from . import checkpoint
 
 
@@ -29,8 +29,8 @@ def check_batch(images: Tensor, cond: dict[str, Tensor], model: nn.Module, batch
     if not images.is_floating_point() or images.ndim != 4 or len(images) != batch_size:
         raise ValueError(f"{found}; expected {wanted}")
     channels = getattr(model, "in_channels", None)
-    low_res = "low_res" in cond  # concatenated to the images by a super-resolution network
-    if channels is not None and images.shape[1] * (2 if low_res else 1) not in (channels, images.shape[1] * 2 * low_res):
+    # A super-resolution network concatenates low_res to the images.
+    if channels is not None and images.shape[1] * (2 if "low_res" in cond else 1) != channels:
         raise ValueError(f"{found}, but the network takes {channels} channels; expected {wanted}")
     if not torch.isfinite(images).all():
         raise ValueError(f"{found} with values that are not finite; expected {wanted}")
@@ -80,7 +80,8 @@ def bad_losses(losses: dict[str, Tensor], t: Tensor, num_timesteps: int) -> str:
 
 
 def diagnose(loop: Any, batch: Tensor, cond: dict[str, Tensor], t: Tensor) -> str:
-    """Which term of the losses is not finite, at which t, from which module on, and what to do.
+    """Which term of the losses is not finite, on which rank, at which t, from which module on, and what to do. A collective:
+    all ranks say the same, whichever of them ends first.
 
     Computed again from this rank's images [N, C, H, W] and t [N]: everything drawn in a step can be drawn again.
 
@@ -102,9 +103,10 @@ def diagnose(loop: Any, batch: Tensor, cond: dict[str, Tensor], t: Tensor) -> st
         if terms := bad_losses(losses, t[part], loop.diffusion.num_timesteps):
             found += [terms, f"first output that is not finite: {module}" if module else "all outputs of modules are finite"]
             break
-    where = "; ".join(found) or "not on this process: see the others' output"
-    saved = checkpoint.newest(logger.get_dir())
-    return (f"{where} (rank {loop.rank}). Nothing of this step has been kept; the last checkpoint is {saved or 'none'}. Try a "
+    here = dist_util.all_gather_objects("; ".join(found))
+    where = ". ".join(f"{text} (rank {rank})" for rank, text in enumerate(here) if text) or "all losses are, computed again"
+    saved = dist_util.broadcast_object(checkpoint.newest(logger.get_dir()))
+    return (f"{where}. Nothing of this step has been kept; the last checkpoint is {saved or 'none'}. Try a "
             "lower --lr" + (", --precision fp32" if loop.precision.mode != "fp32" else "") + ", or look at the images")
 
 

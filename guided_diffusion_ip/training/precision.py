@@ -85,6 +85,8 @@ class Precision:
         before = self.scaler.get_scale()
         after = max(before / 2, _LEAST_SCALE)
         self.scaler.update(after)
+        # update() counts good steps on from before; the scale is to grow after so many without one like this.
+        self.scaler.load_state_dict({**self.scaler.state_dict(), "_growth_tracker": 0})
         if after == before:
             return f"loss scale stays at its least, {after:g}"
         return f"loss scale {before:g} -> {after:g} (usual in the first steps of fp16, and now and then later)"

@@ -14,7 +14,7 @@ from torch import nn
 from .. import dist_util, files, logger
 from ..data.image_datasets import ImageStream, load_data
 from .banner import banner, warn_about_ema
-from .checkpoint import SavePolicy, remove_leftovers
+from .checkpoint import SavePolicy, complete_steps, remove_leftovers
 from .resume import find, init_from
 from .stopping import Limits
 from .timestep_samplers import create_named_schedule_sampler
@@ -42,9 +42,14 @@ def add_null_class(cfg: Any) -> None:
 def settle_batch(cfg: Any) -> None:
     """--global_batch_size -> batch_size of each process; after setup_dist, before anything reads batch_size.
 
+    A batch size on the command line wins over either in a config file.
+
     Raises:
         ValueError: both are given and contradict each other, or the processes cannot share the images evenly.
     """
+    on_command_line = {name for name in ("batch_size", "global_batch_size") if cfg.given.get(name, "").startswith("--")}
+    if on_command_line == {"batch_size"}:
+        cfg.values["global_batch_size"] = 0
     if not cfg.global_batch_size:
         return
     world = dist_util.get_world_size()
@@ -52,7 +57,7 @@ def settle_batch(cfg: Any) -> None:
     if left or not each:
         raise ValueError(f"--global_batch_size {cfg.global_batch_size} cannot be shared evenly by {world} processes: make it a "
                          f"multiple of {world}, or start another number of them")
-    if cfg.given.get("batch_size", "").startswith("--") and cfg.batch_size != each:
+    if "batch_size" in on_command_line and cfg.batch_size != each:
         raise ValueError(f"--batch_size {cfg.batch_size} and --global_batch_size {cfg.global_batch_size} with {world} processes "
                          f"contradict each other ({each} per process): give one")
     cfg.values["batch_size"] = each
@@ -143,6 +148,10 @@ def run(loop: TrainLoop, cfg: Any, out_dir: str, image_shape: tuple[int, int, in
         remove_leftovers(out_dir)
         with files.atomic_file(os.path.join(out_dir, "config.yaml")) as file:
             file.write(cfg.as_yaml().encode())
+        if later := [step for step in complete_steps(out_dir) if step > loop.step]:
+            logger.log(f"warning: {out_dir} holds checkpoints of later steps ({', '.join(map(str, later[-3:]))}) than this run "
+                       f"starts from ({loop.step}); they stay until it comes to these steps, and --resume auto takes the highest: "
+                       "move them away, or use another --out_dir")
     for message in filter(None, [*messages, warn_about_ema(loop)]):
         logger.log(message)
     logger.log(banner(loop, out_dir, image_shape))

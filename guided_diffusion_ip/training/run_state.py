@@ -31,7 +31,7 @@ def gather(loop: Any, statistics: dict[str, Tensor]) -> tuple[dict[str, dict[str
         "data": {name: getattr(loop.data, name) for name in ("num_images", "preprocessing") if hasattr(loop.data, name)},
         "sampler_type": type(loop.schedule_sampler).__name__, "sampler": loop.schedule_sampler.state_dict(),
         "scaler": loop.precision.state_dict(), "statistics": statistics, "ema_updates": [ema.updates for ema in loop.emas],
-        "pending": {key: value for key, value in logger.getkvs().items() if isinstance(value, (int, float))},
+        "pending": logger.get_current().state_dict(),
         "settings": loop.settings, "versions": resume.versions()}
 
 

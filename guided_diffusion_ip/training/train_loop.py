@@ -104,7 +104,7 @@ class TrainLoop:
         self.skipped = 0  # of them
         self.skipped_in_a_row = 0
         self.resumed: list[str] = []  # what to say about it when the loop starts
-        self.pending: dict[str, float] = {}  # numbers that had been logged, but not written, at the checkpoint
+        self.pending: dict[str, Any] = {}  # the logger's state: numbers that had been logged, but not written, at the checkpoint
 
         self.rank, self.world = dist_util.get_rank(), dist_util.get_world_size()
         self.device = next(model.parameters()).device
@@ -161,8 +161,7 @@ class TrainLoop:
         self.model.train()
         for line in self.resumed:
             logger.log(line)
-        for name, value in self.pending.items():
-            logger.logkv_mean(name, value)
+        logger.get_current().load_state_dict(self.pending)
         if self.last_step is None and not self.limits.max_hours:
             logger.log("note: nothing ends this run but a signal (Ctrl-C, SIGTERM, SIGUSR1: each saves first): --max_steps, "
                        "--max_images and --max_hours set limits")
@@ -172,15 +171,16 @@ class TrainLoop:
         try:
             with bar, Signals() as self._signals:
                 why = self._run_until_told(bar)
+                if why:
+                    logger.log(f"{why} after step {self.step}: saving; the same command with --resume auto and --out_dir "
+                               f"{logger.get_dir()} continues")
+                # Within the block: Ctrl-C reaches ranks twice, from the terminal and from their launcher.
+                if self.step != self._saved_step:
+                    self.save()
         finally:
             # Loader processes that end by garbage collection, without being told, take torch 5 s each, or for ever.
             if hasattr(self.data, "seek"):
                 self.data.close()
-        if why:
-            logger.log(f"{why} after step {self.step}: saving; the same command with --resume auto and --out_dir "
-                       f"{logger.get_dir()} continues")
-        if self.step != self._saved_step:
-            self.save()
 
     def _run_until_told(self, bar: tqdm) -> str:
         """Steps until the end; returns what ended it before a limit, '' otherwise."""
@@ -347,7 +347,8 @@ class TrainLoop:
         since, then = self._last_log
         seconds = now - then
         # The last line of a run that may be continued must not break the means of the next one.
-        losses = self.statistics.reduce(keep=step == self.last_step and step % self.log_interval != 0)
+        keep = step == self.last_step and step % self.log_interval != 0
+        losses, others = self.statistics.reduce(keep), logger.get_current().state_dict()
         logger.logkv("step", step)
         logger.logkv("loss", losses.pop("loss", math.nan))
         if self._grad_norm is not None:
@@ -364,6 +365,8 @@ class TrainLoop:
             logger.logkv("skipped", self.skipped)
         logger.logkvs(losses)
         logger.dumpkvs()
+        if keep:
+            logger.get_current().load_state_dict(others)
         if step > since + 1 and self._waited > 0.2 * seconds and not self._waits_told:
             self._waits_told = True
             logger.log(f"note: {self._waited / seconds:.0%} of the time is spent waiting for images: raise --num_workers or "
@@ -404,7 +407,7 @@ class TrainLoop:
         if dist_util.is_main():
             try:
                 path = checkpoint.save_set(logger.get_dir(), self.step, *run_state.gather(self, statistics))
-                removed = checkpoint.prune(logger.get_dir(), self.saving)
+                removed = checkpoint.prune(logger.get_dir(), self.saving, self.step)
                 logger.log(f"step {self.step}: saved {path}"
                            + (f"; removed step {', '.join(map(str, removed))}" if removed else ""))
             except (OSError, ValueError) as error:

@@ -1,0 +1,285 @@
+"""lambda(t) found step by step, from one batch of chains: no samples to keep, no FID, no search.
+
+What measure 1 (or 3) says is imposed: from the noisy end to the clean end, lambda(t) is chosen such that x_{t-1}, which the
+step at t makes, has the mean raw epsilon norm (or the variance) that training inputs have at t - 1. The chain up to t uses
+the lambdas found so far. Ratio = mean norm of epsilon_theta in the chain / mean norm on training inputs, both raw.
+
+All chains are kept in memory, as x_t and the network's output at x_t: at most 4 images' worth of float32 each, so that
+10,000 CIFAR-10 chains take half a gigabyte. Cost in network calls per chain: for the norm, T' on training inputs and about
+6 T' along the chain (each trial lambda is one call at t - 1); for the variance T' in all. Re-running the chain for each trial
+instead would take memory for one batch only, and T'/2 times as many calls.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import dist_util
+from ..diffusion.guidance import classifier_free
+from ..generation.sample_batch import Sampler
+from .measure_run import ImagesFor
+from .walks import Batch, Model, implied_epsilon, noised, step, step_noise, times, with_lambdas
+
+BRACKET = (0.95, 1.05)
+SATURATED = 0.9  # share of clipped numbers in x_0_hat above which lambda has nothing to act on
+RESPONSE = 5.0  # standard errors that the ratio must move by across the bracket
+_TOLERANCE = 1e-4  # of lambda
+_TRIALS = 12
+
+# What became of a step.
+SOLVED, EDGE = "solved", "edge of the bracket"
+CLIPPED, NOISE, LAST = "neighbour's: x_0_hat is clipped", "neighbour's: response below noise", "neighbour's: last step"
+
+
+@dataclass
+class Calibration:
+    """lambda(t), and how each was found; lists of T' entries, index 0 = last, clean step.
+
+    Args:
+        error: standard error of lambda(t) from the number of chains; NaN where it was inherited.
+        ratio: chain / target at t - 1 with lambda(t); NaN where it was inherited.
+        response: change of that ratio across the bracket; NaN where it was not looked at.
+        clipped: share of the numbers in x_0_hat that the clip changes.
+    """
+
+    lambdas: np.ndarray
+    error: np.ndarray
+    ratio: np.ndarray
+    response: np.ndarray
+    clipped: np.ndarray
+    how: list[str] = field(default_factory=list)
+
+    def fit(self) -> dict[str, float]:
+        """b, and (k, b) of a line: least squares over the steps that were found, weights 1 / error^2.
+
+        With fewer than two such steps the line is the constant; with none, b = 1.
+        """
+        found = np.array([how in (SOLVED, EDGE) for how in self.how])
+        if not found.any():
+            return {"b": 1.0, "line_k": 0.0, "line_b": 1.0}
+        t, lam = np.flatnonzero(found).astype(float), self.lambdas[found]
+        weight = 1 / np.maximum(self.error[found], 1e-4) ** 2
+        b = float(np.average(lam, weights=weight))
+        if len(t) < 2:
+            return {"b": b, "line_k": 0.0, "line_b": b}
+        k, line_b = np.polyfit(t, lam, 1, w=np.sqrt(weight))
+        return {"b": b, "line_k": float(k), "line_b": float(line_b)}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over all chains of all processes, and its standard error."""
+
+    value: float
+    error: float
+
+
+def over_ranks(values: np.ndarray) -> np.ndarray:
+    """The sum of an array over processes, on each; a collective."""
+    return dist_util.all_gather_rows(np.asarray(values, dtype=np.float64).reshape(1, -1)).sum(axis=0).reshape(np.shape(values))
+
+
+class _Norm:
+    """Mean Frobenius norm of the raw epsilon."""
+
+    needs_network = True
+
+    def of(self, process: Any, x: Tensor, output: Tensor | None, t: int) -> Mean:
+        norms = implied_epsilon(process, output, x, t).flatten(1).double().norm(dim=1)
+        n, first, second = over_ranks(np.array([len(norms), float(norms.sum()), float(norms.square().sum())]))
+        mean = first / n
+        return Mean(mean, float(np.sqrt(max(second / n - mean**2, 0) / max(n - 1, 1))))
+
+
+class _Variance:
+    """Variance over the chains at each pixel, averaged over pixels."""
+
+    needs_network = False
+
+    def of(self, process: Any, x: Tensor, output: Tensor | None, t: int) -> Mean:
+        flat = x.flatten(1).double()  # [n, D]
+        n = float(over_ranks(np.array(len(flat))))
+        centre = torch.from_numpy(over_ranks(flat.sum(dim=0).cpu().numpy()) / n).to(flat)
+        squares = (flat - centre).square().mean(dim=1)
+        first, second = over_ranks(np.array([float(squares.sum()), float(squares.square().sum())]))
+        mean = first / n
+        return Mean(first / (n - 1), float(np.sqrt(max(second / n - mean**2, 0) / (n - 1))))
+
+
+STATISTICS = {"norm": _Norm, "variance": _Variance}
+
+
+@torch.no_grad()
+def calibrate(sampler: Sampler, model: Model, images_for: ImagesFor, num_chains: int, batch_size: int, device: torch.device,
+              by: str = "norm", bracket: tuple[float, float] = BRACKET) -> Calibration:
+    """Find lambda(t) for this sampler; a collective: processes share the chains by number.
+
+    Args:
+        sampler: its process's own lambda is not used.
+        images_for: real images, as of MeasureRun: for the training norms (or Var(x_0)), and for the chains' classes.
+        by: "norm" (measure 1) or "variance" (measure 3).
+
+    Raises:
+        ValueError: fewer than 2 chains per process, an unknown `by`, or norms that are not finite.
+    """
+    if by not in STATISTICS:
+        raise ValueError(f"--by {by}: allowed are {', '.join(STATISTICS)}")
+    rank, world = dist_util.get_rank(), dist_util.get_world_size()
+    if num_chains < 2 * world:
+        raise ValueError(f"--num_images {num_chains} is too few: calibration needs 2 per process at least, better hundreds")
+    mine = list(range(num_chains * rank // world, num_chains * (rank + 1) // world))
+    parts = [mine[first:first + batch_size] for first in range(0, len(mine), batch_size)]
+    model = classifier_free(model, sampler.guidance_scale, sampler.null_label)
+    return _Calibrator(sampler, model, images_for, parts, device, STATISTICS[by](), bracket).run()
+
+
+class _Calibrator:
+    """The chains of this process, in batches, and the search at each step."""
+
+    def __init__(self, sampler: Sampler, model: Model, images_for: ImagesFor, parts: list[list[int]], device: torch.device,
+                 statistic: Any, bracket: tuple[float, float]) -> None:
+        self.sampler, self.process, self.model = sampler, sampler.diffusion, model
+        self.images_for, self.parts, self.device = images_for, parts, device
+        self.statistic, self.bracket = statistic, bracket
+        self.kwargs: list[dict[str, Tensor]] = []
+
+    def run(self) -> Calibration:
+        steps = self.process.num_timesteps
+        target, x = self._targets_and_starts()
+        empty = np.full((4, steps), np.nan)
+        found = Calibration(np.full(steps, np.nan), *empty, how=[LAST] * steps)
+        output = self._call(x, steps - 1)
+        lam = 1.0
+        for t in tqdm(range(steps - 1, 0, -1), desc="calibrating", unit="step", disable=None if dist_util.is_main() else True):
+            found.clipped[t] = self._clipped_share(x, output, t)
+            if found.clipped[t] > SATURATED:
+                found.how[t], best = CLIPPED, self._try(x, output, t, lam, target)
+            else:
+                best = self._solve(x, output, t, target, found, lam)
+            if found.how[t] in (SOLVED, EDGE):
+                lam = found.lambdas[t] = best.lam
+                found.ratio[t] = 1 + best.excess
+            x, output = best.x, best.output if best.output is not None else self._call(best.x, t - 1)
+        found.clipped[0] = self._clipped_share(x, output, 0)
+        _inherit(found.lambdas)
+        return found
+
+    def _targets_and_starts(self) -> tuple[list[Mean], Tensor]:
+        """What the statistic is at each t on training inputs, and the chains' start [n, C, H, W]."""
+        process, real, starts, kwargs = self.process, [], [], []
+        for index in self.parts:
+            images, cond = self.images_for(index)
+            real.append(images)
+            starts.append(step_noise(self.sampler, index, process.num_timesteps)(images.to(self.device)))
+            self.kwargs.append({name: value.to(self.device) for name, value in cond.items()})
+        x_start = torch.cat(real)
+        if not self.statistic.needs_network:
+            data = self.statistic.of(process, x_start, None, 0)
+            return [Mean(ab * data.value + 1 - ab, ab * data.error) for ab in process.alphas_cumprod], torch.cat(starts)
+        targets = []
+        for t in tqdm(range(process.num_timesteps), desc="training norms", unit="step",
+                      disable=None if dist_util.is_main() else True):
+            x_t = torch.cat([noised(self.sampler, Batch(index, images.to(self.device), {}), t)
+                             for index, images in zip(self.parts, real)])
+            targets.append(self.statistic.of(process, x_t, self._call(x_t, t), t))
+        return targets, torch.cat(starts)
+
+    def _call(self, x: Tensor, t: int) -> Tensor:
+        """The network's output at x [n, ...], a batch at a time."""
+        return torch.cat([self.process.call_model(self.model, part, times(part, t), kwargs)
+                          for part, kwargs in zip(x.split([len(index) for index in self.parts]), self.kwargs)])
+
+    def _clipped_share(self, x: Tensor, output: Tensor, t: int) -> float:
+        if not self.sampler.clip_denoised:
+            return 0.0
+        free = self.process.read_output(output, x, times(x, t), clip_denoised=False)["pred_xstart"]
+        outside, count = over_ranks(np.array([float((free.abs() > 1).sum()), free.numel()]))
+        return outside / count
+
+    def _try(self, x: Tensor, output: Tensor, t: int, lam: float, target: list[Mean]) -> _Trial:
+        """x_{t-1} made with lambda(t) = lam, and how far it is from the target."""
+        lambdas = np.ones(self.process.num_timesteps)
+        lambdas[t] = lam
+        sampler = replace(self.sampler, diffusion=with_lambdas(self.process, lambdas))
+        index = [i for part in self.parts for i in part]
+        before = step(sampler, lambda x, t: output, x, t, {}, step_noise(sampler, index, t))["sample"]
+        new_output = self._call(before, t - 1) if self.statistic.needs_network else None
+        mean, wanted = self.statistic.of(self.process, before, new_output, t - 1), target[t - 1]
+        if not (np.isfinite(mean.value) and mean.value > 0 and wanted.value > 0):
+            raise ValueError(f"the chain's mean at t = {t - 1} is {mean.value:g}, on training inputs {wanted.value:g}: the model "
+                             "has diverged, overflows in half precision (try --use_fp16 False), or needs --clip_denoised True")
+        ratio = mean.value / wanted.value
+        noise = ratio * float(np.hypot(mean.error / mean.value, wanted.error / wanted.value))
+        return _Trial(lam, ratio - 1, noise, before, new_output)
+
+    def _solve(self, x: Tensor, output: Tensor, t: int, target: list[Mean], found: Calibration, neighbour: float) -> _Trial:
+        """The trial that meets the target, by bracketing; writes how, error and response of step t."""
+        def trial(lam: float) -> _Trial:
+            return self._try(x, output, t, lam, target)
+
+        low, high = (trial(end) for end in self.bracket)
+        found.response[t] = high.excess - low.excess
+        if abs(found.response[t]) < RESPONSE * max(low.noise, high.noise):
+            found.how[t] = NOISE
+            return trial(neighbour)
+        slope = abs(found.response[t]) / (high.lam - low.lam)
+        found.error[t] = max(low.noise, high.noise) / slope
+        if low.excess * high.excess > 0:
+            found.how[t] = EDGE
+            return min(low, high, key=lambda end: abs(end.excess))
+        found.how[t] = SOLVED
+        return _bracket_root(trial, low, high, slope * _TOLERANCE)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    lam: float
+    excess: float  # ratio - 1
+    noise: float  # its standard error
+    x: Tensor
+    output: Tensor | None
+
+
+def _bracket_root(trial: Callable[[float], _Trial], low: _Trial, high: _Trial, small: float) -> _Trial:
+    """The trial with |excess| <= small between two whose excesses differ in sign: regula falsi, Illinois variant."""
+    ends, values = [low, high], [low.excess, high.excess]
+    best = min(ends, key=lambda end: abs(end.excess))
+    last = -1
+    for _ in range(_TRIALS):
+        if abs(best.excess) <= small:
+            break
+        (a, b), (fa, fb) = (end.lam for end in ends), values
+        middle = trial((a * fb - b * fa) / (fb - fa))
+        best = min(best, middle, key=lambda end: abs(end.excess))
+        side = 0 if middle.excess * values[0] > 0 else 1
+        ends[side], values[side] = middle, middle.excess
+        if side == last:
+            values[1 - side] /= 2  # the other end has stood still twice: let the line lean towards it
+        last = side
+    return best
+
+
+def _inherit(lambdas: np.ndarray) -> None:
+    """Fill gaps (NaN) from the noisier neighbour; the noisiest ones from the first that was found; 1 if none was."""
+    known = 1.0 if np.isnan(lambdas).all() else lambdas[~np.isnan(lambdas)][-1]
+    for t in range(len(lambdas) - 1, -1, -1):
+        known = lambdas[t] = known if np.isnan(lambdas[t]) else lambdas[t]
+
+
+def describe(found: Calibration, settings: dict[str, Any]) -> dict[str, Any]:
+    """What goes into the YAML; see schedule_file for the keys that samplers read."""
+    fit = found.fit()
+
+    def listed(values: Sequence[float], digits: int) -> list[float | None]:
+        return [round(float(value), digits) if np.isfinite(value) else None for value in values]
+
+    return {"steps": len(found.lambdas), "use": "lambda", "lambda": listed(found.lambdas, 6), "b": round(fit["b"], 6),
+            "kb": {"k": round(fit["line_k"], 8), "b": round(fit["line_b"], 6)}, "standard_error": listed(found.error, 6),
+            "how": list(found.how), "ratio": listed(found.ratio, 6), "response": listed(found.response, 6),
+            "clipped_share": listed(found.clipped, 4), "settings": settings}

@@ -1,0 +1,79 @@
+"""The YAML with lambda(t) that scripts/calibrate_eps.py writes and `--eps_schedule FILE` of every sampler reads.
+
+    steps: 20                        # T', optional: refused for another number of steps
+    lambda: [1.004, ..., 1.0]        # T' values, index 0 = last, clean step
+    b: 1.0123                        # a constant, or with k: lambda(t) = k t + b
+    k: 0.0
+    kb: {k: 0.0005, b: 1.004}        # a line, beside a constant b
+    use: lambda                      # which of them counts: lambda, b (with k), or kb; default: the first that is there
+
+Other keys are for people and are not read.
+"""
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import yaml
+
+from ..files import atomic_file
+
+FORMS = ("lambda", "b", "kb")
+
+
+def read_schedule(path: str | os.PathLike, num_timesteps: int) -> tuple[float | list[float], float]:
+    """(eps_scaler, eps_scaler_k) as GaussianDiffusion takes them.
+
+    Raises:
+        ValueError: no such file, not of this form, or made for another number of steps.
+    """
+    content = _load(path)
+    use = content.get("use") or next((form for form in FORMS if form in content), None)
+    if use not in FORMS or use not in content:
+        raise ValueError(f"{path} has no {use or 'lambda, b or kb'}: it needs one of lambda (a list with one value per step), "
+                         f"b (with or without k) or kb, and 'use' may name one of those that are there")
+    steps = content.get("steps", num_timesteps)
+    if steps != num_timesteps:
+        raise ValueError(f"{path} was made for {steps} steps, but sampling has {num_timesteps}: calibrate for them "
+                         f"(scripts/calibrate_eps.py), or sample with --timestep_respacing {steps}")
+    if use == "lambda":
+        values = content["lambda"]
+        if not isinstance(values, list) or len(values) != num_timesteps:
+            found = f"{len(values)} values" if isinstance(values, list) else repr(values)
+            raise ValueError(f"{path}: lambda has {found}, but sampling has {num_timesteps} steps: give one value per step "
+                             "(index 0 = last, clean step)")
+        return [_number(path, "lambda", value) for value in values], 0.0
+    if use == "kb":
+        line = content["kb"]
+        if not isinstance(line, dict) or set(line) != {"k", "b"}:
+            raise ValueError(f"{path}: kb is {line!r}, expected {{k: NUMBER, b: NUMBER}}")
+        return _number(path, "kb.b", line["b"]), _number(path, "kb.k", line["k"])
+    return _number(path, "b", content["b"]), _number(path, "k", content.get("k", 0.0))
+
+
+def _load(path: str | os.PathLike) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"--eps_schedule {path}: there is no such file; scripts/calibrate_eps.py makes one") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--eps_schedule {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--eps_schedule {path} must hold 'key: value' lines such as 'b: 1.01', found "
+                         f"{type(content).__name__}")
+    return content
+
+
+def _number(path: str | os.PathLike, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{path}: {name} must be made of numbers such as 1.01, found {value!r}")
+    return float(value)
+
+
+def write_schedule(path: str | os.PathLike, content: dict[str, Any], comment: str = "") -> None:
+    """Write `content` under `comment`; the file appears whole or not at all."""
+    text = "".join(f"# {line}\n" for line in comment.splitlines())
+    with atomic_file(path) as file:
+        file.write((text + yaml.safe_dump(content, sort_keys=False, width=120)).encode())

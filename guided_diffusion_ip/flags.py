@@ -206,6 +206,7 @@ _SAMPLE = (
     Flag("eps_scaler", 1.0, "b of epsilon scaling, lambda(t) = k t + b; 1 = off. Also one value per step, separated by "
          "commas (first = last, clean step), or 'published' (from the config's table)", eps_scaler),
     Flag("eps_scaler_k", 0.0, "k of epsilon scaling, per respaced step"),
+    Flag("eps_schedule", "", "a YAML with lambda(t), instead of --eps_scaler; scripts/calibrate_eps.py makes one"),
     Flag("guidance_scale", 1.0, "classifier-free guidance: 1 = off, larger = more typical of the class, 0 = without class; "
          "needs a network trained with --class_dropout", least=0),
     Flag("class_ids", "", "classes to sample if class_cond, such as 0-9 or 3,5; default: all"),
@@ -250,6 +251,13 @@ _LIKELIHOOD = (
     Flag("seed", 0, "seed of the noise", least=0),
     Flag("out_dir", "", "where results go; default: nll/ beside the checkpoint"),
 )
+
+# Measuring and calibrating exposure bias; the sampler's flags are those of section sample.
+_MEASURED_IMAGES = (
+    Flag("data_dir", "", "real images: a folder, a zip of images, or an npz with arr_0 (and arr_1)"),
+    Flag("num_images", 500, "real images, evenly spread over the set, and as many chains, over all processes", least=2),
+)
+_NOT_MEASURED = ("num_samples", "class_ids", "save_png")
 
 SECTIONS: dict[str, tuple[Flag, ...]] = {
     "model": _MODEL, "classifier": _CLASSIFIER, "super_res": _SUPER_RES, "diffusion": _DIFFUSION, "train": _TRAIN,
@@ -344,6 +352,23 @@ SCRIPTS = {
         Flag("processes", 1, "cells that are computed at the same time", least=1),
         Flag("launcher", "", "words before the programs of a cell, such as 'torchrun --standalone --nproc_per_node 2'")),
         positional=("sweep",)),
+    "exposure_bias": Script(
+        ("model", "diffusion", "sample"),
+        (*_MEASURED_IMAGES,
+         Flag("measures", "norm,delta,variance,prediction,accumulation", "what to measure, separated by commas: norm, delta, "
+              "variance, prediction, accumulation"),
+         Flag("accumulation_steps", "", "the K of error accumulation, separated by commas; default: four up to all steps"),
+         Flag("features", "pixels", "feature space of error accumulation: pixels (small images), inception, or a FILE.onnx"),
+         Flag("inception_weights", "", "Inception's weights, for --features inception; see evaluations/README.md"),
+         Flag("plots", True, "also draw a picture of each measure (needs matplotlib: pip install -e '.[plots]')")),
+        _NOT_MEASURED),
+    "calibrate_eps": Script(
+        ("model", "diffusion", "sample"),
+        (*_MEASURED_IMAGES,
+         Flag("by", "norm", "what lambda(t) has to bring back to its value on training inputs: the norm of epsilon, or the "
+              "variance of x_t", choices=("norm", "variance")),
+         Flag("out", "", "the YAML to write; default: eps_schedule-... beside the checkpoint")),
+        (*_NOT_MEASURED, "eps_scaler", "eps_scaler_k", "eps_schedule", "out_dir")),
     # Measures the step that image_train makes, on images in memory, and the network calls that image_sample makes.
     "benchmark": Script(
         ("model", "diffusion", "train"),

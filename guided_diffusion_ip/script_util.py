@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from .config import nearest
+from .config import Config, adopt_checkpoint_config, config_beside, nearest, published_lambda
 from .diffusion.kinds import LossType, ModelMeanType, ModelVarType
 from .diffusion.loss_weighting import LossWeighting
 from .diffusion.noise_schedule import get_named_beta_schedule
 from .diffusion.respace import SpacedDiffusion, space_timesteps
+from .exposure_bias.schedule_file import read_schedule
 from .flags import SECTIONS, str2bool
+from .interop.adm_checkpoint import load_for_sampling
 from .networks.trunk import height_width, require_divisible
 from .networks.unet import (
     EncoderUNetModel, SuperResModel, UNetModel, attention_downsample_rates, default_channel_mult, parse_channel_mult)
@@ -173,6 +175,45 @@ def create_gaussian_diffusion(
         model_var_type=var_type, loss_type=loss_type, rescale_timesteps=rescale_timesteps,
         input_perturbation=input_perturbation, eps_scaler=eps_scaler, eps_scaler_k=eps_scaler_k,
         loss_weighting=LossWeighting(loss_weighting, p2_k, p2_gamma, min_snr_gamma, weight_clamp), input_pertub=input_pertub)
+
+
+def settle_lambda(cfg: Config) -> None:
+    """Turn `--eps_schedule FILE` and `--eps_scaler published` into the eps_scaler and eps_scaler_k that they stand for.
+
+    Raises:
+        ValueError: both a schedule and another lambda are given, or the file or the table of published values does not fit.
+    """
+    if cfg.eps_schedule:
+        if cfg.eps_scaler != 1.0 or cfg.eps_scaler_k != 0.0:
+            raise ValueError(f"--eps_schedule {cfg.eps_schedule} says what lambda(t) is, but --eps_scaler {cfg.eps_scaler} "
+                             f"--eps_scaler_k {cfg.eps_scaler_k} says something else: give one of them")
+        steps = len(space_timesteps(cfg.diffusion_steps, cfg.timestep_respacing or [cfg.diffusion_steps]))
+        cfg.values["eps_scaler"], cfg.values["eps_scaler_k"] = read_schedule(cfg.eps_schedule, steps)
+    elif cfg.eps_scaler == "published":
+        cfg.values["eps_scaler"], cfg.values["eps_scaler_k"] = published_lambda(cfg)
+
+
+def complete_settings(cfg: Config) -> None:
+    """What a script that studies a checkpoint needs besides its flags: the config beside it, and lambda(t) settled.
+
+    Raises:
+        ValueError: no checkpoint is given, or its settings contradict the flags.
+    """
+    if not cfg.model_path:
+        raise ValueError("no checkpoint: give --model_path, such as runs/NAME/ema_0.9999_100000.pt")
+    if beside := config_beside(cfg.model_path):
+        adopt_checkpoint_config(cfg, beside)
+    if "eps_schedule" in cfg.values:
+        settle_lambda(cfg)
+
+
+def load_model_and_diffusion(cfg: Config) -> tuple[UNetModel, SpacedDiffusion]:
+    """The network in --model_path, ready to be called, and the process to sample it by; after setup_dist."""
+    model, diffusion = create_model_and_diffusion(
+        **cfg.section("model"), **cfg.sampling_process(), timestep_respacing=cfg.timestep_respacing,
+        eps_scaler=cfg.values.get("eps_scaler", 1.0), eps_scaler_k=cfg.values.get("eps_scaler_k", 0.0))
+    load_for_sampling(model, cfg.model_path, cfg.section("model"), cfg.use_fp16)
+    return model, diffusion
 
 
 def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:

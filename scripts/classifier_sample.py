@@ -16,7 +16,7 @@ from torch import Tensor
 
 from guided_diffusion_ip import dist_util, files, script_util
 from guided_diffusion_ip.config import (
-    Config, adopt_checkpoint_config, adopt_classifier_config, command, config_beside, parse, published_lambda)
+    Config, adopt_checkpoint_config, adopt_classifier_config, command, config_beside, parse)
 from guided_diffusion_ip.diffusion.guidance import classifier_gradient
 from guided_diffusion_ip.generation.sample_batch import draw_labels, parse_class_ids
 from guided_diffusion_ip.generation.sample_run import SampleRun
@@ -68,8 +68,7 @@ def adopt_configs(cfg: Config) -> None:
         adopt_checkpoint_config(cfg, beside)
     if beside := config_beside(cfg.classifier_path):
         adopt_classifier_config(cfg, beside)
-    if cfg.eps_scaler == "published":
-        cfg.values["eps_scaler"], cfg.values["eps_scaler_k"] = published_lambda(cfg)
+    script_util.settle_lambda(cfg)
 
 
 def create_classifier(cfg: Config) -> Callable[..., Tensor]:

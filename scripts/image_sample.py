@@ -9,7 +9,7 @@ by --config. Image i depends on --seed and i only. The same command again contin
 import os
 
 from guided_diffusion_ip import dist_util, script_util
-from guided_diffusion_ip.config import adopt_checkpoint_config, command, config_beside, parse, published_lambda
+from guided_diffusion_ip.config import adopt_checkpoint_config, command, config_beside, parse
 from guided_diffusion_ip.generation.sample_batch import draw_labels, parse_class_ids
 from guided_diffusion_ip.generation.sample_run import SampleRun
 from guided_diffusion_ip.generation.sample_setup import (
@@ -23,8 +23,7 @@ def main() -> None:
         raise ValueError("no checkpoint: give --model_path, such as runs/NAME/ema_0.9999_100000.pt")
     if beside := config_beside(cfg.model_path):
         adopt_checkpoint_config(cfg, beside)
-    if cfg.eps_scaler == "published":
-        cfg.values["eps_scaler"], cfg.values["eps_scaler_k"] = published_lambda(cfg)
+    script_util.settle_lambda(cfg)
     class_ids = parse_class_ids(cfg.class_ids, cfg.num_classes) if cfg.class_cond else None
 
     dist_util.setup_dist()

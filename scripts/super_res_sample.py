@@ -13,7 +13,7 @@ import os
 import torch
 
 from guided_diffusion_ip import dist_util, script_util
-from guided_diffusion_ip.config import Config, adopt_checkpoint_config, command, config_beside, parse, published_lambda
+from guided_diffusion_ip.config import Config, adopt_checkpoint_config, command, config_beside, parse
 from guided_diffusion_ip.data.image_set import ImageSet, open_image_set
 from guided_diffusion_ip.data.super_resolution import check_sizes
 from guided_diffusion_ip.generation.sample_run import SampleRun
@@ -33,8 +33,7 @@ def main() -> None:
                          "(--base_samples)")
     if beside := config_beside(cfg.model_path):
         adopt_checkpoint_config(cfg, beside)
-    if cfg.eps_scaler == "published":
-        cfg.values["eps_scaler"], cfg.values["eps_scaler_k"] = published_lambda(cfg)
+    script_util.settle_lambda(cfg)
     large, small = (script_util.parse_image_size(size) for size in (cfg.large_size, cfg.small_size))
     check_sizes(large, small)
 

@@ -39,6 +39,9 @@ def main() -> None:
     out_dir = results_folder(cfg.out_dir, os.path.join("runs", f"sweep-{stem}"))
     print(f"{len(sweep.cells)} cells in {out_dir}", flush=True)
     write(os.path.join(out_dir, "sweep.yaml"), sweep.text)
+    write(os.path.join(out_dir, "cells.json"), json.dumps(
+        {"metrics": sweep.metrics, "features": sweep.features,
+         "cells": [{"folder": cell.folder, **cell.describe()} for cell in sweep.cells]}, indent=1) + "\n")
     outcome = run_sweep(sweep, out_dir, How(SCRIPTS, launcher, cfg.processes, gpus()))
     report(sweep, out_dir, outcome)
     if outcome.errors:
@@ -79,9 +82,6 @@ def report(sweep: Sweep, out_dir: str, outcome: Outcome) -> None:
     table = make_table(cells, results, sweep.metrics, sweep.features)
     write(os.path.join(out_dir, "table.md"), as_markdown(table))
     write(os.path.join(out_dir, "table.csv"), as_csv(table))
-    write(os.path.join(out_dir, "cells.json"), json.dumps(
-        {"metrics": sweep.metrics, "features": sweep.features,
-         "cells": [{"folder": cell.folder, **place} for cell, place in zip(sweep.cells, cells)]}, indent=1) + "\n")
     print(f"\n{as_markdown(table)}\n{len(outcome.computed)} of {len(sweep.cells)} cells computed now; "
           f"table: {os.path.join(out_dir, 'table.md')}, table.csv", flush=True)
     for cell in sweep.cells:

@@ -33,9 +33,11 @@ def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
     except (FileNotFoundError, IsADirectoryError) as error:
         found = "a folder" if isinstance(error, IsADirectoryError) else "no such file"
         raise ValueError(f"checkpoint {name}: {found}; give the path of a .pt file") from None
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, PermissionError):
         raise
-    except (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError) as error:
+    # A changed bit sends the reader to places before the beginning (OSError), or builds calls that nobody wrote (the last three).
+    except (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError, OSError,
+            TypeError, AssertionError, AttributeError) as error:
         raise ValueError(_explain(name, error)) from None
 
 

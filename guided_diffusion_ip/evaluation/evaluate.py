@@ -98,7 +98,8 @@ def evaluate(reference: ImageFile | SetFeatures | None, stored: StoredStatistics
         known = stored or ref
         for name, part in (("fid", "pool"), ("sfid", "spatial")):
             if name in metrics:
-                result.metrics[name] = _frechet(name, getattr(known, part), getattr(made, part), known.n, result)
+                result.metrics[name] = _frechet(name, getattr(known, part), getattr(made, part), known.n)
+        result.warnings += _few(result.metrics, space)
     if "is" in metrics:
         result.metrics["is"] = Metric(made.score.value, made.n)
     if manifold:
@@ -114,16 +115,21 @@ def evaluate(reference: ImageFile | SetFeatures | None, stored: StoredStatistics
     return result
 
 
-def _frechet(name: str, ref: Any, made: Any, n_ref: int | None, result: Result) -> Metric:
-    value = frechet_distance(ref.mean, ref.cov, made.mean, made.cov)
-    metric = Metric(value, made.n, n_ref)
-    dim = len(made.mean)
-    for n, side in ((made.n, "samples"), (n_ref, "reference images")):
-        if n is not None and n <= dim:
-            metric.label = f"{TITLES[name]}@{made.n}"
-            result.warnings.append(f"{TITLES[name]} from {n} {side}, fewer than the {dim} features have dimensions: biased "
-                                   "upwards, comparable only with values of as many images")
+def _frechet(name: str, ref: Any, made: Any, n_ref: int | None) -> Metric:
+    metric = Metric(frechet_distance(ref.mean, ref.cov, made.mean, made.cov), made.n, n_ref)
+    if min(made.n, n_ref or made.n) <= len(made.mean):
+        metric.label = f"{TITLES[name]}@{made.n}"
     return metric
+
+
+def _few(metrics: dict[str, Metric], space: FeatureSpace) -> list[str]:
+    """A warning where covariances are of fewer images than the features have dimensions."""
+    labelled = [metric for name, metric in metrics.items() if name in ("fid", "sfid") and metric.label]
+    if not labelled:
+        return []
+    first = labelled[0]
+    return [f"{first.n} samples and {first.n_ref or 'an unknown number of'} reference images for features of {space.dim} dimensions: "
+            f"{', '.join(metric.label for metric in labelled)} biased upwards, comparable only with values of as many images"]
 
 
 def _enough(n: int, moments: bool, manifold: bool, what: str) -> None:

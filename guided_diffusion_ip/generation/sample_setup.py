@@ -53,7 +53,10 @@ def sampler_text(cfg: Any) -> str:
     steps = cfg.timestep_respacing or cfg.diffusion_steps
     slope = f" + {cfg.eps_scaler_k:g} t" if cfg.eps_scaler_k else ""
     guidance = f", guidance scale {cfg.guidance_scale:g}" if cfg.guidance_scale != 1 else ""
-    return f"{kind}, steps {steps}, lambda {cfg.eps_scaler}{slope}{guidance}"
+    b = cfg.eps_scaler
+    if isinstance(b, list):
+        b = f"{min(b):g} to {max(b):g}, one per step"
+    return f"{kind}, steps {steps}, lambda {b}{slope}{guidance}"
 
 
 def choose_out_dir(cfg: Any, settings: dict[str, Any]) -> str:

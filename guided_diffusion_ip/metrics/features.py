@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..files import open_binary
 from . import inception, inception_weights
+from .arithmetic import ieee_float32
 from .tf_graph import fields
 
 MAX_PIXEL_DIM = 64 * 64 * 3  # a covariance of this side takes 1.2 GB
@@ -164,7 +165,7 @@ class InceptionSpace:
 
     def __call__(self, images: np.ndarray | Tensor) -> Features:
         images = as_rgb(image_tensor(images).to(self._device))
-        with torch.inference_mode(), inception.ieee_float32():
+        with torch.inference_mode(), ieee_float32():
             found = self._network(images, bf16=self._precision == "bf16")
         return Features(*(value.clone() for value in found))  # outside: tensors that may be changed in place
 

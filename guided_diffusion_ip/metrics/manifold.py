@@ -15,13 +15,13 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import dist_util
+from .arithmetic import ieee_float32
 from .feature_rows import FeatureArray, as_tensor, check_finite_rows, feature_rows
 
 ARITHMETIC = ("float32", "float64", "half")
@@ -59,7 +59,7 @@ def precision_recall(
     if ref.x.shape[1] != sample.x.shape[1]:
         raise ValueError(f"reference features have {ref.x.shape[1]} entries a row, sample features {sample.x.shape[1]}: "
                          "use the same network for both")
-    with _full_precision(), _progress_bar(progress) as bar:
+    with ieee_float32(), _progress_bar(progress) as bar:
         own_ref, own_sample, across = (_Distances(u, v, block_mb) for u, v in ((ref, ref), (sample, sample), (ref, sample)))
         bar.reset(sum(d.tiles for d in (own_ref, own_sample, across)))
         radii = _radii(own_ref, k, bar), _radii(own_sample, k, bar)
@@ -190,26 +190,6 @@ def _half_norms(x: Tensor) -> Tensor:
 def _largest_over_ranks(x: Tensor) -> Tensor:
     """Elementwise maximum; each element was computed by some ranks and is 0 on the others."""
     return dist_util.all_gather_tensor(x[None]).amax(dim=0)
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 products in float32, whatever the caller has allowed (TF32 has the mantissa of half precision)."""
-    # Where torch has the newer switches (2.9), its older ones may not be read after those were set.
-    switches = [(b, "fp32_precision") for b in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-                if hasattr(b, "fp32_precision")]
-    before = [getattr(*switch) for switch in switches] or torch.get_float32_matmul_precision()
-    try:
-        for switch in switches:
-            setattr(*switch, "ieee")
-        if not switches:
-            torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        for switch, value in zip(switches, before):
-            setattr(*switch, value)
-        if not switches:
-            torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager

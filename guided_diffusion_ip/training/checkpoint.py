@@ -83,7 +83,8 @@ def save_set(folder: str, step: int, parts: dict[str, dict[str, Any]], state: di
         for part, content in parts.items():
             hashes[part] = _write(paths[part], content)
         written = dict(hashes)
-        written["state"] = _write(paths["state"], {**state, "sha256": hashes, "content": content_hash(state)})
+        state = {**state, "sha256": hashes}
+        written["state"] = _write(paths["state"], {**state, "content": content_hash(state)})
         for part, digest in written.items():
             if files.sha256(paths[part]) != digest:
                 raise OSError(f"{paths[part]} reads back differently from what was written: the disk is not to be trusted")
@@ -139,8 +140,7 @@ def load_set(model_path: str, ema_names: Iterable[str]) -> tuple[dict[str, dict[
                          f"{'is' if len(missing) == 1 else 'are'} missing; the set is written together and needed whole "
                          "(--init_from starts at step 0 from weights alone)")
     state = dist_util.load_state_dict(paths["state"])
-    rest = {key: value for key, value in state.items() if key not in ("sha256", "content")}
-    if "content" in state and state["content"] != content_hash(rest):
+    if state.pop("content", "") != content_hash(state):
         raise ValueError(f"cannot resume from {model_path}: {paths['state']} is damaged (its content is not what was written); "
                          "--resume with an earlier checkpoint")
     del paths["state"]
@@ -162,7 +162,8 @@ def content_hash(content: Any) -> str:
     def take(x: Any) -> None:
         if isinstance(x, torch.Tensor):
             digest.update(f"{x.dtype} {tuple(x.shape)}".encode())
-            digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            flat = torch.cat([x.detach().cpu().reshape(-1)])  # a copy: one element may have a stride that forbids the view
+            digest.update(flat.view(torch.uint8).numpy())
         elif isinstance(x, (dict, list, tuple)):
             digest.update(f"{type(x).__name__} {len(x)}".encode())
             for item in x.items() if isinstance(x, dict) else x:

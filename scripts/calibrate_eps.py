@@ -1,0 +1,59 @@
+"""Find lambda(t) of epsilon scaling for a checkpoint, a sampler and a number of steps, without samples and without FID.
+
+    python scripts/calibrate_eps.py --model_path runs/NAME/ema_0.9999_100000.pt --data_dir DIR --num_images 1000 \\
+        --timestep_respacing 20 --out eps20.yaml
+    python scripts/image_sample.py --model_path ... --timestep_respacing 20 --eps_schedule eps20.yaml
+
+Step by step from the noisy end, lambda(t) is chosen such that the norm of epsilon at t - 1 (or, --by variance, the variance of
+x_{t-1}) is in the chain what it is on training inputs. The YAML also has a constant b and a line k t + b fitted to it; `use:`
+in it says which of them samplers take. What is found makes up for the sampler's own discretisation error too: it belongs to
+this sampler and this number of steps (docs/exposure_bias.md). Chains are kept in memory, shared over processes.
+"""
+import os
+
+import numpy as np
+
+from guided_diffusion_ip import dist_util, files, script_util
+from guided_diffusion_ip.config import command, parse
+from guided_diffusion_ip.exposure_bias.calibrate import Calibration, calibrate, describe
+from guided_diffusion_ip.exposure_bias.schedule_file import write_schedule
+from guided_diffusion_ip.exposure_bias.setup import open_real_images, what_decides
+from guided_diffusion_ip.generation.sample_setup import make_sampler, say
+
+COMMENT = """lambda(t) for --eps_schedule, from scripts/calibrate_eps.py. Index 0 = last, clean step. `use`: lambda, b, or kb.
+It contains the discretisation error of this sampler at this number of steps: calibrate again for another."""
+
+
+def main() -> None:
+    cfg = parse("calibrate_eps", __doc__)
+    script_util.complete_settings(cfg)
+    dist_util.setup_dist()
+    model, diffusion = script_util.load_model_and_diffusion(cfg)
+    size = script_util.parse_image_size(cfg.image_size)
+    sampler, real = make_sampler(cfg, diffusion, size), open_real_images(cfg, size)
+    kind = f"ddim{cfg.eta:g}" if cfg.use_ddim else "ddpm"
+    out = cfg.out or os.path.join(files.folder_beside(cfg.model_path), f"eps_schedule-{kind}-{diffusion.num_timesteps}.yaml")
+    if files.is_remote(out) or os.path.isdir(out):
+        raise ValueError(f"--out {out}: give the name of a file of this machine, such as eps_schedule.yaml")
+    settings = {"by": cfg.by, **what_decides(cfg, real)}
+    say(f"images: {len(real.chosen)} spread over {real.images.text}\n"
+        f"calibrating {kind} at {diffusion.num_timesteps} steps with {cfg.model_path}, by {cfg.by}")
+    found = calibrate(sampler, model, real, len(real.chosen), cfg.batch_size, dist_util.dev(), cfg.by)
+    if dist_util.is_main():
+        write_schedule(out, describe(found, settings), COMMENT)
+        print(table(found) + f"\nschedule: {out}", flush=True)
+    dist_util.cleanup()
+
+
+def table(found: Calibration) -> str:
+    """A line per step, noisy end first, and the fits."""
+    lines = ["   t    lambda     error  how"]
+    for t in range(len(found.lambdas) - 1, -1, -1):
+        error = f"{found.error[t]:.4f}" if np.isfinite(found.error[t]) else "-"
+        lines.append(f"{t:4d}  {found.lambdas[t]:.5f}  {error:>8}  {found.how[t]}")
+    fit = found.fit()
+    return "\n".join([*lines, f"uniform b = {fit['b']:.5f}; line k = {fit['line_k']:.6f}, b = {fit['line_b']:.5f}"])
+
+
+if __name__ == "__main__":
+    command(main)

@@ -73,7 +73,8 @@ def tell(content: dict[str, Any]) -> None:
         print(f"delta: at t = {t}: {found['delta']['delta_single'][t]:.5f} after one step, "
               f"{found['delta']['delta_multi'][t]:.5f} after the whole chain")
     if "variance" in found:
-        print(f"variance: finished images {found['variance']['final']:.4f}, real ones {found['variance']['final_expected']:.4f}")
+        rows = found["variance"]
+        print(f"variance: finished images {rows['final']:.4f}, real ones {rows['final_expected']:.4f}")
     if "prediction" in found:
         nu, gamma = found["prediction"]["nu"], found["prediction"]["gamma"]
         print(f"prediction: nu_t {min(nu):.4f} to {max(nu):.4f}; as an error of epsilon {min(gamma):.4f} to {max(gamma):.4f}")

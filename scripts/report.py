@@ -3,7 +3,7 @@
     python scripts/report.py runs/demo runs/demo_ip --out report.html
     python scripts/report.py runs/sweep --plots figures          also writes each plot as figures/NAME.svg and .png
 
-RUN is a folder; what it is, its files tell, and folders inside a run are shown with it. The page needs no network and no server.
+RUN is a folder; what it is, its files tell, and folders inside it are shown too. The page needs no network and no server.
 """
 import argparse
 import os
@@ -27,7 +27,9 @@ def main() -> None:
     args = parser.parse_args()
     first = args.runs[0] if os.path.isdir(args.runs[0]) else os.path.dirname(args.runs[0])
     written = write_report(args.runs, args.out or os.path.join(first, "report.html"), args.plots, args.title)
-    print(f"report: {os.path.abspath(written[0])}" + (f"\nplots: {len(written) - 1} files in {args.plots}" if args.plots else ""))
+    print(f"report: {os.path.abspath(written[0])}")
+    if args.plots:
+        print(f"plots: {len(written) - 1} files in {args.plots}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import sys
 
 import torch
 
-from guided_diffusion_ip.config import adopt_checkpoint_config, command, config_beside, parse, published_lambda
+from guided_diffusion_ip import script_util
+from guided_diffusion_ip.config import command, parse
 from guided_diffusion_ip.evaluation.evaluate import parse_metrics
 from guided_diffusion_ip.exposure_bias.sweep import Sweep, read_sweep
 from guided_diffusion_ip.exposure_bias.sweep_run import How, Outcome, run_sweep
@@ -52,16 +53,12 @@ def check(sweep: Sweep) -> None:
     """Try what the cells' programs would refuse, before anything is written or computed.
 
     Raises:
-        ValueError: an unknown flag or metric, a contradiction to a checkpoint, no published lambda.
+        ValueError: an unknown flag or metric, a contradiction to a checkpoint, no published lambda, a schedule for other steps.
     """
     try:
         parse_metrics(",".join(sweep.metrics))
         for cell in sweep.cells:
-            cfg = parse("image_sample", "", list(cell.sample_args))
-            if beside := config_beside(cfg.model_path):
-                adopt_checkpoint_config(cfg, beside)
-            if cfg.eps_scaler == "published":
-                published_lambda(cfg)
+            script_util.complete_settings(parse("image_sample", "", list(cell.sample_args)))
             parse("evaluator", "", list(cell.evaluate_args))
     except ValueError as error:
         raise ValueError(f"{sweep.path}: {error}") from None
@@ -88,7 +85,8 @@ def report(sweep: Sweep, out_dir: str, outcome: Outcome) -> None:
         if cell.folder in outcome.errors:
             print(f"failed: {cell.name}: {outcome.errors[cell.folder]}", file=sys.stderr)
     if outcome.errors:
-        print(f"error: {len(outcome.errors)} of {len(sweep.cells)} cells failed; the same command tries them again", file=sys.stderr)
+        print(f"error: {len(outcome.errors)} of {len(sweep.cells)} cells failed; the same command tries them again",
+              file=sys.stderr)
 
 
 def write(path: str, text: str) -> None:

@@ -53,6 +53,12 @@ def load_seeded_weights(model: torch.nn.Module, seed: int = SEED) -> torch.nn.Mo
     return model.eval()
 
 
+def seeded_checkpoint(path: Path, model: torch.nn.Module) -> str:
+    """Write the model's seeded weights, of no merit but all with an effect, to `path`; returns it."""
+    torch.save(load_seeded_weights(model).state_dict(), path)
+    return str(path)
+
+
 def state_dict_lines(model: torch.nn.Module) -> list[str]:
     """`name 128x3x3x3` for every entry of the state_dict, in order: what checkpoints rely on."""
     return [f"{name} {'x'.join(map(str, v.shape))}" for name, v in model.state_dict().items()]

@@ -328,7 +328,7 @@ def test_the_same_settings_from_the_saved_config(guided, images, tmp_path, capsy
     assert all(torch.equal(a[name], b[name]) for name in a)
     code, said, err = run("classifier_train", "--config", config, "--out_dir", str(again), "--resume_checkpoint",
                           str(again / "model000010.pt"), "--iterations", "11", capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 0 and "10 updates done" in said and (again / "model000011.pt").exists(), err
+    assert code == 0 and "10 steps done" in said and (again / "model000011.pt").exists(), err
 
 
 def test_clean_training_and_more_classes_than_images_have(images, tmp_path, capsys, monkeypatch):
@@ -417,7 +417,7 @@ BAD_TRAINING = {
     "eval_interval": (["--eval_interval", "0"], "at least 1"),
     "pool": (["--classifier_pool", "max"], "adaptive, attention"),
     "heads": (["--classifier_attention_resolutions", "8"], "64"),
-    "another script's flag": (["--ema_rate", "0.9"], "--ema_rate"),
+    "another script's flag": (["--eval_samples", "9"], "--eval_samples"),
     "config key": (["--config", "{tmp}/bad.yaml"], "Did you mean iterations?"),
     "resume": (["--resume_checkpoint", "{tmp}/model000009.pt"], "model000009.pt"),
 }

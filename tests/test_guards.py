@@ -256,8 +256,9 @@ command(main)
 """
 
 
-@pytest.mark.parametrize("what, precision, saved", [("data", "fp32", [2, 4]), ("data", "fp16", [2, 4, 6, 8]),
-                                                    ("weights", "bf16", [2, 4]), ("first batch", "fp32", [])])
+@pytest.mark.parametrize("what, precision, saved", [
+    ("data", "fp32", [2, 4]), ("first batch", "fp32", []), pytest.param("data", "fp16", [2, 4, 6, 8], marks=pytest.mark.slow),
+    pytest.param("weights", "bf16", [2, 4], marks=pytest.mark.slow)])
 def test_one_bad_rank_ends_both_and_both_know_which(what, precision, saved, images, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import launch
-from golden_tools import load_seeded_weights
+from golden_tools import seeded_checkpoint
 from guided_diffusion_ip.data.image_set import open_image_set
 from guided_diffusion_ip.generation.likelihood_run import LikelihoodRun
 from guided_diffusion_ip.noise import NormalStream, Stream
@@ -34,11 +34,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Weights of no merit, that all have an effect."""
-    model = load_seeded_weights(create_model_and_diffusion(**TINY)[0])
-    path = tmp_path_factory.mktemp("run") / "model.pt"
-    torch.save(model.state_dict(), path)
-    return str(path)
+    return seeded_checkpoint(tmp_path_factory.mktemp("run") / "model.pt", create_model_and_diffusion(**TINY)[0])
 
 
 def process(steps, **more):

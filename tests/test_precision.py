@@ -17,7 +17,7 @@ WHOLE = {"fp16": 0.0045, "bf16": 0.036}
 EACH = {"fp16": 0.019, "bf16": 0.135}
 
 
-def gradients(images, out, mode):
+def gradients(images, out, mode):  # noqa: F811
     loop = make_loop(images, out, 1, precision=mode)
     loop.forward_backward(*next(loop.data))
     loop.precision.unscale(loop.opt)

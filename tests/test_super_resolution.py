@@ -152,7 +152,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(trained, large, tmp_path, ca
     code, said, err = run(
         "super_res_train", "--config", str(out / "config.yaml"), "--data_dir", large, "--out_dir", str(tmp_path / "b"),
         "--resume_checkpoint", str(out / "model000002.pt"), "--sample_interval", "0", capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 0 and "2 updates done" in said, err
+    assert code == 0 and "2 steps done" in said, err
     for name in ("model000004.pt", "ema_0.5_000004.pt"):
         ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (out, tmp_path / "b"))
         for key, value in ours.items():

@@ -172,7 +172,7 @@ class _Calibrator:
 
     def _targets_and_starts(self) -> tuple[list[Mean], Tensor]:
         """What the statistic is at each t on training inputs, and the chains' start [n, C, H, W]."""
-        process, real, starts, kwargs = self.process, [], [], []
+        process, real, starts = self.process, [], []
         for index in self.parts:
             images, cond = self.images_for(index)
             real.append(images)
@@ -212,8 +212,9 @@ class _Calibrator:
         new_output = self._call(before, t - 1) if self.statistic.needs_network else None
         mean, wanted = self.statistic.of(self.process, before, new_output, t - 1), target[t - 1]
         if not (np.isfinite(mean.value) and mean.value > 0 and wanted.value > 0):
-            raise ValueError(f"the chain's mean at t = {t - 1} is {mean.value:g}, on training inputs {wanted.value:g}: the model "
-                             "has diverged, overflows in half precision (try --use_fp16 False), or needs --clip_denoised True")
+            raise ValueError(f"the chain's mean at t = {t - 1} is {mean.value:g}, on training inputs {wanted.value:g}: the "
+                             "model has diverged, overflows in half precision (try --use_fp16 False), or needs "
+                             "--clip_denoised True")
         ratio = mean.value / wanted.value
         noise = ratio * float(np.hypot(mean.error / mean.value, wanted.error / wanted.value))
         return _Trial(lam, ratio - 1, noise, before, new_output)

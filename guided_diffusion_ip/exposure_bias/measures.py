@@ -273,8 +273,8 @@ def figures_of(measures: Sequence[Any], sums: dict[str, Sums], n: int, process: 
     for measure in measures:
         for name, array in sums[measure.name].items():
             if not np.isfinite(array).all():
-                raise ValueError(f"the measure {measure.name!r} met values that are not finite ({name}): the model has diverged, "
-                                 "or overflows in half precision (try --use_fp16 False)")
+                raise ValueError(f"the measure {measure.name!r} met values that are not finite ({name}): the model has "
+                                 "diverged, or overflows in half precision (try --use_fp16 False)")
     return {measure.name: measure.result(sums[measure.name], n, process) for measure in measures}
 
 

@@ -113,7 +113,7 @@ def _variance(figure: Any, found: dict[str, Any], content: dict[str, Any]) -> No
     left.plot(t, found["expected"], "--", color=GREY, label="ab Var(x_0) + 1 - ab: a perfect sampler")
     left.plot(t, found["chain"], "s-", color=ORANGE, ms=3, label="in the chain")
     left.plot(-0.35, found["final"], "*", color=GREEN, ms=9, clip_on=False, label="finished images")
-    left.legend()
+    left.legend(loc="lower left")
     right = _axes(figure, (1, 2, 2), content, "variance error", "chain - perfect")
     right.axhline(0, color=GREY, lw=1)
     right.plot(t, found["error"], "s-", color=ORANGE, ms=3, label="in the chain")

@@ -42,8 +42,9 @@ def collect(paths: Sequence[str]) -> list[Run]:
             raise ValueError(f"{path} does not exist: give folders of training runs, samples, sweeps or measurements")
         runs = list(_below(os.path.normpath(path), _DEPTH)) or list(_pictures(path))
         if not runs:
-            raise ValueError(f"{path} holds nothing to show; a report is made of training runs (config.yaml, progress.csv), samples "
-                             "(settings.yaml, grid.png), sweeps (sweep.yaml), measurements (measures.json), lambda schedules and pictures")
+            raise ValueError(f"{path} holds nothing to show; a report is made of training runs (config.yaml, progress.csv), "
+                             "samples (settings.yaml, grid.png), sweeps (sweep.yaml), measurements (measures.json), lambda "
+                             "schedules and pictures")
         for run in runs:
             found.setdefault(os.path.realpath(run.path), run)
     runs = list(found.values())
@@ -108,14 +109,15 @@ def pictures_in(path: str) -> list[str]:
 # ---- readers: a folder of each kind -> its data ----
 
 def _read_training(path: str) -> dict[str, Any]:
-    return {"config": read_text(os.path.join(path, "config.yaml")), "settings": read_yaml_file(os.path.join(path, "config.yaml")),
+    config = os.path.join(path, "config.yaml")
+    return {"config": read_text(config), "settings": read_yaml_file(config),
             "curves": read_curves(os.path.join(path, "progress.csv")),
             "grids": [p for p in pictures_in(path) if os.path.basename(p).startswith("samples_")]}
 
 
 def _read_samples(path: str) -> dict[str, Any]:
-    grid = os.path.join(path, "grid.png")
-    return {"settings": read_yaml_file(os.path.join(path, "settings.yaml")), "config": read_text(os.path.join(path, "settings.yaml")),
+    grid, settings = os.path.join(path, "grid.png"), os.path.join(path, "settings.yaml")
+    return {"settings": read_yaml_file(settings), "config": read_text(settings),
             "evaluation": read_json(os.path.join(path, "evaluation.json")), "grid": grid if os.path.isfile(grid) else ""}
 
 
@@ -124,17 +126,20 @@ def _read_sweep(path: str) -> dict[str, Any]:
     index = read_json(os.path.join(path, "cells.json"))
     listed = [cell for cell in index.get("cells", []) if isinstance(cell, dict)]
     if not listed:  # of another version: whatever results there are
-        folders = sorted(os.listdir(os.path.join(path, "cells")))
-        listed = [{"folder": name, **read_json(os.path.join(path, "cells", name, "result.json")).get("cell", {})} for name in folders]
+        for name in sorted(os.listdir(os.path.join(path, "cells"))):
+            place = read_json(os.path.join(path, "cells", name, "result.json")).get("cell")
+            listed += [{**place, "folder": name}] if isinstance(place, dict) else []
     cells = []
     for place in listed:
         folder = os.path.join(path, "cells", os.path.basename(str(place.get("folder"))))
         result = read_json(os.path.join(folder, "result.json"))
         if {"checkpoint", "sampler", "eta", "steps", "lambda", "seed", "column"} <= set(place):
+            place = {**{key: str(value) for key, value in place.items()}, "eta": to_float(place["eta"]) or 0.0}
             grid = os.path.join(folder, "samples", "grid.png")
             error = str(read_json(os.path.join(folder, "failed.json")).get("error", ""))
             cells.append((place, result if valid_result(result) else None, error, grid if os.path.isfile(grid) else ""))
-    metrics = index.get("metrics") or list(dict.fromkeys(name for _, result, _, _ in cells if result for name in result["metrics"]))
+    found = list(dict.fromkeys(name for _, result, _, _ in cells if result for name in result["metrics"]))
+    metrics = [str(name) for name in index["metrics"]] if isinstance(index.get("metrics"), list) else found
     return {"cells": cells, "metrics": metrics, "features": str(index.get("features", "")),
             "config": read_text(os.path.join(path, "sweep.yaml"))}
 
@@ -156,7 +161,8 @@ def _read_schedule(path: str) -> dict[str, Any]:
     return {"lambda": [float(value) for value in read_yaml_file(path)["lambda"]], "config": read_text(path)}
 
 
-READERS = {TRAINING: _read_training, SAMPLES: _read_samples, SWEEP: _read_sweep, MEASURES: _read_measures, SCHEDULE: _read_schedule}
+READERS = {TRAINING: _read_training, SAMPLES: _read_samples, SWEEP: _read_sweep, MEASURES: _read_measures,
+           SCHEDULE: _read_schedule}
 
 
 # ---- files that may be anything ----

@@ -24,7 +24,8 @@ def text(value: object) -> Html:
 
 def tag(name: str, *content: object, **attributes: object) -> Html:
     """<name attribute="...">content</name>; `class_` is class. Content that is not Html is escaped."""
-    more = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value), quote=True)}"' for key, value in attributes.items())
+    more = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value), quote=True)}"'
+                   for key, value in attributes.items())
     return Html(f"<{name}{more}>{''.join(text(part) for part in content)}</{name}>")
 
 
@@ -37,10 +38,16 @@ def section(anchor: str, title: str, *content: object) -> Html:
 
 
 def table(headings: Sequence[object], rows: Iterable[Sequence[object]], texts: int = 1) -> Html:
-    """The first `texts` columns are names, the others numbers. Scrolls sideways by itself where the page is too narrow."""
+    """The first `texts` columns are names, the others numbers; a row of one cell is a heading of those below it.
+
+    Scrolls sideways by itself where the page is too narrow.
+    """
     def line(cells: Sequence[object], name: str) -> Html:
+        if len(cells) == 1 < len(headings):
+            return tag("tr", tag("th", cells[0], colspan=len(headings)), class_="group")
         return tag("tr", *(tag(name, cell, **({} if i < texts else {"class_": "n"})) for i, cell in enumerate(cells)))
-    return tag("div", tag("table", tag("thead", line(headings, "th")), tag("tbody", *(line(row, "td") for row in rows))), class_="wide")
+    body = tag("tbody", *(line(row, "td") for row in rows))
+    return tag("div", tag("table", tag("thead", line(headings, "th")), body), class_="wide")
 
 
 def figure(content: Html, caption: object, **attributes: object) -> Html:
@@ -107,7 +114,8 @@ def page(title: str, subtitle: str, sections: Sequence[tuple[str, str, Html]]) -
 
 
 CSS = """
-:root { color-scheme: light dark; --page: #ffffff; --text: #1d2327; --soft: #5b666e; --line: #d9dfe3; --card: #f5f7f8; --link: #1b62a5; }
+:root { color-scheme: light dark;
+  --page: #ffffff; --text: #1d2327; --soft: #5b666e; --line: #d9dfe3; --card: #f5f7f8; --link: #1b62a5; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #14181b; --text: #e3e8eb; --soft: #9daab3; --line: #333c43; --card: #1c2226; --link: #7db8ec; }
 }
@@ -129,25 +137,32 @@ th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 td.n, th.n { text-align: right; padding-left: .7rem; padding-right: .2rem; }
 td.n { white-space: nowrap; }
 td small { color: var(--soft); }
-tr.first td { border-top: 2px solid var(--line); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.4rem 2rem; align-items: start; }
-.grids { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(46%, 15rem), 1fr)); gap: .9rem; align-items: start; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; align-items: start; }
+tr.group th { color: var(--text); padding-top: .9rem; }
+.plots, .grids, .pictures { display: grid; align-items: start; }
+.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.4rem 2rem; }
+.grids { grid-template-columns: repeat(auto-fill, minmax(min(46%, 15rem), 1fr)); gap: .9rem; }
+.groups { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: .6rem 1.6rem; }
+.group.large { grid-column: 1 / -1; }
+.pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
 figure { margin: 0; min-width: 0; }
 figcaption { margin-top: .25rem; overflow-wrap: anywhere; }
 figure h3 { margin-top: .2rem; }
 .plot svg { display: block; width: 100%; max-width: 36rem; height: auto; overflow: visible; }
 .plot svg text { font-family: inherit !important; }
 img { display: block; max-width: 100%; height: auto; }
-.grids img { width: 100%; image-rendering: pixelated; }
+.grids img { width: 100%; }
 .pictures img { background: #ffffff; border-radius: 4px; padding: 4px; }
-pre { margin: .4rem 0 1rem; padding: .7rem .8rem; background: var(--card); border: 1px solid var(--line); border-radius: 4px;
-  font: .8rem/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { margin: .4rem 0 1rem; padding: .7rem .8rem;
+  background: var(--card); border: 1px solid var(--line); border-radius: 4px;
+  font: .8rem/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: .4rem 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 .missing { color: #c2453c; }
+@media (max-width: 30rem) { table { font-size: .82rem; } th, td { padding-right: .4rem; } td.n, th.n { padding-left: .4rem; } }
 @media print {
-  :root { color-scheme: light; --page: #ffffff; --text: #000000; --soft: #444444; --line: #bbbbbb; --card: #ffffff; --link: #000000; }
+  :root { color-scheme: light;
+    --page: #ffffff; --text: #000000; --soft: #444444; --line: #bbbbbb; --card: #ffffff; --link: #000000; }
   @page { margin: 14mm; }
   body { max-width: none; padding: 0; font-size: 10.5pt; }
   nav { display: none; }
@@ -157,6 +172,6 @@ summary { cursor: pointer; overflow-wrap: anywhere; }
   pre { font-size: 7.5pt; }
   details::details-content { content-visibility: visible; block-size: auto; }
   figure, tr, h2, h3 { break-inside: avoid; }
-  h2, h3, summary { break-after: avoid; }
+  h2, h3, summary, tr.group { break-after: avoid; }
 }
 """

@@ -29,7 +29,10 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Curve:
-    """`x`, `y` of equal length; `band` is the half-height of a shaded strip around y; `style` numbers colour and dashes."""
+    """`x`, `y` of equal length; `band` is the half-height of a shaded strip around y; `style` numbers colour and dashes.
+
+    A dashed curve is a companion of the one of the same style, and not in the legend.
+    """
 
     label: str
     x: Sequence[float]
@@ -55,7 +58,11 @@ class Plot:
 
     def described(self) -> str:
         """For those who cannot see it."""
-        return f"{self.title}: {self.y_label} over {self.x_label}, for {', '.join(curve.label for curve in self.curves)}"
+        return f"{self.title}: {self.y_label} over {self.x_label}, for {', '.join(curve.label for curve in self.named())}"
+
+    def named(self) -> list[Curve]:
+        """Those in the legend."""
+        return [curve for curve in self.curves if not curve.dashed]
 
 
 def inline_svg(plot: Plot) -> str:
@@ -89,7 +96,7 @@ def _render(plot: Plot, ending: str, **options: Any) -> Any:
                          "pip install -e '.[plots]'") from None
     style = {**_STYLE, "svg.hashsalt": plot.name, "axes.prop_cycle": matplotlib.rcParamsDefault["axes.prop_cycle"]}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.9, 3.2 + 0.19 * max(0, len(plot.curves) - 1)), layout="constrained")
+        figure = Figure(figsize=(4.9, 3.0 + 0.19 * len(plot.named())), layout="constrained")
         _draw(plot, figure)
         buffer = io.BytesIO()
         metadata = {"Date": None} if ending == "svg" else {}
@@ -98,6 +105,8 @@ def _render(plot: Plot, ending: str, **options: Any) -> Any:
 
 
 def _draw(plot: Plot, figure: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     axes = figure.add_subplot()
     if plot.line is not None:
         axes.axhline(plot.line, color="#808080", linewidth=1)
@@ -106,15 +115,19 @@ def _draw(plot: Plot, figure: Any) -> None:
         color = COLORS[style % len(COLORS)]
         dashes = "--" if curve.dashed else _DASHES[style // len(COLORS) % len(_DASHES)]
         few = len(curve.x) <= 25 or curve.markers
-        axes.plot(curve.x, curve.y, dashes, color=color, label=_legend(curve.label), marker="o" if few else None, markersize=3)
+        axes.plot(curve.x, curve.y, dashes, color=color, label=None if curve.dashed else _legend(curve.label),
+                  marker="o" if few else None, markersize=3)
         if curve.band is not None:
             low, high = zip(*((y - b, y + b) for y, b in zip(curve.y, curve.band)))
             axes.fill_between(curve.x, low, high, color=color, alpha=0.18, linewidth=0)
     if plot.log_y and all(y > 0 for curve in plot.curves for y in curve.y):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # the default one needs mathematical type
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel(plot.y_label)
-    if len(plot.curves) > 1:
+    if len(plot.named()) > 1:
         figure.legend(loc="outside lower center", ncols=1)
 
 

@@ -10,14 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import files
 from ..data.image_set import ImageSet, open_image_set
-from ..generation.sample_batch import Sampler
 from .measure_run import spread_over
-from .walks import Model
 
 _DECIDES = ("seed", "use_ddim", "eta", "timestep_respacing", "clip_denoised", "guidance_scale", "use_fp16")
 

@@ -37,7 +37,8 @@ _SET_BY = {"model_path": "checkpoints", "config": "checkpoints", "num_samples": 
            "eta": "eta", "seed": "seeds", "out_dir": "--out_dir"}
 _FILES = ("config", "model_path", "eps_schedule", "reference", "features", "inception_weights")  # count by their content
 _NO_MATTER = ("batch_size", "device", "save_png")  # change no number
-_SET_BY_EVALUATE = {"ref": "reference", "samples": "checkpoints", "features": "features", "metrics": "metrics", "json": "--out_dir"}
+_SET_BY_EVALUATE = {"ref": "reference", "samples": "checkpoints", "features": "features", "metrics": "metrics",
+                    "json": "--out_dir"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Cell:
-    """One set of samples. `name` is readable and unique within the sweep; `key` is the hash of all that its numbers depend on."""
+    """One set of samples. `name` is unique within the sweep; `key` is the hash of all that its numbers depend on."""
 
     checkpoint: str
     sampler: str
@@ -331,7 +332,7 @@ def _scaling(path: str, entry: Any, place: dict[str, Any]) -> Scaling:
         return Scaling(label, (("eps_schedule", _existing(path, f"lambda {label}", file)),))
     for name, number in line.items():
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ValueError(f"{path}: lambda {label or value}: {name} is {number!r}; allowed are a number, published, a lambda "
-                             "schedule file, {b:, k:}, or one of these for each number of steps")
+            raise ValueError(f"{path}: lambda {label or value}: {name} is {number!r}; allowed are a number, published, a "
+                             "lambda schedule file, {b:, k:}, or one of these for each number of steps")
     flags = [(f"eps_scaler{'_k' if name == 'k' else ''}", repr(float(number))) for name, number in line.items()]
     return Scaling(label, tuple(flags))

@@ -123,6 +123,7 @@ class _Work:
         self._guard, self._stopping = threading.Lock(), False
         self._running: set[subprocess.Popen] = set()
         self._left: list[Cell] = []
+        self._waited_for: set[str] = set()
         for cell in sweep.cells:
             if (result := read_result(out_dir, cell, sweep.metrics)) is None:
                 self._left.append(cell)
@@ -136,16 +137,18 @@ class _Work:
 
     def loop(self, worker: int) -> None:
         """Take cells until none is left."""
-        told = set()
+        refused = 0  # cells in a row that others are at
         while (cell := self._take()) is not None:
             holder = self._settle(cell, worker)
+            refused = refused + 1 if holder else 0
             if holder:
-                if cell.folder not in told:
-                    self.bar.write(f"{cell.name}: is being computed by {holder}")
-                told.add(cell.folder)
                 with self._guard:
                     self._left.append(cell)
-                time.sleep(_POLL_S)
+                    all_tried = refused >= len(self._left)
+                if all_tried:
+                    self._tell_wait(holder)
+                    time.sleep(_POLL_S)
+                    refused = 0
 
     def stop(self) -> None:
         """End what runs."""
@@ -153,6 +156,11 @@ class _Work:
             self._stopping = True
             for process in self._running:
                 process.terminate()
+
+    def _tell_wait(self, holder: str) -> None:
+        if holder not in self._waited_for:
+            self.bar.write(f"waiting for cells that are being computed by {holder}")
+        self._waited_for.add(holder)
 
     def _take(self) -> Cell | None:
         with self._guard:
@@ -199,8 +207,8 @@ class _Work:
         commands = [self.how.command(image_sample, [*cell.sample_args, "--out_dir", samples])]
         self._run(commands[0], folder, lock, worker)
         reference, *rest = cell.evaluate_args
-        commands.append(self.how.command(evaluator, [reference, _npz_in(samples), *rest, "--metrics", ",".join(metrics), "--json",
-                                                     evaluation]))
+        commands.append(self.how.command(evaluator, [reference, _npz_in(samples), *rest, "--metrics", ",".join(metrics),
+                                                     "--json", evaluation]))
         self._run(commands[1], folder, lock, worker)
         with open(evaluation, encoding="utf-8") as file:
             measured = json.load(file)

@@ -412,8 +412,9 @@ class TrainLoop:
                            + (f"; removed step {', '.join(map(str, removed))}" if removed else ""))
             except (OSError, ValueError) as error:
                 last = checkpoint.newest(logger.get_dir())
-                complaint = (f"the checkpoint of step {self.step} could not be saved in {logger.get_dir()}: {error}. The last complete "
-                             f"one is {last or 'none'}; with the cause removed, the same command with --resume auto continues")
+                complaint = (f"the checkpoint of step {self.step} could not be saved in {logger.get_dir()}: {error}. The last "
+                             f"complete one is {last or 'none'}; with the cause removed, the same command with --resume auto "
+                             "continues")
         complaint = dist_util.broadcast_object(complaint)
         if complaint:
             raise ValueError(complaint)

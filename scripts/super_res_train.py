@@ -42,10 +42,13 @@ def main() -> None:
     def conditions(index: list[int]) -> dict[str, torch.Tensor]:
         return {name: value[index] for name, value in examples[1].items()}
 
+    def sampler(timestep_respacing: str) -> Sampler:
+        """Of pictures and evaluations on the way; its process knows no losses."""
+        return Sampler(create(cfg, timestep_respacing=timestep_respacing, loss_weighting="uniform")[1], shape, cfg.seed)
+
     preview = cfg.sample_interval and Preview(
-        Sampler(sampling_process(cfg, cfg.sample_respacing), shape, cfg.seed), cfg.sample_count, out_dir, cfg.batch_size,
-        conditions)
-    evaluation = cfg.eval_interval and make_evaluation(cfg, sampling_process(cfg, cfg.eval_respacing), shape, conditions)
+        sampler(cfg.sample_respacing), cfg.sample_count, out_dir, cfg.batch_size, conditions)
+    evaluation = cfg.eval_interval and make_evaluation(cfg, sampler(cfg.eval_respacing), conditions)
     loop = make_loop(cfg, model, diffusion, data, preview, out_dir, messages, evaluation)
     if cfg.sample_interval and dist_util.is_main():
         save_grid(to_uint8(examples[1]["low_res"][:cfg.sample_count]), os.path.join(out_dir, "low_res.png"))
@@ -59,11 +62,6 @@ def create(cfg: Config, **process):
     flags = {**cfg.section("model"), **cfg.section("super_res"), **cfg.section("diffusion"),
              "timestep_respacing": cfg.timestep_respacing}
     return script_util.sr_create_model_and_diffusion(**{**flags, **process, "use_fp16": False})
-
-
-def sampling_process(cfg: Config, timestep_respacing: str):
-    """The process of pictures and evaluations on the way, which knows no losses."""
-    return create(cfg, timestep_respacing=timestep_respacing, loss_weighting="uniform")[1]
 
 
 if __name__ == "__main__":

@@ -72,8 +72,9 @@ MAY_IMPORT = {
     "benchmark": LEAVES | CORE | {"generation", "training"},
     "exposure_bias": LEAVES | CORE | {"generation"},
     "flags": set(),
+    "edm_setup": LEAVES | CORE | {"interop", "flags"},
     "config": LEAVES | {"flags"},
-    "script_util": LEAVES | CORE | {"generation", "interop", "training", "exposure_bias", "config", "flags"},
+    "script_util": LEAVES | CORE | {"generation", "interop", "training", "exposure_bias", "config", "flags", "edm_setup"},
     "compat": LEAVES | CORE | {"generation", "interop", "training", "exposure_bias", "config", "flags", "script_util"},
     "__init__": set(),
 }

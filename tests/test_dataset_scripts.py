@@ -105,13 +105,17 @@ def test_cifar10(tmp_path, form, capsys):
         assert np.array_equal(Image.open(out / "train" / name), reference["arr_0"][int(name[-9:-4])])
     stream = load_data(data_dir=out / "train", batch_size=20, image_size=32, class_cond=True)
     assert stream.classes == sorted(set(classes[k] for k in labels)) and stream.preprocessing == "cifar10 32x32x3"
+    packed = load_data(data_dir=out / "train.npz", batch_size=20, image_size=32, class_cond=True)
+    (x, cond), (y, packed_cond) = next(stream), next(packed)
+    assert (x == y).all() and (cond["y"] == packed_cond["y"]).all()
+    assert (packed.classes, packed.preprocessing) == (stream.classes, stream.preprocessing)
     before = contents(out)
     run("cifar10", "--source", source, "--out", out, PARTIAL)
     run("cifar10", "--source", source, "--out", out, PARTIAL, "--split", "test")
     assert {name: data for name, data in contents(out).items() if not name.startswith("test/")} == before
     test = open_image_set(out / "test", (32, 32), 3, num_classes=10)
     assert len(test) == 4 and test.preprocessing == "cifar10-test 32x32x3"
-    assert sorted(os.listdir(out)) == ["reference.npz", "test", "train"]
+    assert sorted(os.listdir(out)) == ["reference.npz", "test", "train", "train.npz"]
 
 
 def test_cifar10_that_is_not_whole(tmp_path):

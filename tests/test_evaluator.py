@@ -254,6 +254,14 @@ def test_published_values_need_the_papers_own_settings():
     for other in ({"eps_scaler": 1.01}, {"use_ddim": True}, {"timestep_respacing": "50"}, {"eps_scaler_k": 1e-3}):
         assert published_values(paper, base | other) == {}
     assert published_values(paper, {}) == {}
+    for guided in ({"guidance_scale": 2.0}, {"classifier_scale": 1.0}):
+        assert published_values(paper, base | guided) == {}
+    paper |= {"classifier_scale": 0.5, "fid_guided_without": {100: 3.55}, "fid_guided_eps_scaler": {100: 3.4}}
+    guided = base | {"classifier_scale": 0.5, "guidance_scale": 1.0}
+    assert published_values(paper, guided) == {"fid": 3.55} and published_values(paper, base) == {"fid": 3.37}
+    assert published_values(paper, guided | {"eps_scaler": 1.017}) == {"fid": 3.4}
+    assert published_values(paper, guided | {"classifier_scale": 1.0}) == {}, "another scale is another table"
+    assert published_values(paper | {"fid_guided": {100: 2.9}}, guided) == {"fid": 2.9}
 
 
 def test_metric_names():

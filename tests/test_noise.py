@@ -50,7 +50,7 @@ def test_stream_numbers_are_frozen():
     assert {stream.name: int(stream) for stream in Stream} == {
         "TIMESTEP": 0, "EPSILON": 1, "XI": 2, "FLIP": 3, "CROP": 4, "SHUFFLE": 5, "LABEL": 6,
         "SAMPLE": 7, "CHAIN": 8, "LIKELIHOOD": 9, "CLASS_DROPOUT": 10,
-        "MEASURE_INPUT": 11, "MEASURE_STEP": 12}
+        "MEASURE_INPUT": 11, "MEASURE_STEP": 12, "AUGMENT": 13}
 
 
 def test_values_are_frozen():

@@ -16,6 +16,7 @@ from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.data.image_io import save_grid, to_model_range
 from guided_diffusion_ip.data.image_set import open_image_set
 from guided_diffusion_ip.data.super_resolution import SuperResolutionStream, area_average, check_sizes
+from guided_diffusion_ip.generation.base_images import picture_names
 from guided_diffusion_ip.generation.sample_batch import Sampler
 from guided_diffusion_ip.script_util import create_model_and_diffusion, sr_create_model_and_diffusion
 from guided_diffusion_ip.training.preview import Preview
@@ -220,6 +221,117 @@ def test_two_processes_sample_the_same(trained, small, tmp_path, capsys, monkeyp
         np.testing.assert_array_equal(two["arr_1"], y)
 
 
+def labelled_base_npz(folder, capsys, monkeypatch):
+    """What image_sample leaves of a class-conditional 4 x 4 model: (path, pixels, labels)."""
+    torch.manual_seed(3)
+    model = create_model_and_diffusion(image_size=4, **NETWORK)[0]
+    for p in model.parameters():
+        p.data.add_(0.05 * torch.randn(p.shape))
+    torch.save(model.state_dict(), folder / "base.pt")
+    code, _, err = run("image_sample", "--model_path", str(folder / "base.pt"), *flags(image_size=4, **NETWORK), "--num_samples",
+                       "5", "--timestep_respacing", "3", "--out_dir", str(folder / "base"), capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0, err
+    path = folder / "base" / "samples_5x4x4x1.npz"
+    with np.load(path) as npz:
+        return str(path), npz["arr_0"], npz["arr_1"]
+
+
+def test_samples_of_a_base_model_are_enlarged_with_their_labels_by_ddim_and_lambda(trained, tmp_path, capsys, monkeypatch):
+    """The chain of ADM-U: image_sample's npz goes into super_res_sample; output i is what Sampler makes of image i and label i."""
+    path, pixels, labels = labelled_base_npz(tmp_path, capsys, monkeypatch)
+    state = torch.load(trained[0] / "ema_0.5_000004.pt", weights_only=True)  # four steps after zeros: epsilon is 0, lambda idle
+    state = {name: value + 0.1 * torch.randn(value.shape) for name, value in state.items()}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_bytes((trained[0] / "config.yaml").read_bytes())
+    torch.save(state, tmp_path / "run" / "ema_0.5_000004.pt")
+    trained = (tmp_path / "run",)
+    options = ["--num_samples", "5", "--use_ddim", "True", "--eta", "0.5", "--eps_scaler", "1.05"]
+    images, y, said = sample(trained, path, tmp_path / "large", *options, capsys=capsys, monkeypatch=monkeypatch)
+    assert y.tolist() == labels.tolist() and "each of them once" in said and "note" not in said
+    plain, _, _ = sample(trained, path, tmp_path / "plain", *options[:-1], "1", capsys=capsys, monkeypatch=monkeypatch)
+    assert (plain != images).any(), "lambda does something"
+
+    model, diffusion = sr_create_model_and_diffusion(**TINY, timestep_respacing="2", eps_scaler=1.05)
+    model.load_state_dict(state)
+    direct = Sampler(diffusion, (1, 8, 8), use_ddim=True, eta=0.5)(model.eval(), range(5), {
+        "low_res": to_model_range(pixels), "y": torch.from_numpy(labels)})
+    expected = ((direct + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images - expected).max() < 1.01
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(trained, small, tmp_path, capsys, monkeypatch):
+    argv = ["--num_samples", "7", "--batch_size", "2"]
+    whole, y, _ = sample(trained, small[0]["folder"], tmp_path / "whole", *argv, capsys=capsys, monkeypatch=monkeypatch)
+    calls, call = [], Sampler.__call__
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return call(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", interrupted)
+        code, _, err = run("super_res_sample", "--model_path", str(trained[0] / "ema_0.5_000004.pt"), "--base_samples",
+                           small[0]["folder"], "--timestep_respacing", "2", "--out_dir", str(tmp_path / "cut"), *argv,
+                           capsys=capsys, monkeypatch=patch)
+    assert code == 130 and len(list((tmp_path / "cut" / "shards").iterdir())) == 2, err
+    images, labels, _ = sample(trained, small[0]["folder"], tmp_path / "cut", *argv, capsys=capsys, monkeypatch=monkeypatch)
+    np.testing.assert_array_equal(images, whole)
+    np.testing.assert_array_equal(labels, y)
+
+
+def test_pictures_have_the_names_of_the_files_that_they_were_made_from(trained, tmp_path, capsys, monkeypatch):
+    for i, name in enumerate(("dog/b.png", "dog/a.png", "cat/x.bmp", "cat/x.png", "cow/1.png")):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4), 50 * i, np.uint8)).save(tmp_path / "in" / name)
+    images, y, said = sample(trained, str(tmp_path / "in"), tmp_path / "out", "--num_samples", "6", "--save_png", "True",
+                             capsys=capsys, monkeypatch=monkeypatch)
+    assert y.tolist() == [0, 0, 1, 2, 2, 0], "classes and images in the order of their names"
+    names = ["cat/x", "cat/x~", "cow/1", "dog/a", "dog/b", "cat/x~2"]
+    for image, name in zip(images, names):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "png" / f"{name}.png")), image[..., 0])
+    assert len(list((tmp_path / "out" / "png").rglob("*.*"))) == 6
+    table = (tmp_path / "out" / "base_images.csv").read_text().splitlines()
+    assert table == ["image,base_image,base_name", "0,0,cat/x.bmp", "1,1,cat/x.png", "2,2,cow/1.png", "3,3,dog/a.png",
+                     "4,4,dog/b.png", "5,0,cat/x.bmp"]
+    assert "base_images.csv" in said
+
+
+def test_names_come_once_and_stay_inside():
+    assert picture_names(["../../etc/x.png", "/etc/x.png", "a.b.png", "~.png"], 9) == [
+        "etc/x", "etc/x~", "a.b", "~", "etc/x~2", "etc/x~2~", "a.b~2", "~~2", "etc/x~3"]
+
+
+def test_images_of_another_size_are_scaled_if_asked_for(trained, small, tmp_path, capsys, monkeypatch):
+    _, pixels, labels = small
+    large = tmp_path / "large"
+    large.mkdir()
+    for i, (image, label) in enumerate(zip(pixels.repeat(2, 1).repeat(2, 2), labels)):
+        Image.fromarray(image[..., 0]).save(large / f"{label}_{i}.png")
+    np.savez(tmp_path / "large.npz", arr_0=pixels.repeat(2, 1).repeat(2, 2), arr_1=labels)
+    exact, _, _ = sample(trained, small[0]["npz"], tmp_path / "exact", "--num_samples", "5", capsys=capsys, monkeypatch=monkeypatch)
+    for source in (large, tmp_path / "large.npz"):
+        out = tmp_path / f"of_{source.name}"
+        scaled, y, _ = sample(trained, str(source), out, "--num_samples", "5", "--resize_base", "True", capsys=capsys,
+                              monkeypatch=monkeypatch)
+        np.testing.assert_array_equal(scaled, exact)  # doubling and halving gives the same small images
+        assert y.tolist() == labels.tolist()
+
+
+def test_what_may_not_be_meant_is_said(trained, small, tmp_path, capsys, monkeypatch):
+    (tmp_path / "two").mkdir()
+    for name in ("10_a", "2_a"):
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "two" / f"{name}.png")
+    with monkeypatch.context() as patch:  # 10,000 images would take too long: stop at the first
+        patch.setattr(Sampler, "__call__", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        code, said, _ = run("super_res_sample", "--model_path", str(trained[0] / "ema_0.5_000004.pt"), "--base_samples",
+                            str(tmp_path / "two"), "--timestep_respacing", "2", "--out_dir", str(tmp_path / "out"), capsys=capsys,
+                            monkeypatch=patch)
+    assert code == 130 and "(10 is label 0, 2 label 1), but the model knows 3" in said
+    assert "--num_samples is 10000 by default; --num_samples 2 makes each image once" in said
+
+
 # ---- wrong input ----
 
 BAD_TRAINING = {
@@ -255,8 +367,8 @@ BAD_SAMPLING = {
     "truncated": (["--base_samples", "{tmp}/truncated.npz"], "truncated.npz"),
     "broken image": (["--base_samples", "{tmp}/broken"], "0_1.png"),
     "pickled": (["--base_samples", "{tmp}/evil.npz"], "Python objects"),
-    "size": (["--base_samples", "{tmp}/large.npz"], "8 x 8 with 1 channels, but the model takes 4 x 4 with 1"),
-    "size of a file": (["--base_samples", "{tmp}/mixed"], "1_1.png is 5 x 4, but the model takes 4 x 4"),
+    "size": (["--base_samples", "{tmp}/large.npz"], "8 x 8 with 1 channels, but the model takes 4 x 4 with 1: add --resize_base"),
+    "size of a file": (["--base_samples", "{tmp}/mixed"], "1_1.png is 5 x 4, but the model takes 4 x 4: add --resize_base True"),
     "channels": (["--base_samples", "{tmp}/rgb.npz"], "4 x 4 with 3 channels"),
     "floats": (["--base_samples", "{tmp}/floats.npz"], "must be uint8"),
     "no labels": (["--base_samples", "{tmp}/unlabelled.npz"], "arr_1"),

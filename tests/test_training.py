@@ -12,7 +12,8 @@ from guided_diffusion_ip.script_util import create_model_and_diffusion
 from guided_diffusion_ip.training.ema import EMA, parse_rates, update_ema
 from guided_diffusion_ip.training.loss_statistics import LossStatistics
 from guided_diffusion_ip.training.timestep_samplers import LossSecondMomentResampler, create_named_schedule_sampler
-from guided_diffusion_ip.training.train_loop import TrainLoop, duration
+from guided_diffusion_ip.training.step_log import duration
+from guided_diffusion_ip.training.train_loop import TrainLoop
 
 TINY = dict(image_size=8, in_channels=1, num_channels=32, num_res_blocks=1, channel_mult="1,1", attention_resolutions="4",
             learn_sigma=True, noise_schedule="cosine", rescale_learned_sigmas=True, input_perturbation=0.1,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 MATRIX_PRODUCTS = 5  # the best of so many is the rate
+COPIES = 5
 
 
 def choose_device(name: str) -> torch.device:
@@ -62,6 +63,16 @@ def matrix_rates(device: torch.device, dtype: torch.dtype, size: int = 4096, war
     while time.perf_counter() < end:
         timed(products, device)
     return [2e-9 * size**3 * times / timed(products, device) for _ in range(MATRIX_PRODUCTS)]
+
+
+def copy_rates(device: torch.device, numbers: int = 1 << 26) -> list[float]:
+    """GB/s of COPIES copies of so many float32 from memory to memory: 4 bytes of each read, 4 written.
+
+    2^26, 256 MB, is more than caches hold; fewer measure the cache.
+    """
+    source, target = torch.ones(numbers, device=device), torch.empty(numbers, device=device)
+    timed(lambda: target.copy_(source), device)  # pages of the target are made
+    return [8e-9 * numbers / timed(lambda: target.copy_(source), device) for _ in range(COPIES)]
 
 
 class PeakMemory:

@@ -4,7 +4,8 @@ Shapes: uint8 [b, H, W, C] pixels, int64 [b] labels; b images per rank.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -104,7 +105,8 @@ class BatchMaker(torch.utils.data.Dataset):
                                for i, crop in zip(images, crops)])
         if self.random_flip:
             flip = (uniform(self.order.seed, Stream.FLIP, index, step) < 0.5).numpy()
-            pixels[flip] = pixels[flip][:, :, ::-1]
+            whole = pixels.view(f"V{pixels.shape[3]}")  # of pixels instead of their channels: 2 to 10 times as fast
+            whole[flip] = whole[flip][:, :, ::-1]
         labels = None
         if self.source.labels is not None:
             labels = torch.from_numpy(self.source.labels[images])
@@ -143,6 +145,33 @@ class BatchMaker(torch.utils.data.Dataset):
 
     def _decode_into(self, memory: np.ndarray, i: int) -> None:
         memory[i] = render(self.source.image(i, self.channels), self.size)
+
+
+def worker_batches(maker: BatchMaker, steps: Iterable[int], workers: int) -> Iterator:
+    """maker[step] of each step, in order, made by worker processes until `stop_workers`."""
+    loader = torch.utils.data.DataLoader(
+        maker, batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=4, worker_init_fn=_ignore_signals,
+        generator=torch.Generator())  # its own: the global generator must not notice
+    return iter(loader)
+
+
+def stop_workers(batches: Iterator) -> None:
+    """End the processes of `worker_batches`.
+
+    They would also end with the iterator; but the traceback of an exception that went through it keeps it alive until the
+    interpreter ends, and then torch waits for them, for ever, since they ignore signals.
+    """
+    batches._shutdown_workers()
+
+
+def _ignore_signals(worker: int) -> None:
+    """Job managers signal whole process groups; only the trainer may act, or it loses its data.
+
+    Workers still end with their parent: torch tells them, and they watch for its death.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def decode_all(decode: Callable[[int], None], n: int, threads: int, quiet: bool) -> None:

@@ -22,7 +22,7 @@ from ..noise import Stream, permutation
 from . import preprocessing as made
 from .image_io import NpzReader, NpzWriter, save_png, write_npz
 from .parts import Parts, discard
-from .sources import FolderSource, Source
+from .sources import CLASSES, FolderSource, Source
 
 TRAIN = "train.npz"
 REFERENCE = "reference.npz"
@@ -84,11 +84,13 @@ def _gathering(out_dir: str, parts: Parts | None) -> Iterator[str]:
 
 
 def write_image_npz(path: str | os.PathLike, images: Iterable[np.ndarray], shape: Sequence[int],
-                    labels: Sequence[int] | None = None, preprocessing: str = "") -> None:
+                    labels: Sequence[int] | None = None, preprocessing: str = "",
+                    classes: Sequence[str] | None = None) -> None:
     """Stream images uint8 [H, W, C] into arr_0 of an npz, and labels into arr_1 (int64 [N]).
 
     `shape` is [N, H, W, C], announced beforehand; memory holds one image at a time. `preprocessing`
-    says how the images were made, and is stored as a text of that name.
+    says how the images were made, `classes` what the labels 0, 1, ... are called; each is stored as a
+    text of that name.
 
     Raises:
         ValueError: another number or shape of images, or not one label each.
@@ -99,6 +101,9 @@ def write_image_npz(path: str | os.PathLike, images: Iterable[np.ndarray], shape
         out.write("arr_0", shape, np.uint8, (image[None] for image in images))
         if labels is not None:
             out.write("arr_1", (shape[0],), np.int64, [np.asarray(labels, dtype=np.int64)])
+        if classes is not None:
+            names = np.array(list(classes))
+            out.write(CLASSES, names.shape, names.dtype, [names])
         if preprocessing:
             text = made.as_array(preprocessing)
             out.write(made.KEY, text.shape, text.dtype, [text])

@@ -13,7 +13,6 @@ import functools
 import itertools
 import os
 import random
-import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor
 
 from ..noise import Stream, permutation
-from .batches import BatchMaker, Failure, Order, render
+from .batches import BatchMaker, Failure, Order, render, stop_workers, worker_batches
 from .image_io import center_crop_arr, pil_mode, random_crop_arr, size_pair, to_model_range
 from .image_set import ImageSet
+from .prefetch import Prefetcher, uses_gpu
 from .preprocessing import of_loader
 from .sources import open_source, read_image
 
@@ -38,7 +38,8 @@ def load_data(*, data_dir: str | os.PathLike, batch_size: int, image_size: int |
               random_flip: bool = True, channels: int = 3, seed: int = 0, rank: int | None = None,
               world: int | None = None, num_workers: int | None = None, cache_mb: float = 512,
               start_step: int = 0, log: Callable[[str], None] | None = None,
-              num_classes: int | None = None, class_dropout: float = 0.0) -> ImageStream:
+              num_classes: int | None = None, class_dropout: float = 0.0,
+              prefetch: bool | None = None) -> ImageStream:
     """Open training data.
 
     Args:
@@ -58,6 +59,11 @@ def load_data(*, data_dir: str | os.PathLike, batch_size: int, image_size: int |
         log: called with one line that says what was found.
         num_classes: how many the model knows; more in the data is an error.
         class_dropout: share of the labels that are replaced by label num_classes, "no class".
+        prefetch: make the next batches in a thread meanwhile; None: if this process uses a GPU by the first batch. Where one
+            is used, they are in pinned memory, for `x.to(device, non_blocking=True)`.
+
+    An npz that is not compressed, of this size and number of channels, is memory-mapped: a batch is one gather from it, the
+    system keeps one copy for all processes, and there is nothing to decode (npz_to_png.py makes it from a folder).
 
     Raises:
         ValueError: a wrong value, nothing usable at data_dir, or (also later) an unreadable image.
@@ -84,7 +90,7 @@ def load_data(*, data_dir: str | os.PathLike, batch_size: int, image_size: int |
     how = maker.fill_memory(int(cache_mb * 2**20), cores, quiet=rank != 0)
     workers = 0 if how else cores if num_workers is None else num_workers
     how = how or f"decoded by {f'{workers} worker processes' if workers else 'this process'}"
-    stream = ImageStream(maker, workers, start_step)
+    stream = ImageStream(maker, workers, start_step, prefetch)
     if log is not None:
         log(f"data: {source.text}; {size[0]} x {size[1]}, {channels} channels, {how}")
     return stream
@@ -103,10 +109,13 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
 
     value_range = (-1.0, 1.0)
 
-    def __init__(self, maker: BatchMaker, num_workers: int, start_step: int = 0) -> None:
+    def __init__(self, maker: BatchMaker, num_workers: int, start_step: int = 0, prefetch: bool | None = None) -> None:
         self._maker = maker
         self._num_workers = num_workers
+        self._prefetch = prefetch
         self._batches: Iterator | None = None
+        self._ahead: Prefetcher | None = None
+        self._at_exit: Callable | None = None
         self.num_images = len(maker.source)
         self.classes = maker.source.classes
         self.class_dropout = maker.class_dropout
@@ -124,15 +133,18 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         Raises:
             ValueError: an image cannot be read; names it.
         """
-        if self._num_workers and self._batches is None:
-            self._start_workers()
-        batch = next(self._batches) if self._batches is not None else self._maker[self.step]
+        try:
+            if self._batches is None:
+                self._start()
+            batch = next(self._ahead) if self._ahead is not None else _finished(self._batches)
+        except BaseException:  # even Ctrl-C: a batch that was under way must not be skipped
+            self._stop()
+            raise
         if isinstance(batch, Failure):
             self.close()
             raise ValueError(batch.message)
         self.step += 1
-        pixels, labels = batch
-        return to_model_range(pixels), {} if labels is None else {"y": labels}
+        return batch
 
     def seek(self, step: int) -> None:
         """Make `step` the next batch.
@@ -142,7 +154,7 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         """
         if not 0 <= step < 1 << 32:
             raise ValueError(f"step={step} must lie in [0, 2**32)")
-        self._stop_workers()
+        self._stop()
         self.step = int(step)
 
     def examples(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -157,22 +169,28 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         return chosen.images(index), chosen.cond(index)
 
     def close(self) -> None:
-        """Stop workers and close files. The next batch, if one is asked for, starts them again."""
-        self._stop_workers()
+        """Stop workers and thread, and close files. The next batch, if one is asked for, starts them again."""
+        self._stop()
         self._maker.source.close()
 
-    def _start_workers(self) -> None:
-        loader = torch.utils.data.DataLoader(
-            self._maker, batch_size=None, sampler=_Steps(self.step), num_workers=self._num_workers,
-            prefetch_factor=4, worker_init_fn=_ignore_signals,
-            generator=torch.Generator())  # its own: the global generator must not notice
-        self._batches = iter(loader)
-        # Registered after torch's own clean-up, hence run before it: it would wait 5 s per worker.
-        self._at_exit = atexit.register(functools.partial(_stop_at_exit, weakref.ref(self)))
+    def _start(self) -> None:
+        steps = itertools.count(self.step)
+        if self._num_workers:
+            self._batches = worker_batches(self._maker, steps, self._num_workers)
+            # Registered after torch's own clean-up, hence run before it: it would wait 5 s per worker.
+            self._at_exit = atexit.register(functools.partial(_stop_at_exit, weakref.ref(self)))
+        else:
+            self._batches = map(self._maker.__getitem__, steps)
+        if self._prefetch or self._prefetch is None and uses_gpu():  # after the workers: forks do not mix with threads
+            self._ahead = Prefetcher(functools.partial(_finished, self._batches, pinned=uses_gpu()))
 
-    def _stop_workers(self) -> None:
-        if self._batches is not None:
-            self._batches = None  # the loader's iterator ends its workers when it goes
+    def _stop(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+        batches, self._batches = self._batches, None
+        if batches is not None and self._num_workers:
+            stop_workers(batches)
             atexit.unregister(self._at_exit)
 
 
@@ -219,29 +237,21 @@ class ImageDataset(torch.utils.data.Dataset):
         return to_model_range(np.ascontiguousarray(pixels)[None])[0].numpy(), cond
 
 
-class _Steps(torch.utils.data.Sampler[int]):
-    """The steps from `start` on, without end."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start)
-
-
-def _ignore_signals(worker: int) -> None:
-    """Job managers signal whole process groups; only the trainer may act, or it loses its data.
-
-    Workers still end with their parent: torch tells them, and they watch for its death.
-    """
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def _finished(batches: Iterator, pinned: bool = False) -> tuple[Tensor, dict[str, Tensor]] | Failure:
+    """The next of the BatchMaker's batches, as the stream hands it out."""
+    batch = next(batches)
+    if isinstance(batch, Failure):
+        return batch
+    pixels, labels = batch
+    images, cond = to_model_range(pixels), {} if labels is None else {"y": labels}
+    if pinned:
+        images, cond = images.pin_memory(), {name: values.pin_memory() for name, values in cond.items()}
+    return images, cond
 
 
 def _stop_at_exit(stream: weakref.ref[ImageStream]) -> None:
     if stream() is not None:
-        stream()._stop_workers()
+        stream()._stop()
 
 
 def _rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:

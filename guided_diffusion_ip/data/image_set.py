@@ -18,6 +18,7 @@ from .preprocessing import of_loader
 from .sources import NpzSource, Source, open_source
 
 _CHUNK = 64  # images read at a time where a whole set is gone through
+_SCALE_THEM = "add --resize_base True to have them scaled and cropped as training images are, or give others"
 
 
 class ImageSet:
@@ -88,13 +89,13 @@ class ExactImageSet(ImageSet):
             found = source.pixels.shape[1:]
             if found != (*size, channels):
                 raise ValueError(f"{source.path} holds images of {found[0]} x {found[1]} with {found[2]} channels, but the "
-                                 f"model takes {size[0]} x {size[1]} with {channels}")
+                                 f"model takes {size[0]} x {size[1]} with {channels}: {_SCALE_THEM}")
 
     def _one(self, i: int) -> np.ndarray:
         image = self.source.image(int(i), self.channels)
         if (image.height, image.width) != self.size:
             raise ValueError(f"{self.source.path}: {self.source.names[i]} is {image.height} x {image.width}, but the model "
-                             f"takes {self.size[0]} x {self.size[1]}")
+                             f"takes {self.size[0]} x {self.size[1]}: {_SCALE_THEM}")
         return render(image, self.size)
 
 

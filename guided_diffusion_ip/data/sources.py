@@ -19,6 +19,7 @@ from . import preprocessing
 from .image_io import NpzReader, decode_image, pil_mode
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "bmp", "webp", "tif", "tiff")
+CLASSES = "classes"  # array of an npz: the names of its labels
 _REMOTE = ("gs://", "az://")
 _ALLOWED = (f"a folder of images ({' '.join(EXTENSIONS)}; sub-folders are searched), a .zip of "
             "images, or a .npz with arr_0 uint8 [N, H, W, C]")
@@ -222,7 +223,7 @@ class ZipSource(Source):
 
 
 class NpzSource(Source):
-    """arr_0 uint8 [N, H, W, C] of an npz, arr_1 int labels [N]; mapped if stored uncompressed."""
+    """arr_0 uint8 [N, H, W, C] of an npz, arr_1 int labels [N] and maybe `classes`, their names; mapped if stored uncompressed."""
 
     kind = "npz"
 
@@ -236,7 +237,7 @@ class NpzSource(Source):
             self.text = f"npz {path}, {n} images"
             if class_cond:
                 self.labels = self._read_labels(reader, n)
-                self.classes = [str(k) for k in range(int(self.labels.max()) + 1)]
+                self.classes = self._read_classes(reader, int(self.labels.max()) + 1)
                 self._tell_classes("arr_1")
         self.pixels  # a compressed file is unpacked here, once, before workers exist
 
@@ -295,6 +296,16 @@ class NpzSource(Source):
             raise ValueError(f"{self.path}: arr_1 holds the label {labels.min()}: "
                              "labels must be 0 or more")
         return labels
+
+    def _read_classes(self, reader: NpzReader, least: int) -> list[str]:
+        """The names of the labels, or their numbers as text."""
+        if CLASSES not in reader.keys:
+            return [str(k) for k in range(least)]
+        shape, dtype = reader.shape(CLASSES), reader.dtype(CLASSES)
+        if dtype.kind != "U" or len(shape) != 1 or shape[0] < least:
+            raise ValueError(f"{self.path}: {CLASSES} is {dtype} {list(shape)}, but must be texts [{least}] or more, the names of "
+                             f"the labels 0 to {least - 1}")
+        return reader.rows(CLASSES, 0, shape[0]).tolist()
 
 
 def _blobfile():

@@ -20,8 +20,8 @@ from .report_plots import Plot, inline_svg, save_files
 from .sweep_table import TITLES, Entry, Table, best, headings, make_table, note
 
 _MOST_GRIDS = 48
-_SAMPLE_FLAGS = ("num_samples", "seed", "use_ddim", "eta", "timestep_respacing", "clip_denoised", "eps_scaler", "eps_scaler_k",
-                 "class_ids", "guidance_scale")
+_SAMPLE_FLAGS = ("num_samples", "seed", "sampler", "edm_steps", "S_churn", "use_ddim", "eta", "timestep_respacing",
+                 "clip_denoised", "eps_scaler", "eps_scaler_k", "class_ids", "guidance_scale")
 KIND_NAMES = {TRAINING: "training runs", SAMPLES: "sets of samples", SWEEP: "sweeps", MEASURES: "measurements",
               SCHEDULE: "lambda schedules", PICTURES: "folders of pictures"}
 
@@ -119,6 +119,8 @@ def sampler_text(settings: dict[str, Any]) -> str:
     """DDPM, 20 steps, lambda 1.02, seed 0."""
     kind = f"DDIM, eta {settings.get('eta', 0)}" if settings.get("use_ddim") else "DDPM"
     steps = settings.get("timestep_respacing") or settings.get("diffusion_steps", "?")
+    if "sampler" in settings:  # heun, euler
+        kind, steps = str(settings["sampler"]).capitalize(), settings.get("edm_steps", "?")
     b, k = settings.get("eps_scaler", 1.0), settings.get("eps_scaler_k", 0.0)
     scaling = "lambda by step" if isinstance(b, list) else f"lambda {b}" + (f" + {k} t" if k else "")
     return f"{kind}, {steps} steps, {scaling}, seed {settings.get('seed', '?')}"
@@ -219,6 +221,8 @@ def run_commands(run: Run) -> list[str]:
     words = ["python", "scripts/image_sample.py", "--model_path", checkpoint_near(run.path, str(settings["model_path"]))]
     for name in _SAMPLE_FLAGS:
         value = settings.get(name)
+        if name == "timestep_respacing" and "sampler" in settings:
+            continue  # DDPM's and DDIM's; Heun and Euler refuse it
         if value not in (None, "", False) or name == "clip_denoised" and value is False:
             words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     commands = [shlex.join([*words, "--out_dir", run.path])]

@@ -27,13 +27,14 @@ import yaml
 
 from .. import files
 
-SAMPLERS = ("ddpm", "ddim")
+SAMPLERS = ("ddpm", "ddim", "heun", "euler")
+_SIGMA_SAMPLERS = ("heun", "euler")  # whose steps are --edm_steps
 KEYS = ("checkpoints", "reference", "features", "metrics", "num_samples", "sampler", "steps", "lambda", "eta", "seeds", "only",
         "exclude", "sample", "evaluate", "keep_samples")
 _RULE_KEYS = ("checkpoint", "sampler", "eta", "steps", "lambda", "seed")
 # Flags of image_sample.py that the grid sets itself, with the key of the sweep that does.
 _SET_BY = {"model_path": "checkpoints", "config": "checkpoints", "num_samples": "num_samples", "use_ddim": "sampler",
-           "timestep_respacing": "steps", "eps_scaler": "lambda", "eps_scaler_k": "lambda", "eps_schedule": "lambda",
+           "sampler": "sampler", "timestep_respacing": "steps", "edm_steps": "steps", "eps_scaler": "lambda", "eps_scaler_k": "lambda", "eps_schedule": "lambda",
            "eta": "eta", "seed": "seeds", "out_dir": "--out_dir"}
 _FILES = ("config", "model_path", "eps_schedule", "reference", "features", "inception_weights")  # count by their content
 _NO_MATTER = ("batch_size", "device", "save_png")  # change no number
@@ -87,7 +88,7 @@ class Cell:
     @property
     def network_calls(self) -> int:
         """For one batch; a weight for estimates of time."""
-        return max(1, sum(int(number) for number in re.findall(r"\d+", self.steps)))
+        return max(1, sum(int(number) for number in re.findall(r"\d+", self.steps))) * (2 if self.sampler == "heun" else 1)
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def read_sweep(path: str) -> Sweep:
     for name, checkpoint in _checkpoints(path, content["checkpoints"]).items():
         for sampler, eta, steps, entry, seed in itertools.product(
                 lists["sampler"], lists["eta"], lists["steps"], scalings, lists["seeds"]):
-            if sampler == "ddpm":
-                eta = 0.0  # is DDIM's: the same cell for every eta
+            if sampler != "ddim":
+                eta = 0.0  # the same cell for every eta
             place = {"checkpoint": name, "sampler": sampler, "eta": eta, "steps": steps, "seed": seed,
                      "lambda": _label(path, entry)}
             kept = not rules["only"] or any(_matches(rule, place) for rule in rules["only"])
@@ -154,10 +155,17 @@ class _Shared:
     def cell(self, place: dict[str, Any], checkpoint: dict[str, str], entry: Any) -> Cell:
         scaling = _scaling(self.path, entry, place)
         config = [("config", checkpoint["config"])] if checkpoint.get("config") else []
+        along_sigma = place["sampler"] in _SIGMA_SAMPLERS
+        if along_sigma and not place["steps"].isdigit():
+            raise ValueError(f"{self.path}: steps {place['steps']} is a respacing for DDPM and DDIM; {place['sampler']} takes a number: "
+                             f"exclude {{sampler: {place['sampler']}, steps: {place['steps']}}}")
         sample = [*config, ("model_path", checkpoint["path"]), ("num_samples", str(self.num_samples)),
-                  ("timestep_respacing", place["steps"]), ("seed", str(place["seed"])), *scaling.flags, *self.sample]
+                  ("edm_steps" if along_sigma else "timestep_respacing", place["steps"]), ("seed", str(place["seed"])),
+                  *scaling.flags, *self.sample]
         if place["sampler"] == "ddim":
             sample += [("use_ddim", "True"), ("eta", f"{place['eta']:g}")]
+        elif along_sigma:
+            sample += [("sampler", place["sampler"])]
         evaluate = [*config, ("features", self.features), *self.evaluate]
         beside = os.path.join(os.path.dirname(checkpoint["path"]), "config.yaml")
         decides = [*sample, ("reference", self.reference), *evaluate, *([("config", beside)] if os.path.exists(beside) else [])]

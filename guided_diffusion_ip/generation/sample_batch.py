@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import dist_util
 from ..data.image_io import to_uint8
+from ..diffusion.edm_sampling import ablation_sample, edm_sample
 from ..diffusion.guidance import classifier_free
 from ..noise import NormalStream, Stream, integers
 
@@ -50,7 +51,40 @@ class Sampler:
         return self.diffusion.p_sample_loop(model, shape, **options)
 
 
-def draw_images(sampler: Sampler, model: Callable[..., Tensor], count: int, batch_size: int,
+@dataclass(frozen=True)
+class SigmaSampler:
+    """How to sample along noise levels sigma: EDM's Heun and Euler, of anything that can be seen as a denoiser D(x, sigma).
+
+    Args:
+        as_denoiser: as_denoiser(network, model_kwargs) -> D; see diffusion/denoiser.py.
+        options: of edm_sample or, with `ablation`, of ablation_sample: num_steps, sigma_min, S_churn, eps_scaler, ...
+        guidance_scale, null_label: as for Sampler.
+    """
+
+    as_denoiser: Callable[[Callable[..., Tensor], dict[str, Any]], Any]
+    image_shape: tuple[int, int, int]  # C, H, W
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    ablation: bool = False
+    guidance_scale: float = 1.0
+    null_label: int | None = None
+
+    def __call__(
+        self, model: Callable[..., Tensor], index: Sequence[int], model_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu", progress: bool = False,
+    ) -> Tensor:
+        """The images numbered `index`, float32 [N, C, H, W] in about [-1, 1]."""
+        kwargs = dict(model_kwargs or {})
+        labels = kwargs.pop("y", None)
+        denoiser = self.as_denoiser(classifier_free(model, self.guidance_scale, self.null_label), kwargs)
+        draw = NormalStream(self.seed, Stream.SAMPLE, torch.as_tensor(index))
+        latents = draw(torch.empty(len(index), *self.image_shape, device=device))
+        with torch.no_grad():
+            return (ablation_sample if self.ablation else edm_sample)(
+                denoiser, latents, labels, randn_like=draw, progress=progress, **self.options).float()
+
+
+def draw_images(sampler: Sampler | SigmaSampler, model: Callable[..., Tensor], count: int, batch_size: int,
                 kwargs_for: Callable[[list[int]], dict[str, Tensor]]) -> np.ndarray:
     """Images 0 .. count - 1 as uint8 [count, H, W, C], on every rank; a collective: the ranks share the work.
 
@@ -85,6 +119,8 @@ def parse_class_ids(text: str, num_classes: int) -> list[int]:
         ends = part.split("-")
         if len(ends) > 2 or not all(e.strip().isdigit() for e in ends):
             raise ValueError(f"class_ids {text!r} is not understood: use numbers and ranges, such as 0-9 or 3,5")
+        if int(ends[0]) > int(ends[-1]):
+            raise ValueError(f"class_ids {text!r} has a range that runs backwards: use {ends[-1].strip()}-{ends[0].strip()}")
         ids.extend(range(int(ends[0]), int(ends[-1]) + 1))
     ids = ids or list(range(num_classes))
     if max(ids) >= num_classes:

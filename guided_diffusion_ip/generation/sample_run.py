@@ -3,7 +3,7 @@
     out_dir/samples_{N}x{H}x{W}x{C}.npz   arr_0 uint8 [N, H, W, C], arr_1 int64 [N] if there are labels
     out_dir/grid.png                      the first images
     out_dir/settings.yaml                 what they were made with
-    out_dir/png/000000.png ...            if asked for
+    out_dir/png/000000.png ...            if asked for; other names if they are given
 
 The same command again continues an interrupted run; memory does not grow with the number of images.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class SampleRun:
     Args:
         settings: everything that the images depend on, as plain values; a folder made with others is refused.
         kwargs_for: model_kwargs (labels y, low_res, ...) of the images numbered [N].
+        picture_names: of the PNG files, num_samples of them, without extension; () for their numbers.
     """
 
     sampler: Sampler
@@ -43,6 +44,7 @@ class SampleRun:
     out_dir: str
     settings: dict[str, Any]
     kwargs_for: Callable[[list[int]], dict[str, Any]] = lambda index: {}
+    picture_names: Sequence[str] = ()
 
     @property
     def npz_path(self) -> str:
@@ -94,11 +96,11 @@ class SampleRun:
             save_grid(first, os.path.join(self.out_dir, "grid.png"), captions=captions)
             if png:
                 digits = max(6, len(str(self.num_samples - 1)))
-                os.makedirs(os.path.join(self.out_dir, "png"), exist_ok=True)
                 number = 0
                 for chunk in reader.chunks("arr_0"):
                     for image in chunk:
-                        save_png(image, os.path.join(self.out_dir, "png", f"{number:0{digits}d}.png"))
+                        name = self.picture_names[number] if self.picture_names else f"{number:0{digits}d}"
+                        save_png(image, os.path.join(self.out_dir, "png", f"{name}.png"))
                         number += 1
         finally:
             reader.close()

@@ -6,40 +6,131 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor
+
 from .. import dist_util, files
-from .sample_batch import Sampler
+from ..diffusion.denoiser import BoundDenoiser
+from ..diffusion.process_denoiser import ProcessDenoiser
+from .sample_batch import Sampler, SigmaSampler
 
 # Flags of sampling that the images depend on.
 _SAMPLING = ("seed", "num_samples", "use_ddim", "eta", "timestep_respacing", "clip_denoised", "eps_scaler", "eps_scaler_k",
              "class_ids", "guidance_scale", "use_fp16")
+_ABLATION = ("discretization", "noise_level_schedule", "noise_level_scaling")
+_SIGMA = ("edm_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", *_ABLATION)
 
 
-def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampler:
+def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampler | SigmaSampler:
     """The sampler that the flags describe; cond_fn, if any, is the caller's to add.
 
+    Args:
+        diffusion: the process; for EDM's models, which have none, their denoiser.
+
     Raises:
-        ValueError: DDIM's eta for DDPM, or classifier-free guidance of a network that cannot do without a class.
+        ValueError: flags of one sampler for another, or classifier-free guidance of a network that cannot do without a class.
     """
-    if cfg.eta and not cfg.use_ddim:
-        raise ValueError(f"--eta {cfg.eta} is DDIM's noise and means nothing for DDPM: add --use_ddim True, or leave it out")
-    if cfg.guidance_scale != 1 and not cfg.class_cond:
+    kind = sampler_kind(cfg)
+    _check_flags_of(kind, cfg)
+    if cfg.guidance_scale != 1:
+        _check_guidance(cfg)
+    shape = (cfg.in_channels, *image_size)
+    guidance = {"guidance_scale": cfg.guidance_scale, "null_label": cfg.num_classes if cfg.null_class else None}
+    if kind in ("ddpm", "ddim"):
+        return Sampler(diffusion, shape, cfg.seed, kind == "ddim", cfg.eta, cfg.clip_denoised, **guidance)
+    if cfg.values.get("framework") == "edm":
+        def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
+            return BoundDenoiser(network, diffusion)
+    else:
+        def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
+            return ProcessDenoiser(diffusion, network, clip_denoised=cfg.clip_denoised, model_kwargs=kwargs)
+    return SigmaSampler(as_denoiser, shape, cfg.seed, sigma_options(cfg, kind), is_ablation(cfg), **guidance)
+
+
+def settle_sampler(cfg: Any) -> None:
+    """Bring --sampler and --use_ddim, two ways to say it, to agree; what is on the command line wins over a config file.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    said = [name for name in ("sampler", "use_ddim") if cfg.given.get(name, "").startswith("--")]
+    if said == ["use_ddim"]:
+        cfg.values["sampler"] = "ddim" if cfg.use_ddim else ""
+    elif said == ["sampler"]:
+        cfg.values["use_ddim"] = cfg.sampler == "ddim"
+    if cfg.use_ddim and cfg.sampler not in ("", "ddim"):
+        raise ValueError(f"--use_ddim True and --sampler {cfg.sampler} name two samplers: give one")
+    cfg.values["sampler"] = sampler_kind(cfg)
+    cfg.values["use_ddim"] = cfg.sampler == "ddim"
+
+
+def sampler_kind(cfg: Any) -> str:
+    """ddpm, ddim, heun or euler; for scripts without --sampler, by --use_ddim.
+
+    Raises:
+        ValueError: an EDM model is to be sampled by DDPM or DDIM.
+    """
+    edm = cfg.values.get("framework") == "edm"
+    kind = cfg.values.get("sampler") or ("ddim" if cfg.use_ddim else "heun" if edm else "ddpm")
+    if edm and kind in ("ddpm", "ddim"):
+        raise ValueError(f"{kind.upper()} steps along the alpha_bar of a process, and EDM's models have none: use --sampler heun "
+                         "or euler")
+    return kind
+
+
+def is_ablation(cfg: Any) -> bool:
+    """Do the flags ask for the generalised sampler of EDM's ablations?"""
+    return any(cfg.values.get(name) for name in _ABLATION)
+
+
+def sigma_options(cfg: Any, kind: str) -> dict[str, Any]:
+    """The flags of heun and euler as arguments of edm_sample or ablation_sample."""
+    # 0 stands for "not given": the samplers know what is usual, and clamp to what the model was trained for.
+    options = {name: getattr(cfg, name) for name in ("sigma_min", "sigma_max") if getattr(cfg, name)}
+    options |= {name: getattr(cfg, name) for name in ("rho", "S_churn", "S_min", "S_max", "S_noise", "eps_scaler", "eps_scaler_k")}
+    if is_ablation(cfg):
+        options |= {"discretization": cfg.discretization or "edm", "schedule": cfg.noise_level_schedule or "linear",
+                    "scaling": cfg.noise_level_scaling or "none"}
+    return options | {"num_steps": cfg.edm_steps, "solver": kind}
+
+
+def _check_flags_of(kind: str, cfg: Any) -> None:
+    """Refuse what was asked of another sampler: it would be ignored in silence."""
+    if cfg.eta and kind != "ddim":
+        raise ValueError(f"--eta {cfg.eta} is DDIM's noise and means nothing for {kind.upper()}: add --use_ddim True, or leave it "
+                         "out" + (" (--S_churn adds noise to EDM's samplers)" if kind in ("heun", "euler") else ""))
+    if kind in ("heun", "euler"):
+        if cfg.given.get("timestep_respacing", "").startswith("--") and cfg.timestep_respacing:
+            raise ValueError(f"--timestep_respacing {cfg.timestep_respacing} chooses steps of DDPM and DDIM; {kind} takes "
+                             "--edm_steps of them along sigma")
+        return
+    for name in _SIGMA:
+        if cfg.given.get(name, "").startswith("--"):
+            raise ValueError(f"--{name} {cfg.values[name]} belongs to --sampler heun and euler, and means nothing for "
+                             f"{kind.upper()}" + (": use --timestep_respacing" if name == "edm_steps" else ": leave it out"))
+
+
+def _check_guidance(cfg: Any) -> None:
+    if cfg.values.get("framework", "adm") != "adm":
+        raise ValueError(f"--guidance_scale {cfg.guidance_scale:g} needs a label for 'no class', which only --framework adm has, "
+                         f"not {cfg.framework}: leave it out")
+    if not cfg.class_cond:
         raise ValueError(f"--guidance_scale {cfg.guidance_scale:g} pushes towards the class, but this model is unconditional "
                          "and knows none: leave it out, or use a model trained with --class_cond True --class_dropout 0.1")
-    if cfg.guidance_scale != 1 and not cfg.null_class:
+    if not cfg.null_class:
         raise ValueError(
             f"--guidance_scale {cfg.guidance_scale:g} compares the network with class and without, but this checkpoint has no "
             "label for 'no class': train with --class_dropout 0.1 (a bare .pt that was trained so needs --null_class True)")
-    return Sampler(diffusion, (cfg.in_channels, *image_size), cfg.seed, cfg.use_ddim, cfg.eta, cfg.clip_denoised,
-                   guidance_scale=cfg.guidance_scale, null_label=cfg.num_classes if cfg.null_class else None)
 
 
 def what_decides_the_images(cfg: Any, sections: Iterable[str] = ("model", "diffusion"), **more: Any) -> dict[str, Any]:
     """All that the images depend on, as plain values: the checkpoint, flags of sampling, sections, and what else is given."""
     values = {"model_path": os.path.basename(cfg.model_path), "model_sha256": files.sha256(cfg.model_path), **more,
               **{name: getattr(cfg, name) for name in _SAMPLING}}
+    if (kind := sampler_kind(cfg)) in ("heun", "euler"):
+        values |= {"sampler": kind, **{name: getattr(cfg, name) for name in _SIGMA}}
     if cfg.trained_on:
         values["trained_on"] = cfg.trained_on  # decides through the weights; evaluator.py compares it with the reference's
     for section in sections:
@@ -49,14 +140,17 @@ def what_decides_the_images(cfg: Any, sections: Iterable[str] = ("model", "diffu
 
 def sampler_text(cfg: Any) -> str:
     """DDPM, steps 100, lambda 1.017."""
-    kind = f"DDIM, eta {cfg.eta:g}" if cfg.use_ddim else "DDPM"
-    steps = cfg.timestep_respacing or cfg.diffusion_steps
+    kind = sampler_kind(cfg)
+    if kind in ("heun", "euler"):
+        text = f"{kind.capitalize()}, steps {cfg.edm_steps}" + (f", S_churn {cfg.S_churn:g}" if cfg.S_churn else "")
+    else:
+        text = (f"DDIM, eta {cfg.eta:g}" if kind == "ddim" else "DDPM") + f", steps {cfg.timestep_respacing or cfg.diffusion_steps}"
     slope = f" + {cfg.eps_scaler_k:g} t" if cfg.eps_scaler_k else ""
     guidance = f", guidance scale {cfg.guidance_scale:g}" if cfg.guidance_scale != 1 else ""
     b = cfg.eps_scaler
     if isinstance(b, list):
         b = f"{min(b):g} to {max(b):g}, one per step"
-    return f"{kind}, steps {steps}, lambda {b}{slope}{guidance}"
+    return f"{text}, lambda {b}{slope}{guidance}"
 
 
 def choose_out_dir(cfg: Any, settings: dict[str, Any]) -> str:
@@ -65,7 +159,7 @@ def choose_out_dir(cfg: Any, settings: dict[str, Any]) -> str:
     Named so that the same command finds what it had begun, and another one does not touch it.
     """
     stem = os.path.splitext(os.path.basename(cfg.model_path))[0]
-    kind = "ddim" if cfg.use_ddim else "ddpm"
+    kind = sampler_kind(cfg)
     key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
     named = os.path.join(files.folder_beside(cfg.model_path), "samples", f"{stem}-{kind}-n{cfg.num_samples}-{key}")
     return files.results_folder(cfg.out_dir, named)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import dist_util
 from ..networks.unet import CHANNEL_MULTS, default_channel_mult, parse_channel_mult
+from .safetensors_file import read_safetensors
 
 State = dict[str, Tensor]
 
@@ -20,14 +21,24 @@ def load_network(model: nn.Module, path: str, flags: dict[str, Any]) -> None:
     Raises:
         ValueError: the file is missing, damaged or unsafe, or belongs to another architecture; then the flags that differ.
     """
-    state = dist_util.load_state_dict(path)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} is not a state_dict of a network (an opt or state file?): give a model or ema file")
+    state = read_safetensors(path)[0] if path.lower().endswith(".safetensors") else dist_util.load_state_dict(path)
+    require_fit(model, state, path, flags)
+    model.load_state_dict(state)
+
+
+def require_fit(model: nn.Module, state: Any, path: str, flags: dict[str, Any]) -> None:
+    """Is `state`, out of the file at `path`, one for `model`, which was made from `flags`? ValueError as load_network."""
+    require_state_dict(state, path)
     want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     have = {name: tuple(p.shape) for name, p in state.items()}
     if want != have:
         raise ValueError(f"{path} is of another architecture: {explain_mismatch(state, flags, want, have)}")
-    model.load_state_dict(state)
+
+
+def require_state_dict(state: Any, path: str) -> None:
+    """ValueError unless `state`, out of the file at `path`, is a dict of tensors."""
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} is not a state_dict of a network (an opt or state file?): give a model or ema file")
 
 
 def load_for_sampling(model: nn.Module, path: str, flags: dict[str, Any], use_fp16: bool) -> None:

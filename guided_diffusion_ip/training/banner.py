@@ -38,8 +38,8 @@ def banner(loop: TrainLoop, out_dir: str, image_shape: tuple[int, int, int]) -> 
         "images": f"{n}, [{', '.join(map(str, image_shape))}] (channels, height, width) in [{low:g}, {high:g}]",
         "classes": f"{len(classes)}{_dropped(data)}" if classes else "not used",
         "parameters": f"{parameters / 1e6:.2f} million",
-        "process": f"T = {process.num_timesteps}, {process.model_mean_type.value}, {process.model_var_type.value} variance, "
-                   f"gamma {process.input_perturbation:g}, {_weights(process)}t by {type(loop.schedule_sampler).__name__}",
+        "process": f"{_kind(process)}, gamma {process.input_perturbation:g}, {_weights(process)}t by "
+                   f"{type(loop.schedule_sampler).__name__}",
         "EMA": rates,
         "stops": " or ".join(limits) or "never by itself",
     }
@@ -51,8 +51,17 @@ def _dropped(data: Any) -> str:
     return f", and {share:.3g} of the labels replaced by 'no class'" if share else ""
 
 
+def _kind(process: Any) -> str:
+    """T = 1000, epsilon, learned range variance; or the loss of a process with continuous noise levels."""
+    if getattr(process, "continuous", False):
+        return str(process.loss)
+    return f"T = {process.num_timesteps}, {process.model_mean_type.value}, {process.model_var_type.value} variance"
+
+
 def _weights(process: Any) -> str:
     """loss weights debias (0.01 at t = 0, 157 at t = 999); '' if they are uniform."""
+    if getattr(process, "continuous", False):
+        return ""
     rule, weights = process.loss_weighting.rule, process.loss_weights
     if rule == "uniform":
         return ""

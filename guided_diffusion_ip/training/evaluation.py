@@ -15,7 +15,7 @@ from ..evaluation.evaluate import evaluate, parse_metrics, unavailable
 from ..evaluation.images import ArrayImages, ImageFile, Subset, open_images
 from ..evaluation.reference import has_images, has_statistics, read_statistics
 from ..evaluation.set_features import SetFeatures, extract
-from ..generation.sample_batch import Sampler, draw_images
+from ..generation.sample_batch import Sampler, SigmaSampler, draw_images
 from ..metrics.features import FeatureSpace, open_features
 
 _MOST_REFERENCE_IMAGES = 50_000  # as in published tables
@@ -64,16 +64,10 @@ class Evaluation:
         return numbers
 
 
-def make_evaluation(cfg: Any, diffusion: Any, image_shape: tuple[int, int, int],
-                    kwargs_for: Callable[[list[int]], dict[str, Tensor]]) -> Evaluation:
-    """What the --eval_... flags describe.
-
-    Args:
-        diffusion: respaced to cfg.eval_respacing.
-        image_shape: (C, H, W).
-    """
+def make_evaluation(cfg: Any, sampler: Sampler | SigmaSampler, kwargs_for: Callable[[list[int]], dict[str, Tensor]]) -> Evaluation:
+    """What the --eval_... flags describe."""
     space = open_features(cfg.eval_features, device=dist_util.dev(), inception_weights=cfg.inception_weights, log=logger.log)
-    channels, height, width = image_shape
+    channels, height, width = sampler.image_shape
     return Evaluation(
-        Sampler(diffusion, image_shape, cfg.seed), cfg.eval_samples, cfg.eval_ref or cfg.data_dir, space, cfg.eval_metrics,
-        image_shape=(height, width, channels), batch_size=cfg.batch_size, kwargs_for=kwargs_for, say=logger.log)
+        sampler, cfg.eval_samples, cfg.eval_ref or cfg.data_dir, space, cfg.eval_metrics, image_shape=(height, width, channels),
+        batch_size=cfg.batch_size, kwargs_for=kwargs_for, say=logger.log)

@@ -21,7 +21,7 @@ class LossStatistics:
     @torch.no_grad()
     def add(self, t: Tensor, losses: dict[str, Tensor], weights: Tensor) -> None:
         """t, weights: [N]; losses: [N] each. Each loss counts with the weight that training gives it."""
-        quartile = (4 * t) // self.num_timesteps
+        quartile = ((4 * t) // self.num_timesteps).long()  # t may be continuous
         for name, values in losses.items():
             both = torch.stack([values.detach().float() * weights, torch.ones_like(weights)])
             sums = self._sums.setdefault(name, torch.zeros(2, 4, device=values.device, dtype=torch.float64))

@@ -19,7 +19,7 @@ from . import checkpoint
 
 Sections = Mapping[str, Mapping[str, Any]]
 
-_FIXED_SECTIONS = ("model", "super_res", "classifier", "diffusion")
+_FIXED_SECTIONS = ("model", "super_res", "classifier", "edm", "diffusion")
 _FIXED = {"seed", "schedule_sampler", "ema_rate", "ema_warmup", "class_dropout", "noised", "timestep_respacing"}
 # No effect on what is computed, or handled elsewhere (batch sizes: by the global batch).
 _FREE = {"use_checkpoint", "use_fp16", "classifier_use_fp16", "batch_size", "global_batch_size", "max_steps", "max_images",

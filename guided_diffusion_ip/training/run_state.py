@@ -52,6 +52,8 @@ def restore(loop: Any, path: str) -> list[str]:
     for ema, updates in zip(loop.emas, state.get("ema_updates") or [state["step"]] * len(loop.emas)):
         ema.load_state_dict(parts[ema.name], updates)
     weight_decay = loop.opt.param_groups[0]["weight_decay"]
+    for group in parts["opt"]["param_groups"]:  # how it is computed is this program's business, not the checkpoint's
+        group.update(fused=loop.opt.defaults["fused"], foreach=loop.opt.defaults["foreach"])
     loop.opt.load_state_dict(parts["opt"])
     for group in loop.opt.param_groups:  # what the command line says now
         group["lr"], group["weight_decay"] = loop.lr, weight_decay

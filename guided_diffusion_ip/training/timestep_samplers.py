@@ -58,6 +58,21 @@ class UniformSampler(ScheduleSampler):
         return self._weights
 
 
+class ContinuousSampler(ScheduleSampler):
+    """t anywhere in [0, T), float64, with weight 1: for processes whose noise levels are no list (EDM)."""
+
+    def __init__(self, diffusion) -> None:
+        self.num_timesteps = diffusion.num_timesteps
+
+    def sample(
+        self, batch_size: int, device: torch.device | str, uniforms: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """t = T u."""
+        if uniforms is None:
+            uniforms = torch.rand(batch_size, device=device)
+        return uniforms.to(device, torch.float64) * self.num_timesteps, torch.ones(batch_size, device=device)
+
+
 class LossAwareSampler(ScheduleSampler):
     """Base of samplers that look at the losses: gathers those of all ranks, in rank order, before learning from them."""
 
@@ -121,8 +136,13 @@ def create_named_schedule_sampler(name: str, diffusion) -> ScheduleSampler:
     """A sampler for the T of `diffusion`.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or one that counts losses by t for a process whose t is continuous.
     """
     if name not in SCHEDULE_SAMPLERS:
         raise ValueError(f"unknown schedule_sampler {name!r}: use one of {', '.join(SCHEDULE_SAMPLERS)}")
+    if getattr(diffusion, "continuous", False):
+        if name != "uniform":
+            raise ValueError(f"--schedule_sampler {name} keeps a history for each t, but EDM's noise levels are continuous: leave "
+                             "it out (--P_mean and --P_std say where training looks)")
+        return ContinuousSampler(diffusion)
     return SCHEDULE_SAMPLERS[name](diffusion)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from .guards import Diverged, check_batch, diagnose, is_out_of_memory, memory_ad
 from .loss_statistics import LossStatistics
 from .precision import Precision
 from .precision import resolve as precision_mode
+from .step_log import StepLog
 from .stopping import Clock, Limits, Signals
 from .timestep_samplers import ScheduleSampler, UniformSampler
 
@@ -54,6 +54,7 @@ class TrainLoop:
         ema_rate: a number, or several separated by commas.
         save_interval: steps between checkpoints; `saving` says more, and replaces it.
         resume_checkpoint: a modelNNNNNN.pt; its ema, opt and state files must lie beside it.
+        lr_warmup_steps: if > 0, lr rises linearly over so many steps.
         lr_anneal_steps: if > 0, lr falls linearly to 0 and training stops there.
         limits: when to stop; max_steps alone may be given instead.
         precision: fp32, fp16 or bf16; use_fp16 is the published way to say fp16.
@@ -78,7 +79,7 @@ class TrainLoop:
         eval_interval: int = 0, validate: Callable[[Callable[..., Tensor], int], dict[str, float]] | None = None,
         evaluate: Callable[[Callable[..., Tensor], int], dict[str, float]] | None = None,
         precision: str = "", limits: Limits | None = None, saving: SavePolicy | None = None, ema_warmup: bool = False,
-        max_skipped: int = 25, settings: dict[str, dict[str, Any]] | None = None,
+        max_skipped: int = 25, settings: dict[str, dict[str, Any]] | None = None, lr_warmup_steps: int = 0,
     ) -> None:
         self.model = model
         self.diffusion = diffusion
@@ -88,6 +89,7 @@ class TrainLoop:
         self.lr = lr
         self.log_interval = log_interval
         self.saving = saving or SavePolicy(save_interval)
+        self.lr_warmup_steps = lr_warmup_steps
         self.lr_anneal_steps = lr_anneal_steps
         self.limits = limits or Limits(max_steps)
         self.seed = seed
@@ -111,7 +113,7 @@ class TrainLoop:
         self.precision = Precision(precision_mode(precision, use_fp16), self.device, fp16_scale_growth)
         dist_util.sync_params(model.parameters())
         self.emas = [EMA(model, rate, ema_warmup) for rate in parse_rates(ema_rate)]
-        self.opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+        self.opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         self.statistics = LossStatistics(diffusion.num_timesteps)
         if resume_checkpoint:
             self.resumed = self._resume(resume_checkpoint)
@@ -124,10 +126,8 @@ class TrainLoop:
         self._clock = Clock(self.limits.max_hours, self.saving.minutes)
         self._signals = Signals()
         self._told = [False] * 3  # on all ranks alike: some rank has been told to stop, is out of time, should save
-        self._grad_norm: Tensor | None = None
-        self._waited = 0.0
-        self._waits_told = False
-        self._last_log = (self.step, time.perf_counter())
+        self.grad_norm: Tensor | None = None
+        self._log = StepLog(self.step)
         self._saved_step = self.step if resume_checkpoint else -1
 
     @property
@@ -165,7 +165,7 @@ class TrainLoop:
         if self.last_step is None and not self.limits.max_hours:
             logger.log("note: nothing ends this run but a signal (Ctrl-C, SIGTERM, SIGUSR1: each saves first): --max_steps, "
                        "--max_images and --max_hours set limits")
-        self._last_log = (self.step, time.perf_counter())
+        self._log = StepLog(self.step)
         bar = tqdm(total=self.last_step, initial=self.step, unit="step", desc="training",
                    disable=None if dist_util.is_main() else True)
         try:
@@ -210,14 +210,11 @@ class TrainLoop:
                 return ""
         return ""
 
-    def _log_due(self, step: int) -> bool:
-        return step % self.log_interval == 0 or step in (1, self.last_step)
-
     def _after_step(self, save_due: bool) -> bool:
         """Whatever is due after an update; True if the loop is to end."""
         if self.eval_interval and self.step % self.eval_interval == 0:
             self._evaluate()  # before the log line, which shows its numbers
-        if self._log_due(self.step):
+        if self.step % self.log_interval == 0 or self.step in (1, self.last_step):
             self.log_step()
         if self.sample_interval and self.preview and self.step % self.sample_interval == 0:
             path = self._with_averages(self.preview)
@@ -231,7 +228,7 @@ class TrainLoop:
     def _next_batch(self) -> tuple[Tensor, dict[str, Tensor]]:
         start = time.perf_counter()
         batch = next(self.data)
-        self._waited += time.perf_counter() - start
+        self._log.waited += time.perf_counter() - start
         return batch
 
     # ---- one step ----
@@ -248,11 +245,12 @@ class TrainLoop:
         self._set_lr()
         t, losses, weights = self.forward_backward(batch, cond)
         self.precision.unscale(self.opt)
-        self._grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        bad_loss = not bool(torch.isfinite(losses["loss"]).all())
-        bad_gradient = not bool(torch.isfinite(self._grad_norm))
+        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        # The one place in a step where the host waits for the device.
+        good_loss, good_gradient = torch.stack(
+            [torch.isfinite(losses["loss"]).all(), torch.isfinite(self.grad_norm)]).tolist()
         flags = dist_util.any_rank(
-            bad_loss, bad_gradient, bool(self._signals.received), self._clock.over, self._clock.save_due)
+            not good_loss, not good_gradient, bool(self._signals.received), self._clock.over, self._clock.save_due)
         self._told = flags[2:]
         if any(flags[:2]):
             self._skip(flags[0], batch, cond, t)
@@ -314,6 +312,9 @@ class TrainLoop:
         position = self._positions(len(batch))[part]
         epsilon = noise.normal(self.seed, Stream.EPSILON, position, self.step, images.shape[1:], self.device)
         xi = functools.partial(self._xi, position)
+        if count := getattr(self.diffusion, "augment_uniforms", 0):
+            cond["augment_uniforms"] = noise.uniform(
+                self.seed, Stream.AUGMENT, position, self.step, (count,), self.device)
         torch.manual_seed(self._dropout_seed(number))
         with self.precision.autocast():
             return (self.objective or self._training_losses)(model or self.ddp_model, images, t[part], cond, epsilon, xi)
@@ -334,44 +335,20 @@ class TrainLoop:
         return int(words[0]) << 31 ^ int(words[1])
 
     def _set_lr(self) -> None:
+        share = 1.0
         if self.lr_anneal_steps > 0:
-            share_left = max(0.0, 1 - self.step / self.lr_anneal_steps)
+            share = max(0.0, 1 - self.step / self.lr_anneal_steps)
+        if self.step < self.lr_warmup_steps:
+            share *= (self.step + 1) / self.lr_warmup_steps
+        if self.lr_anneal_steps > 0 or self.lr_warmup_steps > 0:
             for group in self.opt.param_groups:
-                group["lr"] = self.lr * share_left
+                group["lr"] = self.lr * share
 
     # ---- telling ----
 
     def log_step(self) -> None:
-        """One line: losses since the last line, by quartile of t too, speed, share of time spent waiting for data, ETA."""
-        step, now = self.step, time.perf_counter()
-        since, then = self._last_log
-        seconds = now - then
-        # The last line of a run that may be continued must not break the means of the next one.
-        keep = step == self.last_step and step % self.log_interval != 0
-        losses, others = self.statistics.reduce(keep), logger.get_current().state_dict()
-        logger.logkv("step", step)
-        logger.logkv("loss", losses.pop("loss", math.nan))
-        if self._grad_norm is not None:
-            logger.logkv("grad_norm", self._grad_norm)
-        logger.logkv("images/s", (step - since) * self.global_batch / seconds)
-        logger.logkv("data_wait_%", 100 * self._waited / seconds)
-        if self.last_step is not None and step > since:
-            logger.logkv("eta", duration((self.last_step - step) * seconds / (step - since)))
-        logger.logkv("samples", step * self.global_batch)
-        logger.logkv("lr", self.opt.param_groups[0]["lr"])
-        if self.precision.mode == "fp16":
-            logger.logkv("loss_scale", self.precision.scaler.get_scale())
-        if self.skipped:
-            logger.logkv("skipped", self.skipped)
-        logger.logkvs(losses)
-        logger.dumpkvs()
-        if keep:
-            logger.get_current().load_state_dict(others)
-        if step > since + 1 and self._waited > 0.2 * seconds and not self._waits_told:
-            self._waits_told = True
-            logger.log(f"note: {self._waited / seconds:.0%} of the time is spent waiting for images: raise --num_workers or "
-                       "--cache_mb, or pass an npz that is not compressed instead of a folder")
-        self._last_log, self._waited = (step, now), 0.0
+        """One line about the steps since the last one."""
+        self._log.write(self)
 
     def _evaluate(self) -> None:
         numbers: dict[str, float] = {}
@@ -426,17 +403,5 @@ class TrainLoop:
         return run_state.restore(self, path)
 
 
-def _call_with(model: nn.Module, weights: dict[str, Tensor], x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-    return torch.func.functional_call(model, weights, (x, t), cond)
-
-
-def duration(seconds: float) -> str:
-    """1d02h, 3h05m, 4m10s, 12s."""
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d{h:02d}h"
-    if hours:
-        return f"{h}h{m:02d}m"
-    return f"{m}m{s:02d}s" if m else f"{s}s"
+def _call_with(model: nn.Module, weights: dict[str, Tensor], *inputs: Tensor | None, **cond: Tensor) -> Tensor:
+    return torch.func.functional_call(model, weights, inputs, cond)

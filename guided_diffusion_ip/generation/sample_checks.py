@@ -1,0 +1,56 @@
+"""Combinations of sampling flags that have no meaning, refused with the reason before anything is built.
+
+What one flag alone may be is in flags.py; what belongs to one sampler only is in sample_setup.make_sampler; lambda(t) is in
+diffusion/epsilon_scaling.py. `cfg` is the merged settings of a script (config.Config), after its checkpoint's were adopted
+and before lambda is settled.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .sample_batch import parse_class_ids
+
+_FINITE = ("eta", "guidance_scale", "classifier_scale", "eps_scaler_k")
+
+
+def check_request(cfg: Any) -> list[str]:
+    """Notes for the user on what is allowed and perhaps not meant; [] if there are none.
+
+    Raises:
+        ValueError: flags that contradict each other or the model.
+    """
+    for name in _FINITE:
+        if not math.isfinite(cfg.values.get(name, 0)):
+            raise ValueError(f"--{name} {cfg.values[name]} is no finite number, and every image would be NaN: give one")
+    if cfg.eps_scaler == "published" and cfg.eps_scaler_k:
+        raise ValueError(f"--eps_scaler published is a constant lambda, but --eps_scaler_k {cfg.eps_scaler_k:g} adds a slope to "
+                         "it: leave one of them out")
+    _check_classes(cfg)
+    notes = []
+    scale = cfg.values.get("classifier_scale", 0)
+    if "classifier_scale" in cfg.values and not scale:
+        notes.append("note: --classifier_scale 0: the classifier is loaded and checked, but guides nothing; the images are those "
+                     "of image_sample.py")
+    guided = cfg.paper.get("classifier_scale", 0)
+    if cfg.eps_scaler == "published" and guided != scale:
+        notes.append(f"note: the published lambdas of this config were found for classifier guidance with scale {guided:g} "
+                     f"({'none' if not guided else 'classifier_sample.py'}); here it is {scale:g}")
+    return notes
+
+
+def classes_to_sample(cfg: Any) -> list[int] | None:
+    """The classes that --class_ids names, all of them by default; None for a model that knows no classes."""
+    return parse_class_ids(cfg.class_ids, cfg.num_classes) if cfg.class_cond else None
+
+
+def _check_classes(cfg: Any) -> None:
+    if not cfg.class_ids:
+        return
+    if "base_samples" in cfg.values:
+        raise ValueError(f"--class_ids {cfg.class_ids} has no meaning here: the labels come with the low-resolution images "
+                         "(--base_samples)")
+    # A classifier guides an unconditional model, too, towards the class that is asked for.
+    if not cfg.class_cond and "classifier_path" not in cfg.values:
+        raise ValueError(f"--class_ids {cfg.class_ids} asks for classes, but this model is unconditional and knows none: leave it "
+                         "out, or guide the model by a classifier (classifier_sample.py)")

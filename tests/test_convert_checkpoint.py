@@ -1,0 +1,191 @@
+"""scripts/convert_checkpoint.py and the safetensors files: nothing is lost on any way, and what is wrong is one line."""
+import json
+import struct
+import sys
+
+import pytest
+import torch
+import yaml
+
+from edm_files import KWARGS, edm_file, small_denoiser
+from golden_tools import load_seeded_weights, seeded_checkpoint, seeded_normal
+from guided_diffusion_ip import config, files, script_util
+from guided_diffusion_ip.interop.adm_checkpoint import load_network
+from guided_diffusion_ip.interop.edm_networks import create_edm_denoiser
+from guided_diffusion_ip.interop.edm_pickle import edm_flags, read_edm_pickle
+from guided_diffusion_ip.interop.safetensors_file import read_safetensors, write_safetensors
+from launch import ROOT, run
+
+MODEL = dict(image_size=16, num_channels=32, num_res_blocks=1, attention_resolutions="8", channel_mult="1,2", num_heads=1)
+CONFIG = yaml.safe_dump({"model": MODEL, "diffusion": {"diffusion_steps": 20}, "train": {"lr": 0.001}})
+
+
+def convert(*argv):
+    return run([sys.executable, str(ROOT / "scripts" / "convert_checkpoint.py"), *map(str, argv)])
+
+
+def adm_folder(tmp_path, with_config=True):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    model = script_util.create_model_and_diffusion(**MODEL)[0]
+    seeded_checkpoint(folder / "ema_0.9999_100.pt", model)
+    if with_config:
+        (folder / "config.yaml").write_text(CONFIG)
+    return folder / "ema_0.9999_100.pt", model
+
+
+# ---- safetensors ----
+
+def bits(value):
+    return value.contiguous().flatten().view(torch.uint8).tolist()
+
+
+def test_round_trip_is_bitwise(tmp_path):
+    whole = torch.linspace(-1, 1, 24)
+    state = {"a.weight": whole.view(4, 6).t(), "shared": whole, "half": torch.tensor([1.5, float("nan"), -0.0]).half(),
+             "bf": torch.ones(2, dtype=torch.bfloat16), "count": torch.tensor(7), "none": torch.zeros(0, 3),
+             "double": torch.rand(2, dtype=torch.float64)}
+    path = tmp_path / "all.safetensors"
+    write_safetensors(path, state, CONFIG)
+    found, text = read_safetensors(path)
+    assert text == CONFIG == files.safetensors_config(path) and found.keys() == state.keys()
+    for name, value in state.items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape and bits(found[name]) == bits(value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["all.safetensors"]
+
+
+def test_damaged_and_foreign_files_are_one_line(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"w": torch.arange(6.0)}, CONFIG)
+    whole = path.read_bytes()
+    size = struct.unpack("<Q", whole[:8])[0]
+    odd = json.dumps({"w": {"dtype": "Q9", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    deep = b"[" * 100_000
+    for data in (b"", whole[:5], whole[:40], whole[:-1], whole + b"x", struct.pack("<Q", 1 << 60) + whole[8:], b"PK\x03\x04" + whole,
+                 whole[:8] + b"[" + whole[9:], struct.pack("<Q", len(odd)) + odd + bytes(8), struct.pack("<Q", len(deep)) + deep):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="x.safetensors: damaged, or no safetensors file") as error:
+            read_safetensors(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="absent.safetensors: no such file"):
+        read_safetensors(tmp_path / "absent.safetensors")
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    assert size and read_safetensors(path) == ({"w": torch.zeros(1)}, "")
+    with pytest.raises(ValueError, match="note is str: a safetensors file holds tensors only"):
+        write_safetensors(path, {"note": "x"}, "")
+
+
+def test_a_missing_library_is_one_line_that_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for call in (lambda: read_safetensors("x.safetensors"), lambda: write_safetensors(tmp_path / "x", {}, "")):
+        with pytest.raises(ValueError, match=r"pip install 'guided_diffusion_ip\[convert\]'"):
+            call()
+
+
+def test_the_config_in_the_header_plays_the_part_of_the_one_beside(tmp_path):
+    path = tmp_path / "model.safetensors"
+    source, model = adm_folder(tmp_path)
+    write_safetensors(path, torch.load(source), CONFIG)
+    assert config.config_beside(str(path)) == str(path) and config.read_yaml(str(path)) == yaml.safe_load(CONFIG)
+    cfg = config.parse("image_sample", "", [])
+    config.adopt_checkpoint_config(cfg, config.config_beside(str(path)))
+    assert {name: cfg.values[name] for name in MODEL} == MODEL and cfg.diffusion_steps == 20
+    again = script_util.create_model_and_diffusion(**cfg.section("model"))[0]
+    load_network(again, str(path), cfg.section("model"))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+    write_safetensors(path, torch.load(source), "")
+    assert config.config_beside(str(path)) == ""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    assert config.config_beside(str(path)) == str(tmp_path / "config.yaml")
+
+
+# ---- the script ----
+
+def test_edm_pickle_to_a_folder_that_makes_the_same_denoiser(tmp_path):
+    denoiser = small_denoiser(torch.float16)
+    source = tmp_path / "edm-small-vp.pkl"
+    source.write_bytes(edm_file(denoiser))
+    done = convert(source, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    count = sum(p.numel() for p in denoiser.parameters())
+    assert f"EDM's EDMPrecond, {count:,} parameters, float16 and float32" in done.stdout or (
+        f"EDM's EDMPrecond, {count:,} parameters, float16" in done.stdout)
+    written = tmp_path / "out" / "edm_small-vp.pt"
+    assert f"next: python scripts/image_sample.py --model_path {written}" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.yaml", "edm_small-vp.pt"]
+    state = torch.load(written)
+    want = create_edm_denoiser("EDMPrecond", **KWARGS).eval()
+    assert list(state) == list(want.state_dict()) and all(value.dtype == torch.float32 for value in state.values())
+    want.load_state_dict(denoiser.state_dict())
+    cfg = config.parse("image_sample", "", ["--config", str(tmp_path / "out" / "config.yaml")])
+    found = script_util.create_for_sampling(cfg)[0].eval()
+    load_network(found, str(written), cfg.section("model"))
+    x, sigma = seeded_normal("convert x", (2, 3, 16, 16)), torch.tensor([0.3, 4.0])
+    assert torch.equal(found(x, sigma), want(x, sigma))
+
+    before = written.read_bytes()
+    again = convert(source, tmp_path / "out")
+    assert again.returncode == 2 and "there already" in again.stderr and written.read_bytes() == before
+    assert convert(source, tmp_path / "out", "--overwrite", "True").returncode == 0
+
+
+@pytest.mark.parametrize("precond, kwargs", [
+    ("VPPrecond", dict(KWARGS, label_dim=10, label_dropout=0.1)),
+    ("VEPrecond", dict(KWARGS, embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=[1, 3, 3, 1],
+                       augment_dim=0)),
+    ("EDMPrecond", dict(img_resolution=16, img_channels=1, label_dim=5, model_type="DhariwalUNet", model_channels=64, num_blocks=1,
+                        channel_mult=[1, 2], attn_resolutions=[], sigma_data=0.7)),
+    ("iDDPMPrecond", dict(img_resolution=16, img_channels=3, model_channels=64, num_blocks=1, channel_mult=[1, 2], dropout=0.0,
+                          attn_resolutions=[16, 8], augment_dim=9))])
+def test_flags_build_what_the_arguments_build(tmp_path, precond, kwargs):
+    want = create_edm_denoiser(precond, **kwargs)
+    want.load_state_dict(load_seeded_weights(create_edm_denoiser(precond, **kwargs)).state_dict())
+    path = tmp_path / "edm.pkl"
+    path.write_bytes(edm_file(want, kwargs=kwargs))
+    checkpoint = read_edm_pickle(path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(edm_flags(checkpoint)))
+    cfg = config.parse("image_sample", "", ["--config", str(tmp_path / "config.yaml")])
+    found = script_util.create_for_sampling(cfg)[0]
+    assert type(found) is type(want) and found.label_dim == want.label_dim
+    found.load_state_dict(checkpoint.state)
+    x, sigma = seeded_normal("convert x", (2, kwargs["img_channels"], 16, 16)), torch.tensor([0.3, 4.0])
+    labels = torch.tensor([1, 3]) if want.label_dim else None
+    assert torch.equal(found.eval()(x, sigma, labels), want.eval()(x, sigma, labels))
+    assert found.train().model.label_dropout == kwargs.get("label_dropout", 0)
+
+
+def test_adm_to_safetensors_and_back_loses_nothing(tmp_path):
+    source, model = adm_folder(tmp_path)
+    one_file = tmp_path / "adm.safetensors"
+    done = convert(source, one_file)
+    assert done.returncode == 0 and f"next: python scripts/image_sample.py --model_path {one_file}" in done.stdout, done.stderr
+    assert files.safetensors_config(one_file) == CONFIG
+    done = convert(one_file, tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "back" / "config.yaml").read_text() == CONFIG
+    state = torch.load(tmp_path / "back" / "adm.pt")
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    # The file is sampled as it is.
+    sampled = run([sys.executable, "scripts/image_sample.py", "--model_path", str(one_file), "--num_samples", "2",
+                   "--timestep_respacing", "2", "--out_dir", str(tmp_path / "samples")])
+    assert sampled.returncode == 0 and list((tmp_path / "samples").glob("samples_2x*.npz")), sampled.stderr
+
+
+def test_what_is_wrong_is_one_line_and_leaves_nothing(tmp_path):
+    source, _ = adm_folder(tmp_path, with_config=False)
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump({"model": {**MODEL, "num_channels": 64}}))
+    junk = tmp_path / "edm.pkl"
+    junk.write_bytes(b"cposix\nsystem\n(S'touch was_run'\ntR.")
+    out = tmp_path / "new" / "out.safetensors"
+    for argv, message in (((), "give what to convert"), ((source, out), "no config.yaml beside it"),
+                          ((source, out, "--config", wrong), "it needs --num_channels 32 (now 64)"),
+                          ((source, tmp_path / "new", "--config", wrong), "it needs --num_channels 32|ends in .safetensors"),
+                          ((junk, tmp_path / "new"), "refused, because this pickle holds posix.system"),
+                          ((junk, tmp_path / "new", "--config", wrong), "leave --config out")):
+        done = convert(*argv)
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and len(lines) == 1 and any(part in lines[0] for part in message.split("|")), done.stderr
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,163 @@
+"""EDM's and DDPM's models through the same scripts as ADM's: training, resuming, sampling along sigma, and what is refused."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from guided_diffusion_ip import script_util
+from guided_diffusion_ip.config import parse
+from guided_diffusion_ip.generation.sample_setup import make_sampler, settle_sampler
+from guided_diffusion_ip.training.train_loop import TrainLoop
+from test_scripts import ROOT, TINY, flags, images, run  # noqa: F401 (images is a fixture)
+
+EDM = dict(framework="edm", image_size=8, in_channels=1, num_channels=32, num_res_blocks=1, channel_mult="1,1",
+           attention_resolutions="4", augment_dim=9, augment=0.5, class_cond=True, num_classes=3, label_dropout=0.2,
+           input_perturbation=0.1)
+DDPM = dict(framework="ddpm", image_size=8, in_channels=1, num_channels=32, num_res_blocks=1, channel_mult="1,1",
+            attention_resolutions="4", dropout=0.1, input_perturbation=0.1)
+
+
+def train(out, images, steps, *more, **model):  # noqa: F811
+    done = subprocess.run(
+        [sys.executable, "scripts/image_train.py", *flags(**model), "--data_dir", images, "--out_dir", str(out), "--max_steps",
+         str(steps), "--batch_size", "4", "--ema_rate", "0.5", "--save_interval", "2", "--log_interval", "1", "--random_flip",
+         "False", *more], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def edm(images, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("edm") / "run"
+    said = train(out, images, 4, "--sample_interval", "4", "--sample_count", "4", "--sample_respacing", "2",
+                 "--lr_warmup_steps", "3", **EDM)
+    return out, said
+
+
+@pytest.fixture(scope="module")
+def ddpm(images, tmp_path_factory):  # noqa: F811
+    pytest.importorskip("diffusers")
+    out = tmp_path_factory.mktemp("ddpm") / "run"
+    return out, train(out, images, 4, "--sample_interval", "4", "--sample_count", "4", "--sample_respacing", "2", **DDPM)
+
+
+def test_edm_trains_through_the_same_loop(edm):
+    out, said = edm
+    assert "EDMLoss" in said and "gamma 0.1" in said and "mse_q" in said
+    assert {"ema_0.5_000004.pt", "samples_000004.png", "config.yaml"} <= set(os.listdir(out))
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert saved["model"]["framework"] == "edm" and saved["edm"]["augment_dim"] == 9
+    names = torch.load(out / "ema_0.5_000004.pt", weights_only=True)
+    assert "model.map_augment.weight" in names and "model.enc.8x8_conv.weight" in names
+
+
+@pytest.mark.parametrize("model", ["edm", "ddpm"])
+def test_a_continued_run_equals_an_uninterrupted_one_bitwise(model, request, images, tmp_path):  # noqa: F811
+    out, _ = request.getfixturevalue(model)
+    more = ["--lr_warmup_steps", "3"] if model == "edm" else []
+    settings = EDM if model == "edm" else DDPM
+    train(tmp_path, images, 2, *more, **settings)
+    train(tmp_path, images, 4, *more, "--resume", "auto", **settings)
+    for name in ("model000004.pt", "ema_0.5_000004.pt"):
+        whole, continued = (torch.load(folder / name, weights_only=True) for folder in (out, tmp_path))
+        assert all(torch.equal(whole[key], continued[key]) for key in whole)
+
+
+@pytest.mark.parametrize("more", [(), ("--sampler", "euler", "--edm_steps", "3", "--eps_scaler", "1.01"),
+                                  ("--S_churn", "4", "--edm_steps", "3", "--discretization", "vp", "--noise_level_schedule", "vp",
+                                   "--noise_level_scaling", "vp")])
+def test_edm_samples_by_heun_and_euler(edm, tmp_path, capsys, monkeypatch, more):
+    code, said, err = run("image_sample", "--model_path", str(edm[0] / "ema_0.5_000004.pt"), "--num_samples", "5", "--batch_size",
+                          "2", "--out_dir", str(tmp_path), *more, capsys=capsys, monkeypatch=monkeypatch)
+    assert code in (0, None), err
+    assert ("Euler, steps 3" if "euler" in more else "Heun, steps") in said
+    with np.load(tmp_path / "samples_5x8x8x1.npz") as file:
+        assert file["arr_0"].shape == (5, 8, 8, 1) and set(file["arr_1"]) <= {0, 1, 2}
+
+
+def test_images_do_not_depend_on_the_batch(edm, tmp_path, capsys, monkeypatch):
+    def sample(batch, name):
+        run("image_sample", "--model_path", str(edm[0] / "ema_0.5_000004.pt"), "--num_samples", "5", "--batch_size", str(batch),
+            "--S_churn", "4", "--edm_steps", "3", "--out_dir", str(tmp_path / name), capsys=capsys, monkeypatch=monkeypatch)
+        return np.load(tmp_path / name / "samples_5x8x8x1.npz")["arr_0"].astype(int)
+
+    assert np.abs(sample(2, "a") - sample(5, "b")).max() <= 1
+
+
+def test_ddpm_samples_by_every_sampler(ddpm, tmp_path, capsys, monkeypatch):
+    for name, more in (("ddpm", ["--timestep_respacing", "3"]), ("ddim", ["--sampler", "ddim", "--timestep_respacing", "3"]),
+                       ("heun", ["--sampler", "heun", "--edm_steps", "3", "--eps_scaler", "1.01"])):
+        code, said, err = run("image_sample", "--model_path", str(ddpm[0] / "ema_0.5_000004.pt"), "--num_samples", "3", "--out_dir",
+                              str(tmp_path / name), *more, capsys=capsys, monkeypatch=monkeypatch)
+        assert code in (0, None), err
+        assert os.path.exists(tmp_path / name / "samples_3x8x8x1.npz")
+
+
+# ---- settings ----
+
+def settled(*argv, config=""):
+    cfg = parse("image_sample", "", [*argv, *(["--config", str(ROOT / "configs" / config)] if config else [])])
+    settle_sampler(cfg)
+    return cfg
+
+
+def test_the_command_line_wins_over_a_config_about_the_sampler():
+    assert settled(config="edm_cifar10.yaml").sampler == "heun"
+    assert settled("--sampler", "euler", config="edm_cifar10.yaml").sampler == "euler"
+    cfg = settled("--use_ddim", "True")
+    assert (cfg.sampler, cfg.use_ddim) == ("ddim", True)
+    cfg = settled("--sampler", "ddim")
+    assert (cfg.sampler, cfg.use_ddim) == ("ddim", True)
+    assert settled().sampler == "ddpm"
+
+
+@pytest.mark.parametrize("config, sampler, steps, b", [
+    ("edm_cifar10.yaml", "heun", 18, 1.0005), ("edm_cifar10.yaml", "heun", 11, 0.9985), ("edm_cifar10.yaml", "euler", 13, 1.0048),
+    ("edm_cifar10_cond.yaml", "heun", 7, 1.0070), ("edm_cifar10_cond.yaml", "euler", 35, 1.0035)])
+def test_published_lambdas_of_heun_and_euler(config, sampler, steps, b):
+    cfg = settled("--sampler", sampler, "--edm_steps", str(steps), "--eps_scaler", "published", config=config)
+    script_util.settle_lambda(cfg)
+    assert (cfg.eps_scaler, cfg.eps_scaler_k) == (b, 0.0)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--sampler", "ddim", "--framework", "edm"], "alpha_bar"),
+    (["--sampler", "heun", "--use_ddim", "True"], "two samplers"),
+    (["--sampler", "heun", "--eta", "0.5"], "S_churn"),
+    (["--sampler", "heun", "--timestep_respacing", "10"], "--edm_steps"),
+    (["--edm_steps", "10"], "--timestep_respacing"),
+    (["--S_churn", "10"], "heun"),
+    (["--framework", "edm", "--guidance_scale", "2", "--class_cond", "True"], "no class"),
+])
+def test_meaningless_combinations_are_refused(argv, words):
+    with pytest.raises(ValueError, match=words):
+        make_sampler(settled(*flags(**TINY), *argv), None, (8, 8))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--noise_schedule", "cosine"], "noise_schedule"), (["--schedule_sampler", "loss-second-moment"], "continuous"),
+    (["--augment", "0.1"], "--augment_dim 9"), (["--class_dropout", "0.1", "--class_cond", "True"], "--label_dropout"),
+    (["--learn_sigma", "True"], "learn_sigma"), (["--image_size", "8x16"], "square"),
+    (["--sample_interval", "1", "--sample_respacing", "ddim5"], "Heun")])
+def test_training_refuses_what_edm_has_not(argv, words, images, tmp_path, capsys, monkeypatch):  # noqa: F811
+    code, _, err = run("image_train", "--framework", "edm", "--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1",
+                       "--channel_mult", "1", "--in_channels", "1", "--data_dir", images, "--out_dir", str(tmp_path / "out"), *argv,
+                       capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and words in err and err.strip().count("\n") == 0, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_learning_rate_warms_up_linearly():
+    model = torch.nn.Conv2d(1, 1, 1)
+    process = script_util.create_gaussian_diffusion(steps=100)
+    loop = TrainLoop(model=model, diffusion=process, data=iter([]), batch_size=1, microbatch=1, lr=0.4, ema_rate="",
+                     log_interval=1, save_interval=10, resume_checkpoint="", lr_warmup_steps=4)
+    rates = []
+    for loop.step in range(6):
+        loop._set_lr()
+        rates.append(loop.opt.param_groups[0]["lr"])
+    np.testing.assert_allclose(rates, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4])

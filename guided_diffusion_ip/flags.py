@@ -303,7 +303,7 @@ SECTIONS: dict[str, tuple[Flag, ...]] = {
 LOSS_WEIGHT_FLAGS = ("loss_weighting", "p2_k", "p2_gamma", "min_snr_gamma", "weight_clamp")
 TRAINING_ONLY = ("use_kl", "rescale_learned_sigmas", "input_perturbation", *LOSS_WEIGHT_FLAGS)
 EDM_TRAINING_ONLY = ("edm_loss", "P_mean", "P_std", "augment", "label_dropout")
-SIGMA_SAMPLING_FLAGS = tuple(flag.name for flag in _SIGMA_SAMPLING)
+SIGMA_FLAGS = tuple(flag.name for flag in _SIGMA_SAMPLING if flag.name != "sampler")  # of heun and euler
 
 # Flags that change training or speed but not what a trained checkpoint is: sampling may be told anything.
 NOT_ARCHITECTURE = {"dropout", "use_checkpoint", "use_fp16", *TRAINING_ONLY, *EDM_TRAINING_ONLY}
@@ -386,14 +386,14 @@ SCRIPTS = {
         ("model", "classifier", "diffusion", "sample"),
         (Flag("classifier_path", "", "checkpoint of the classifier; its config.yaml is read from beside it"),
          Flag("classifier_scale", 1.0, "guidance scale", least=0)),
-        ("framework", *SIGMA_SAMPLING_FLAGS)),
+        ("framework", *SIGMA_FLAGS)),
     "super_res_train": Script(("model", "super_res", "diffusion", "train"), (_RESPACING,), ("framework", "image_size"),
                               {"log_interval": 10}),
     "super_res_sample": Script(
         ("model", "super_res", "diffusion", "sample"),
         (Flag("base_samples", "", "low-resolution images: an npz with arr_0 (and arr_1), a folder, or a zip"),
          Flag("resize_base", False, "scale and crop low-resolution images of another size, instead of refusing them")),
-        ("framework", "image_size", *SIGMA_SAMPLING_FLAGS)),
+        ("framework", "image_size", *SIGMA_FLAGS)),
     "sweep": Script((), (
         Flag("sweep", "", "YAML file that describes the grid; see docs/sweep.md"),
         Flag("out_dir", "", "where results go; default: runs/sweep-NAME"),

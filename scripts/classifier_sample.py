@@ -22,7 +22,7 @@ from guided_diffusion_ip.generation.sample_batch import draw_labels, parse_class
 from guided_diffusion_ip.generation.sample_checks import check_request
 from guided_diffusion_ip.generation.sample_run import SampleRun
 from guided_diffusion_ip.generation.sample_setup import (
-    choose_out_dir, make_sampler, sampler_text, say, what_decides_the_images)
+    choose_out_dir, make_sampler, sampler_text, say, settle_sampler, what_decides_the_images)
 from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 
 
@@ -72,6 +72,7 @@ def adopt_configs(cfg: Config) -> list[str]:
     if beside := config_beside(cfg.classifier_path):
         adopt_classifier_config(cfg, beside)
     notes = check_request(cfg)
+    settle_sampler(cfg)
     script_util.settle_lambda(cfg)
     return notes
 

@@ -92,7 +92,7 @@ def find(cfg: Config) -> Found:
         if "image_size" not in flags["model"]:
             raise ValueError(f"{cfg.source}: this network does not attend anywhere, so that its weights do not tell for which "
                              "images it is: add --image_size")
-        return described("a checkpoint of DDIM's official code", weights, flags, f"ddim_{stem}.pt")
+        return described("a checkpoint of DDIM's code (averaged weights, if it has both)", weights, flags, f"ddim_{stem}.pt")
     refuse_flags(cfg, "the config says how large the images are", "image_size")
     require_state_dict(state, cfg.source)
     text, content = find_config(cfg)

@@ -23,7 +23,7 @@ from guided_diffusion_ip.generation.base_images import TABLE, picture_names, wri
 from guided_diffusion_ip.generation.sample_checks import check_request
 from guided_diffusion_ip.generation.sample_run import SampleRun
 from guided_diffusion_ip.generation.sample_setup import (
-    choose_out_dir, make_sampler, sampler_text, say, what_decides_the_images)
+    choose_out_dir, make_sampler, sampler_text, say, settle_sampler, what_decides_the_images)
 from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 
 
@@ -36,6 +36,7 @@ def main() -> None:
     if beside := config_beside(cfg.model_path):
         adopt_checkpoint_config(cfg, beside)
     notes = check_request(cfg)
+    settle_sampler(cfg)
     script_util.settle_lambda(cfg)
     large, small = (script_util.parse_image_size(size) for size in (cfg.large_size, cfg.small_size))
     check_sizes(large, small)

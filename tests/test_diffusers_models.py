@@ -1,7 +1,9 @@
 """diffusers' networks behind the adapter: outputs, names, gradients; then training, measuring and latents with our process."""
 import copy
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +14,13 @@ from golden_tools import load_seeded_weights, seeded_image, seeded_normal
 pytest.importorskip("diffusers")
 
 from guided_diffusion_ip import logger  # noqa: E402
+from guided_diffusion_ip.config import parse  # noqa: E402
 from guided_diffusion_ip.exposure_bias.measures import measure  # noqa: E402
 from guided_diffusion_ip.exposure_bias.walks import Batch  # noqa: E402
 from guided_diffusion_ip.generation.sample_batch import Sampler  # noqa: E402
 from guided_diffusion_ip.interop.diffusers_models import DiffusersModel, ddpm_unet, import_diffusers  # noqa: E402
-from guided_diffusion_ip.script_util import create_gaussian_diffusion, parameter_count  # noqa: E402
+from guided_diffusion_ip.script_util import (  # noqa: E402
+    create_gaussian_diffusion, create_model_and_diffusion, parameter_count)
 from guided_diffusion_ip.training.train_loop import TrainLoop  # noqa: E402
 
 diffusers = import_diffusers()
@@ -176,6 +180,21 @@ def test_ddpm_unet_is_the_published_cifar_10_network():
     assert (model.in_channels, model.image_size, model.num_classes) == (3, 32, None)
 
 
+def test_the_config_describes_it_and_how_it_was_trained():
+    path = str(Path(__file__).resolve().parent.parent / "configs" / "ddim_cifar10.yaml")
+    cfg, sampling = parse("image_train", "", ["--config", path]), parse("image_sample", "", ["--config", path])
+    with torch.device("meta"):
+        model, process = create_model_and_diffusion(**cfg.section("model"), **cfg.section("diffusion"))
+    assert isinstance(model, DiffusersModel) and parameter_count(model) == 35_746_307
+    assert [process.betas[0], process.betas[-1], process.num_timesteps] == pytest.approx([1e-4, 0.02, 1000])
+    assert (cfg.lr, cfg.global_batch_size, cfg.ema_rate, cfg.dropout, cfg.input_perturbation) == (2e-4, 128, "0.9999", 0.1, 0)
+    assert (sampling.use_ddim, sampling.timestep_respacing, sampling.clip_denoised) == (True, "ddim100", False)
+    # Table 5 of arXiv 2301.11706.
+    assert [list(cfg.paper[f"fid_{name}"].values()) for name in ("ddim", "ddim_ip", "ddim_eta_0.5", "ddim_ip_eta_0.5")] == [
+        [14.21, 7.5, 5.17, 4.66, 4.29], [10.54, 5.7, 4.66, 4.52, 4.27], [17.24, 8.87, 5.59, 4.88, 4.45],
+        [10.06, 5.53, 3.95, 3.66, 3.56]]
+
+
 def test_recomputation_changes_nothing():
     x = seeded_image("x", (2, 3, SIZE, SIZE))
     plain, saving = (load_seeded_weights(tiny_ddpm(use_checkpoint=value)).train() for value in (False, True))
@@ -257,8 +276,8 @@ def test_latents_through_our_process():
     assert not torch.equal(decoded[1.0], decoded[1.01])
 
 
-def run_python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def run_python(code, **env):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
 
 
 def test_importing_us_does_not_import_diffusers():
@@ -267,6 +286,14 @@ def test_importing_us_does_not_import_diffusers():
             "sys.exit('diffusers' in sys.modules)")
     done = run_python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_torchvision_that_does_not_load_is_no_hindrance(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    code = ("from guided_diffusion_ip.interop.diffusers_models import ddpm_unet\n"
+            "print(type(ddpm_unet(8, 3, 32, '1,1', 1, '')).__name__)")
+    done = run_python(code, PYTHONPATH=str(tmp_path))
+    assert done.stdout == "DiffusersModel\n", done.stderr
 
 
 def test_a_missing_library_is_named_with_its_extra():

@@ -130,12 +130,20 @@ def test_published_lambdas_of_heun_and_euler(config, sampler, steps, b):
     (["--sampler", "heun", "--eta", "0.5"], "S_churn"),
     (["--sampler", "heun", "--timestep_respacing", "10"], "--edm_steps"),
     (["--edm_steps", "10"], "--timestep_respacing"),
+    (["--sampler", "heun", "--clip_denoised", "True"], "ODE"),
     (["--S_churn", "10"], "heun"),
     (["--framework", "edm", "--guidance_scale", "2", "--class_cond", "True"], "no class"),
 ])
 def test_meaningless_combinations_are_refused(argv, words):
     with pytest.raises(ValueError, match=words):
         make_sampler(settled(*flags(**TINY), *argv), None, (8, 8))
+
+
+@pytest.mark.parametrize("script", ["classifier_sample", "super_res_sample"])
+def test_guided_and_super_resolution_sampling_say_why_not_heun(script):
+    cfg = parse(script, "", ["--sampler", "heun"])
+    with pytest.raises(ValueError, match="image_sample"):
+        make_sampler(cfg, None, (8, 8))
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -161,3 +169,25 @@ def test_learning_rate_warms_up_linearly():
         loop._set_lr()
         rates.append(loop.opt.param_groups[0]["lr"])
     np.testing.assert_allclose(rates, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+
+def test_a_checkpoint_of_another_framework_is_named(edm, tmp_path, capsys, monkeypatch):
+    bare = tmp_path / "bare.pt"  # without config.yaml beside it
+    torch.save(torch.load(edm[0] / "ema_0.5_000004.pt", weights_only=True), bare)
+    code, _, err = run("image_sample", *flags(**TINY), "--model_path", str(bare), capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and "--framework edm" in err
+    code, _, err = run("image_sample", *flags(**(EDM | dict(num_channels=64, augment=0))), "--model_path", str(bare), capsys=capsys,
+                       monkeypatch=monkeypatch)
+    assert code == 2 and "tensors differ" in err and err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("sampler, steps", [("heun", 2), ("euler", 3)])
+def test_adm_checkpoints_are_sampled_along_sigma(sampler, steps, images, tmp_path, capsys, monkeypatch):  # noqa: F811
+    model, _ = script_util.create_model_and_diffusion(**TINY, class_cond=True, num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "adm.pt")
+    code, said, err = run("image_sample", *flags(**TINY, class_cond=True, num_classes=3), "--model_path", str(tmp_path / "adm.pt"),
+                          "--num_samples", "3", "--sampler", sampler, "--edm_steps", str(steps), "--eps_scaler",
+                          ",".join(["1.01"] * steps), "--out_dir", str(tmp_path / "out"), capsys=capsys, monkeypatch=monkeypatch)
+    assert code in (0, None), err
+    settings = yaml.safe_load((tmp_path / "out" / "settings.yaml").read_text())
+    assert settings["sampler"] == sampler and settings["edm_steps"] == steps and settings["eps_scaler"] == [1.01] * steps

@@ -1,6 +1,8 @@
 """packed.py: a folder decoded once into a mapped npz, which trains exactly as the folder does; and benchmark/loader.py."""
 import os
+import runpy
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -9,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-import launch
 from guided_diffusion_ip.benchmark import loader
 from guided_diffusion_ip.data import packed
 from guided_diffusion_ip.data.image_datasets import load_data
@@ -35,8 +36,17 @@ def folder(tmp_path_factory):
     return root
 
 
-def npz_to_png(*args):
-    return launch.run([sys.executable, str(ROOT / "scripts" / "npz_to_png.py"), *map(str, args)], timeout=120)
+@pytest.fixture
+def npz_to_png(monkeypatch, capfd):
+    """The script, in this process: (exit code, what it said)."""
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["npz_to_png.py", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "scripts" / "npz_to_png.py"), run_name="__main__")
+        return end.value.code, "".join(capfd.readouterr())
+
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    return run
 
 
 def same_batches(one, other, steps):
@@ -48,10 +58,10 @@ def same_batches(one, other, steps):
         assert torch.equal(x, y) and c.keys() == d.keys() and all(torch.equal(c[name], d[name]) for name in c)
 
 
-def test_the_command_makes_what_trains_like_the_folder(folder, tmp_path):
+def test_the_command_makes_what_trains_like_the_folder(folder, tmp_path, npz_to_png):
     out = tmp_path / "new" / "set.npz"
-    done = npz_to_png(folder, "--out", out, "--image_size", "8")
-    assert done.returncode == 0 and "23 of 23 images, 8 x 8 x 3" in done.stdout, done.stderr
+    code, said = npz_to_png(folder, "--out", out, "--image_size", "8")
+    assert code == 0 and "23 of 23 images, 8 x 8 x 3" in said
     assert os.listdir(out.parent) == ["set.npz"]
     for options in (dict(), dict(seed=7, rank=1, world=2), dict(class_cond=True, random_flip=False, deterministic=True),
                     dict(class_cond=True, num_classes=2, class_dropout=0.3), dict(prefetch=True, start_step=4)):
@@ -62,8 +72,8 @@ def test_the_command_makes_what_trains_like_the_folder(folder, tmp_path):
         assert torch.equal(*(stream.examples(30)[0] for stream in streams))
         for stream in streams:
             stream.close()
-    again = npz_to_png(folder, "--out", out, "--image_size", "8")
-    assert again.returncode == 2 and "is there already" in again.stderr
+    code, said = npz_to_png(folder, "--out", out, "--image_size", "8")
+    assert code == 2 and "is there already" in said
 
 
 def test_workers_make_the_same_file_as_this_process(folder, tmp_path, monkeypatch):
@@ -124,18 +134,18 @@ def test_an_image_that_does_not_fit_is_named_and_nothing_is_left(folder, tmp_pat
     assert "00.png has colours" in complaint(channels=1, grey=True)
 
 
-def test_grey_pictures_give_one_channel_unless_a_later_one_has_colours(tmp_path):
+def test_grey_pictures_give_one_channel_unless_a_later_one_has_colours(tmp_path, npz_to_png):
     there = tmp_path / "set"
     there.mkdir()
     for k, image in enumerate(pictures(20)):
         Image.fromarray(image).convert("L").save(there / f"{k:02d}.png")
-    done = npz_to_png(there, "--out", tmp_path / "grey.npz")
-    assert done.returncode == 0 and "12 x 10 x 1" in done.stdout
+    code, said = npz_to_png(there, "--out", tmp_path / "grey.npz")
+    assert code == 0 and "12 x 10 x 1" in said
     Image.fromarray(pictures(1)[0]).save(there / "18.png")
-    refused = npz_to_png(there, "--out", tmp_path / "a.npz")
-    assert refused.returncode == 2 and "18.png has colours" in refused.stderr and "--channels 3" in refused.stderr
-    done = npz_to_png(there, "--out", tmp_path / "a.npz", "--channels", "3", "--classes", "False")
-    assert done.returncode == 0 and "20 of 20 images, 12 x 10 x 3" in done.stdout
+    code, said = npz_to_png(there, "--out", tmp_path / "a.npz")
+    assert code == 2 and "18.png has colours" in said and "--channels 3" in said
+    code, said = npz_to_png(there, "--out", tmp_path / "a.npz", "--channels", "3", "--classes", "False")
+    assert code == 0 and "20 of 20 images, 12 x 10 x 3" in said
 
 
 @pytest.mark.parametrize("classes", [np.array(["ant"]), np.array([0, 1]), np.array([["ant", "bee"]])])

@@ -12,9 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from guided_diffusion_ip import logger
 from guided_diffusion_ip.data import image_datasets, prefetch
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.data.prefetch import Prefetcher
+from guided_diffusion_ip.script_util import create_model_and_diffusion
+from guided_diffusion_ip.training.train_loop import TrainLoop
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENVIRONMENT = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
@@ -150,6 +153,26 @@ def test_the_thread_ends_with_its_stream(folder):
     del images
     gc.collect()
     assert wait_until(lambda: not threads())
+
+
+def test_training_is_the_same_and_can_be_resumed(folder, tmp_path_factory):
+    """Weights of 3 + 2 steps with the thread, whose batches are ahead when the first part ends, and of 5 without."""
+    def train(out, prefetch, *, max_steps, resume=""):
+        logger.configure(str(out), format_strs=["log"])
+        torch.manual_seed(0)
+        model, diffusion = create_model_and_diffusion(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1,1",
+                                                      attention_resolutions="4", num_head_channels=32)
+        loop = TrainLoop(model=model, diffusion=diffusion, data=stream(folder, prefetch=prefetch), batch_size=4, microbatch=-1,
+                         lr=1e-3, ema_rate="0.9", log_interval=9, save_interval=99, resume_checkpoint=resume, max_steps=max_steps)
+        loop.run_loop()
+        assert not threads()
+        return model.state_dict()
+
+    out = tmp_path_factory.mktemp("runs")
+    whole = train(out / "a", False, max_steps=5)
+    train(out / "b", True, max_steps=3)
+    parts = train(out / "b", True, max_steps=5, resume=str(out / "b" / "model000003.pt"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")

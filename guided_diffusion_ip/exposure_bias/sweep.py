@@ -34,8 +34,8 @@ KEYS = ("checkpoints", "reference", "features", "metrics", "num_samples", "sampl
 _RULE_KEYS = ("checkpoint", "sampler", "eta", "steps", "lambda", "seed")
 # Flags of image_sample.py that the grid sets itself, with the key of the sweep that does.
 _SET_BY = {"model_path": "checkpoints", "config": "checkpoints", "num_samples": "num_samples", "use_ddim": "sampler",
-           "sampler": "sampler", "timestep_respacing": "steps", "edm_steps": "steps", "eps_scaler": "lambda", "eps_scaler_k": "lambda", "eps_schedule": "lambda",
-           "eta": "eta", "seed": "seeds", "out_dir": "--out_dir"}
+           "sampler": "sampler", "timestep_respacing": "steps", "edm_steps": "steps", "eps_scaler": "lambda",
+           "eps_scaler_k": "lambda", "eps_schedule": "lambda", "eta": "eta", "seed": "seeds", "out_dir": "--out_dir"}
 _FILES = ("config", "model_path", "eps_schedule", "reference", "features", "inception_weights")  # count by their content
 _NO_MATTER = ("batch_size", "device", "save_png")  # change no number
 _SET_BY_EVALUATE = {"ref": "reference", "samples": "checkpoints", "features": "features", "metrics": "metrics",
@@ -157,8 +157,8 @@ class _Shared:
         config = [("config", checkpoint["config"])] if checkpoint.get("config") else []
         along_sigma = place["sampler"] in _SIGMA_SAMPLERS
         if along_sigma and not place["steps"].isdigit():
-            raise ValueError(f"{self.path}: steps {place['steps']} is a respacing for DDPM and DDIM; {place['sampler']} takes a number: "
-                             f"exclude {{sampler: {place['sampler']}, steps: {place['steps']}}}")
+            raise ValueError(f"{self.path}: steps {place['steps']} is a respacing for DDPM and DDIM; {place['sampler']} takes a "
+                             f"number: exclude {{sampler: {place['sampler']}, steps: {place['steps']}}}")
         sample = [*config, ("model_path", checkpoint["path"]), ("num_samples", str(self.num_samples)),
                   ("edm_steps" if along_sigma else "timestep_respacing", place["steps"]), ("seed", str(place["seed"])),
                   *scaling.flags, *self.sample]

@@ -33,6 +33,9 @@ def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampl
         ValueError: flags of one sampler for another, or classifier-free guidance of a network that cannot do without a class.
     """
     kind = sampler_kind(cfg)
+    if kind in ("heun", "euler") and "edm_steps" not in cfg.values:
+        raise ValueError(f"--sampler {kind} is for image_sample: {cfg.script} steers each step of DDPM or DDIM (by a classifier or "
+                         "a low-resolution image), which EDM's samplers do not have")
     _check_flags_of(kind, cfg)
     if cfg.guidance_scale != 1:
         _check_guidance(cfg)
@@ -45,7 +48,7 @@ def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampl
             return BoundDenoiser(network, diffusion)
     else:
         def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
-            return ProcessDenoiser(diffusion, network, clip_denoised=cfg.clip_denoised, model_kwargs=kwargs)
+            return ProcessDenoiser(diffusion, network, model_kwargs=kwargs)
     return SigmaSampler(as_denoiser, shape, cfg.seed, sigma_options(cfg, kind), is_ablation(cfg), **guidance)
 
 
@@ -105,6 +108,9 @@ def _check_flags_of(kind: str, cfg: Any) -> None:
         if cfg.given.get("timestep_respacing", "").startswith("--") and cfg.timestep_respacing:
             raise ValueError(f"--timestep_respacing {cfg.timestep_respacing} chooses steps of DDPM and DDIM; {kind} takes "
                              "--edm_steps of them along sigma")
+        if cfg.given.get("clip_denoised", "").startswith("--") and cfg.clip_denoised:
+            raise ValueError(f"--clip_denoised True is a step of DDPM and DDIM; {kind} follows an ODE, which a clip would bend: "
+                             "leave it out")
         return
     for name in _SIGMA:
         if cfg.given.get(name, "").startswith("--"):

@@ -45,13 +45,20 @@ def load_for_sampling(model: nn.Module, path: str, flags: dict[str, Any], use_fp
     """load_network, then everything that a network needs before it is only called: device, layout, precision, eval."""
     load_network(model, path, flags)
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
-    if use_fp16:
+    if use_fp16 and flags.get("framework", "adm") == "adm":  # EDM's denoisers were told when they were made
         model.convert_to_fp16()
     model.eval().requires_grad_(False)
 
 
 def explain_mismatch(state: State, flags: dict[str, Any], want: dict, have: dict) -> str:
     """'it needs --num_channels 64 (now 128), ...'; the first odd name if no flag explains it."""
+    ours, theirs = flags.get("framework", "adm"), framework_of(state)
+    if theirs not in ("", ours):
+        return f"it needs --framework {theirs} (now {ours})"
+    if ours != "adm":
+        odd = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
+        return (f"{len(odd)} tensors differ, such as {odd[0]}, which is {have.get(odd[0], 'absent')} in the checkpoint and "
+                f"{want.get(odd[0], 'absent')} in the network: give the flags or the --config that it was trained with")
     if is_classifier(state) != ("classifier_width" in flags):
         return ("it is a classifier, and a diffusion model is needed here" if is_classifier(state)
                 else "it is not a classifier, which is needed here") + " (--model_path, --classifier_path)"
@@ -139,6 +146,14 @@ def infer_architecture(state: State, image_size: int | None = None) -> dict[str,
         attending = [i for i, blocks in enumerate(levels) if f"input_blocks.{blocks[0]}.1.qkv.weight" in state]
         flags["attention_resolutions"] = ",".join(str(image_size >> i) for i in attending)
     return flags
+
+
+def framework_of(state: State) -> str:
+    """Whose names these are: adm, edm, ddpm (diffusers), or '' for none of them."""
+    for framework, start in (("adm", "input_blocks."), ("edm", "model.enc."), ("ddpm", "down_blocks.")):
+        if any(name.startswith(start) for name in state):
+            return framework
+    return ""
 
 
 def is_classifier(state: State) -> bool:

@@ -189,6 +189,7 @@ _TRAIN = (
     Flag("weight_decay", 0.0, "weight decay of AdamW", least=0),
     Flag("lr_warmup_steps", 0, "raise lr linearly from 0 over so many steps; 0: no", least=0),
     Flag("lr_anneal_steps", 0, "lower lr linearly to 0 over so many steps, then stop; 0: constant", least=0),
+    Flag("grad_clip", 0.0, "scale gradients down to this norm where theirs is larger; 0: no", least=0),
     Flag("precision", "", "number format of the network's arithmetic: fp32, fp16 (V100) or bf16; weights stay fp32. Default fp32",
          choices=("", "fp32", "fp16", "bf16")),
     *_STOPPING,
@@ -247,6 +248,8 @@ _SAMPLE = (
          "needs a network trained with --class_dropout", least=0),
     Flag("class_ids", "", "classes to sample if class_cond, such as 0-9 or 3,5; default: all"),
     Flag("seed", 0, "image i depends on (seed, i) only", least=0),
+    Flag("precision", "", "number format of the network's arithmetic: fp32, fp16 (GPU) or bf16; default fp32, or what "
+         "--use_fp16 says", choices=("", "fp32", "fp16", "bf16")),
     Flag("save_png", False, "also write each image as PNG"),
     Flag("out_dir", "", "where results go; default: samples/ beside the checkpoint"),
 )
@@ -336,7 +339,7 @@ class Script:
                 for flag in SECTIONS[section] if flag.name not in self.without]
 
 
-_NOT_FOR_CLASSIFIERS = ("framework", "lr_warmup_steps",
+_NOT_FOR_CLASSIFIERS = ("framework", "lr_warmup_steps", "grad_clip",
                         "num_channels", "num_res_blocks", "channel_mult", "num_heads", "num_head_channels",
                         "num_heads_upsample", "attention_resolutions", "dropout", "class_cond", "null_class",
                         "use_scale_shift_norm", "resblock_updown", "use_new_attention_order", "use_checkpoint", "use_fp16",
@@ -432,9 +435,9 @@ SCRIPTS = {
          Flag("repeats", 15, "timed repeats of each thing", least=1),
          Flag("matrix_size", 4096, "side of the matrices that the machine's rate is measured with", least=1),
          Flag("json", "", "also write every number to this file")),
-        ("use_fp16", "data_dir", "lr_warmup_steps",
+        ("use_fp16", "lr_warmup_steps", "grad_clip",
          "lr_anneal_steps", "log_interval", "sample_interval", "sample_count", "sample_respacing",
-         "fp16_scale_growth", "class_dropout", "random_flip", "random_crop", "num_workers", "cache_mb", "out_dir",
+         "fp16_scale_growth", "class_dropout", "random_flip", "random_crop", "cache_mb", "out_dir",
          "global_batch_size", "precision", "ema_warmup", *(flag.name for flag in _STOPPING + _SAVING + _EVALUATING)),
         {"batch_size": 16}),
 }

@@ -19,6 +19,7 @@ from .diffusion.respace import SpacedDiffusion, space_timesteps
 from .edm_setup import edm_denoiser
 from .exposure_bias.schedule_file import read_schedule
 from .flags import SECTIONS, str2bool
+from .generation.sample_setup import sampling_precision
 from .interop.adm_checkpoint import load_for_sampling
 from .interop.diffusers_models import ddpm_unet
 from .interop.edm_networks import create_edm_denoiser  # noqa: F401 (its known place is here)
@@ -237,7 +238,7 @@ def create_for_sampling(cfg: Config) -> tuple[nn.Module, Any]:
 def load_model_and_diffusion(cfg: Config) -> tuple[nn.Module, SpacedDiffusion]:
     """The network in --model_path, ready to be called, and the process to sample it by; after setup_dist."""
     model, diffusion = create_for_sampling(cfg)
-    load_for_sampling(model, cfg.model_path, cfg.section("model"), cfg.use_fp16)
+    load_for_sampling(model, cfg.model_path, cfg.section("model"), sampling_precision(cfg))
     return model, diffusion
 
 
@@ -260,14 +261,14 @@ def create_model_and_diffusion(*, framework: str = "adm", **flags: Any) -> tuple
     if refused:
         raise ValueError(f"--framework ddpm has no {' and no '.join(refused)}: its network is that of Ho et al. (2020), which "
                          "--framework adm extends")
-    ignored = ("num_heads", "num_head_channels", "num_heads_upsample", "use_scale_shift_norm")
+    # Half precision is for load_for_sampling; the others have values that nobody gave.
+    ignored = ("num_heads", "num_head_channels", "num_heads_upsample", "use_scale_shift_norm", "use_fp16")
     return _create_both("create_model_and_diffusion", ddpm_unet, ("model",),
                         {name: value for name, value in flags.items() if name not in (*_NOT_IN_DDPM, *ignored)})
 
 
 # What ADM's U-Net added to DDPM's, and the value that means "not".
-_NOT_IN_DDPM = {"resblock_updown": False, "use_new_attention_order": False, "null_class": False, "use_checkpoint": False,
-                "use_fp16": False}
+_NOT_IN_DDPM = {"resblock_updown": False, "use_new_attention_order": False}
 
 
 def sr_create_model_and_diffusion(**flags: Any) -> tuple[SuperResModel, SpacedDiffusion]:

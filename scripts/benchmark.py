@@ -59,10 +59,10 @@ def main() -> None:
         if cfg.baseline:
             published_network(network)
     machine = Machine.look(device)
-    print(f"{machine}\n{parameters / 1e6:.1f} million parameters", flush=True)
+    print(f"{machine}\n{parameters / 1e6:.1f} million parameters\n", flush=True)
     rows = [measure(cfg, word, device) for word in wanted if word in ROWS]
     if rows:
-        print("\n".join(filter(None, ["", head(rows), "", table(rows), notes(rows)])), flush=True)
+        print("\n\n".join(filter(None, (head(rows), table(rows), notes(rows)))) + "\n", flush=True)
     others = {word: measure_other(cfg, word) for word in wanted if word not in ROWS}
     if cfg.json:
         write_json(cfg.json, {**as_json(machine, {"config": cfg.config_path, **cfg.values}, parameters, rows), **others})
@@ -120,9 +120,9 @@ def measure_other(cfg: Config, what: str) -> Any:
                 make_pictures(made, height)
             ways = loader.measure_loader(cfg.data_dir or made, cfg.batch_size, height, repeats=min(cfg.repeats, 5),
                                          num_workers=None if cfg.num_workers < 0 else cfg.num_workers)
-        print(f"\n{loader.table(ways)}", flush=True)
+        print(f"{loader.table(ways)}\n", flush=True)
         return [asdict(way) for way in ways]
-    print(f"\n{found}", flush=True)
+    print(f"{found}\n", flush=True)
     return asdict(found)
 
 

@@ -22,7 +22,7 @@ from guided_diffusion_ip.generation.sample_batch import draw_labels, parse_class
 from guided_diffusion_ip.generation.sample_checks import check_request
 from guided_diffusion_ip.generation.sample_run import SampleRun
 from guided_diffusion_ip.generation.sample_setup import (
-    choose_out_dir, make_sampler, sampler_text, say, settle_sampler, what_decides_the_images)
+    choose_out_dir, make_sampler, sampler_text, sampling_precision, say, settle_sampler, what_decides_the_images)
 from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         **cfg.section("model"), **cfg.sampling_process(), timestep_respacing=cfg.timestep_respacing,
         eps_scaler=cfg.eps_scaler, eps_scaler_k=cfg.eps_scaler_k)
     sampler = make_sampler(cfg, diffusion, script_util.parse_image_size(cfg.image_size))
-    load_for_sampling(model, cfg.model_path, cfg.section("model"), cfg.use_fp16)
+    load_for_sampling(model, cfg.model_path, cfg.section("model"), sampling_precision(cfg))
     # The classifier is loaded for scale 0 too: a wrong file should not wait for the next scale to be noticed.
     classifier = create_classifier(cfg)
     if cfg.classifier_scale:
@@ -81,7 +81,7 @@ def create_classifier(cfg: Config) -> Callable[..., Tensor]:
     """The classifier in classifier_path, for images of the diffusion model's size."""
     flags = {**{name: getattr(cfg, name) for name in ("image_size", "in_channels", "num_classes")}, **cfg.section("classifier")}
     classifier = script_util.create_classifier(**flags)
-    load_for_sampling(classifier, cfg.classifier_path, flags, cfg.classifier_use_fp16)
+    load_for_sampling(classifier, cfg.classifier_path, flags, "fp16" if cfg.classifier_use_fp16 else "fp32")
     return classifier
 
 

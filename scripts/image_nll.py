@@ -17,7 +17,7 @@ from guided_diffusion_ip import dist_util, files, script_util
 from guided_diffusion_ip.config import Config, adopt_checkpoint_config, command, config_beside, parse
 from guided_diffusion_ip.data.image_set import ImageSet, open_image_set
 from guided_diffusion_ip.generation.likelihood_run import LikelihoodRun, default_out_dir
-from guided_diffusion_ip.generation.sample_setup import say
+from guided_diffusion_ip.generation.sample_setup import sampling_precision, say
 from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     dist_util.setup_dist()
     model, diffusion = script_util.create_model_and_diffusion(
         **cfg.section("model"), **cfg.sampling_process(), timestep_respacing=cfg.timestep_respacing)
-    load_for_sampling(model, cfg.model_path, cfg.section("model"), cfg.use_fp16)
+    load_for_sampling(model, cfg.model_path, cfg.section("model"), sampling_precision(cfg))
     data = open_image_set(cfg.data_dir, script_util.parse_image_size(cfg.image_size), cfg.in_channels,
                           num_classes=cfg.num_classes if cfg.class_cond else None)
     count = min(cfg.num_samples, len(data))

@@ -14,7 +14,7 @@ from guided_diffusion_ip.generation.sample_batch import draw_labels
 from guided_diffusion_ip.generation.sample_checks import check_request, classes_to_sample
 from guided_diffusion_ip.generation.sample_run import SampleRun
 from guided_diffusion_ip.generation.sample_setup import (
-    choose_out_dir, make_sampler, sampler_text, say, settle_sampler, what_decides_the_images)
+    choose_out_dir, make_sampler, sampler_text, sampling_precision, say, settle_sampler, what_decides_the_images)
 from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     dist_util.setup_dist()
     model, diffusion = script_util.create_for_sampling(cfg)
     sampler = make_sampler(cfg, diffusion, script_util.parse_image_size(cfg.image_size))
-    load_for_sampling(model, cfg.model_path, cfg.section("model"), cfg.use_fp16)
+    load_for_sampling(model, cfg.model_path, cfg.section("model"), sampling_precision(cfg))
 
     settings = what_decides_the_images(cfg, ("model", "edm") if cfg.framework == "edm" else ("model", "diffusion"))
     run = SampleRun(

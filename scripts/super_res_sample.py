@@ -23,7 +23,7 @@ from guided_diffusion_ip.generation.base_images import TABLE, picture_names, wri
 from guided_diffusion_ip.generation.sample_checks import check_request
 from guided_diffusion_ip.generation.sample_run import SampleRun
 from guided_diffusion_ip.generation.sample_setup import (
-    choose_out_dir, make_sampler, sampler_text, say, settle_sampler, what_decides_the_images)
+    choose_out_dir, make_sampler, sampler_text, sampling_precision, say, settle_sampler, what_decides_the_images)
 from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 
 
@@ -46,7 +46,7 @@ def main() -> None:
         **cfg.section("model"), **cfg.section("super_res"), **cfg.sampling_process(),
         timestep_respacing=cfg.timestep_respacing, eps_scaler=cfg.eps_scaler, eps_scaler_k=cfg.eps_scaler_k)
     sampler = make_sampler(cfg, diffusion, large)
-    load_for_sampling(model, cfg.model_path, {**cfg.section("model"), **cfg.section("super_res")}, cfg.use_fp16)
+    load_for_sampling(model, cfg.model_path, {**cfg.section("model"), **cfg.section("super_res")}, sampling_precision(cfg))
     base = open_image_set(cfg.base_samples, small, cfg.in_channels, exact=not cfg.resize_base, flag="base_samples",
                           num_classes=cfg.num_classes if cfg.class_cond else None)
 

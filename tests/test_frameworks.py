@@ -181,6 +181,20 @@ def test_a_checkpoint_of_another_framework_is_named(edm, tmp_path, capsys, monke
     assert code == 2 and "tensors differ" in err and err.strip().count("\n") == 0
 
 
+@pytest.mark.parametrize("limit, clipped", [(0.0, False), (1e-3, True), (1e6, False)])
+def test_gradients_are_clipped_to_their_norm(limit, clipped):
+    torch.manual_seed(0)
+    model, process = script_util.create_model_and_diffusion(**TINY)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    loop = TrainLoop(model=model, diffusion=process, data=iter([]), batch_size=2, microbatch=2, lr=1e-3, ema_rate="",
+                     log_interval=1, save_interval=10, resume_checkpoint="", grad_clip=limit)
+    loop.run_step(torch.rand(2, 1, 8, 8) * 2 - 1, {})
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    assert float(loop.grad_norm) > 1e-2, "what is logged is the norm before clipping"
+    np.testing.assert_allclose(float(norm), limit if clipped else float(loop.grad_norm), rtol=1e-3)
+
+
 @pytest.mark.parametrize("sampler, steps", [("heun", 2), ("euler", 3)])
 def test_adm_checkpoints_are_sampled_along_sigma(sampler, steps, images, tmp_path, capsys, monkeypatch):  # noqa: F811
     model, _ = script_util.create_model_and_diffusion(**TINY, class_cond=True, num_classes=3)

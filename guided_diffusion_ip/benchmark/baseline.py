@@ -30,15 +30,20 @@ from ..networks.trunk import UNetTrunk
 from ..training.timestep_samplers import LossAwareSampler, ScheduleSampler
 
 RandnLike = Callable[[Tensor], Tensor]
-_FIRST_LOG_SCALE = 16.0  # as ours; a larger one would leave out the first updates
+_FIRST_LOG_SCALE = 10.0  # low enough that no update is left out: that would be no full step
 _LOG_SCALE_GROWTH = 1e-3  # per update
 
 
 # ---- the network ----
 
+def _wide(x: Tensor) -> Tensor:
+    """float32; float64 stays, so that the two ways can be compared to all digits."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
 class _CastNorm(GroupNorm32):
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).type(x.dtype)
+        return F.group_norm(_wide(x), self.num_groups, self.weight, self.bias, self.eps).type(x.dtype)
 
 
 class _EinsumAttention(AttentionBlock):
@@ -52,7 +57,7 @@ class _EinsumAttention(AttentionBlock):
             q, k, v = qkv.reshape(rows, 3 * width, -1).chunk(3, dim=1)
         scale = width**-0.25
         weights = torch.einsum("nct,ncs->nts", q * scale, k * scale)
-        weights = weights.float().softmax(dim=-1).type(weights.dtype)
+        weights = _wide(weights).softmax(dim=-1).type(weights.dtype)
         update = torch.einsum("nts,ncs->nct", weights, v).reshape(n, channels, -1)
         return x + self.proj_out(update).view(x.shape)
 
@@ -219,9 +224,9 @@ class PublishedStep:
         gradients = weights = 0.0
         with torch.no_grad():
             for p in self.masters:
-                weights += torch.linalg.vector_norm(p, dtype=torch.float32).item() ** 2
+                weights += torch.linalg.vector_norm(_wide(p)).item() ** 2
                 if p.grad is not None:
-                    gradients += torch.linalg.vector_norm(p.grad, dtype=torch.float32).item() ** 2
+                    gradients += torch.linalg.vector_norm(_wide(p.grad)).item() ** 2
         return math.sqrt(gradients), math.sqrt(weights)
 
     def _copy_to_network(self) -> None:

@@ -15,7 +15,8 @@ from ..generation.shards import ShardFolder
 from .baseline import gather_and_write
 from .machine import PeakMemory
 
-BYTES = 64_000_000  # of pixels in all, about
+BYTES = 64_000_000  # of pixels in all, about; fewer where batches are small
+MOST_BATCHES = 300
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Gathering:
 def measure_gathering(image_shape: tuple[int, int, int], batch_size: int, repeats: int = 3, total_bytes: int = BYTES) -> Gathering:
     """Both ways on random images of image_shape (C, H, W), in a temporary folder; no network is called."""
     channels, height, width = image_shape
-    images = max(batch_size, total_bytes // (channels * height * width))
+    images = min(MOST_BATCHES * batch_size, max(batch_size, total_bytes // (channels * height * width)))
 
     def batches() -> Iterator[np.ndarray]:
         rng = np.random.default_rng(0)

@@ -41,9 +41,9 @@ def training_work(plan: Plan, averages: int) -> Work:
 
 
 def sampling_work(plan: Plan) -> Work:
-    """A network call without gradients. Bytes: weights read (half ones for fp16), images read and written."""
+    """A network call without gradients. Bytes: weights read (half ones for fp16 and bf16), images read and written."""
     network, images = _on_no_device(plan), plan.inputs("meta")[0]
-    each = 2 if plan.precision == "fp16" else _FLOAT
+    each = _FLOAT if plan.precision == "fp32" else 2
     return Work(count_gflop(plan, backward=False), each * _count(network) + 2 * _FLOAT * images.numel())
 
 

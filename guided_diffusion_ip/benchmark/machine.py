@@ -51,8 +51,7 @@ def matrix_rates(device: torch.device, dtype: torch.dtype, size: int = 4096, war
     With as many threads, and in the same process, as what is compared with it.
     """
     a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
-    # A GPU takes a fraction of a millisecond for one: several, so that starting and waiting do not count.
-    times = 20 if device.type == "cuda" else 1
+    times = _times(device)
 
     def products() -> None:
         for _ in range(times):
@@ -71,8 +70,19 @@ def copy_rates(device: torch.device, numbers: int = 1 << 26) -> list[float]:
     2^26, 256 MB, is more than caches hold; fewer measure the cache.
     """
     source, target = torch.ones(numbers, device=device), torch.empty(numbers, device=device)
-    timed(lambda: target.copy_(source), device)  # pages of the target are made
-    return [8e-9 * numbers / timed(lambda: target.copy_(source), device) for _ in range(COPIES)]
+    times = _times(device)
+
+    def copies() -> None:
+        for _ in range(times):
+            target.copy_(source)
+
+    timed(copies, device)  # pages of the target are made
+    return [8e-9 * numbers * times / timed(copies, device) for _ in range(COPIES)]
+
+
+def _times(device: torch.device) -> int:
+    """A GPU takes a fraction of a millisecond for one product or copy: several, so that starting and waiting do not count."""
+    return 20 if device.type == "cuda" else 1
 
 
 class PeakMemory:

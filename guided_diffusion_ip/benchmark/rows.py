@@ -5,7 +5,6 @@ them in turn, with the machine's rates measured before, between and after: what 
 """
 from __future__ import annotations
 
-import contextlib
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -219,7 +218,9 @@ class UpdateOnly(TrainLoop):
         return torch.zeros(n, dtype=torch.int64, device=self.device), {"loss": ones}, ones
 
 
-def _our_loop(plan: Plan, kind: type[TrainLoop], microbatch: int, schedule_sampler: str, ema_rate: str, **options: float) -> TrainLoop:
+def _our_loop(
+    plan: Plan, kind: type[TrainLoop], microbatch: int, schedule_sampler: str, ema_rate: str, **options: float
+) -> TrainLoop:
     network, process = plan.make()
     network.to(memory_format=torch.channels_last)
     loop = kind(
@@ -287,24 +288,19 @@ def measure_optimizer(plan: Plan, *, lr: float = 1e-4, weight_decay: float = 0.0
 def measure_sampling(plan: Plan, *, use_ddim: bool = False, eta: float = 0.0) -> Row:
     """One network call of a sampling chain with its arithmetic; images/s is worked out from it for the whole chain.
 
-    The process says how many calls a chain has. fp16 has half weights, as image_sample has them; bf16 is autocast.
+    The process says how many calls a chain has. fp16 and bf16 have convolutions of that format, as image_sample has them.
     """
     steps: list[int] = []
 
     def ours() -> Callable[[], Any]:
         network, process = plan.make()
-        network.to(memory_format=torch.channels_last).eval()
-        if plan.precision == "fp16":
-            network.convert_to_fp16()
+        network.to(memory_format=torch.channels_last)
+        if plan.precision != "fp32":
+            getattr(network, f"convert_to_{plan.precision}")()
+        network.eval().requires_grad_(False)
         steps.append(process.num_timesteps)
-        bf16 = Precision(plan.precision, plan.device).autocast() if plan.precision == "bf16" else contextlib.nullcontext()
         chain = _endless_chain(plan, plan.callable(network), process, {"eta": eta} if use_ddim else {}, use_ddim)
-
-        def call() -> None:
-            with bf16:
-                next(chain)
-
-        return call
+        return lambda: next(chain)
 
     def published() -> Callable[[], Any]:
         network, process = plan.make_published()

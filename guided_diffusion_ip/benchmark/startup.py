@@ -32,8 +32,8 @@ class StartUp:
 
     def __str__(self) -> str:
         slowest = ", ".join(f"{name} {ms:.0f} ms" for name, ms in self.own_ms[:5])
-        return (f"{self.script} --help: {statistics.median(self.seconds):.2f} s, {self.beyond_torch_s:.2f} s beyond `import torch`; "
-                f"heavy libraries imported: {', '.join(self.heavy) or 'none'}; slowest: {slowest}")
+        return (f"{self.script} --help: {statistics.median(self.seconds):.2f} s, {self.beyond_torch_s:.2f} s beyond "
+                f"`import torch`; heavy libraries imported: {', '.join(self.heavy) or 'none'}; slowest: {slowest}")
 
 
 def measure_startup(script: str | os.PathLike, repeats: int = 5) -> StartUp:

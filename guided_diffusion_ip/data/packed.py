@@ -75,7 +75,8 @@ def pack_images(path: str | os.PathLike, source: Source, size: tuple[int, int] |
 def _decoded(source: Source, shape: tuple[int, int, int, int], workers: int) -> Iterator[np.ndarray]:
     """Images uint8 [H, W, C], made by the training loader's own code."""
     count, *image_shape = shape
-    rows = max(1, _CHUNK_BYTES // int(np.prod(image_shape)))
+    chunks_wanted = -(-count // max(1, _CHUNK_BYTES // int(np.prod(image_shape))))
+    rows = -(-count // chunks_wanted)  # evenly: what the last batch has beyond the end is decoded too, for nothing
     order = Order(len(source), rows, rank=0, world=1, seed=0, deterministic=True)
     maker = BatchMaker(source, order, tuple(image_shape[:2]), image_shape[2], random_crop=False, random_flip=False)
     steps = range(-(-count // rows))

@@ -94,10 +94,19 @@ class Preconditioning(nn.Module):
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
         self.label_dim = getattr(network, "label_dim", 0) if label_dim is None else label_dim
         self.use_fp16 = use_fp16
+        self.use_bf16 = False
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """Those of float32 noise levels."""
         raise NotImplementedError(f"{type(self).__name__} must define coefficients")
+
+    def convert_to_fp16(self) -> None:
+        """Call the network in float16 on CUDA."""
+        self.use_fp16 = True
+
+    def convert_to_bf16(self) -> None:
+        """Call the network in bfloat16."""
+        self.use_bf16 = True
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest noise levels that the network knows: sigma itself."""
@@ -112,12 +121,12 @@ class Preconditioning(nn.Module):
         x = x.float()
         class_labels = self.one_hot(labels, len(x))
         c_skip, c_out, c_in, c_noise = self.coefficients(self._per_image(sigma, x))
-        half = self.use_fp16 and x.device.type == "cuda"
+        half = torch.bfloat16 if self.use_bf16 else torch.float16 if self.use_fp16 and x.device.type == "cuda" else None
         scaled = _over_pixels(c_in) * x
         more = {} if augment_labels is None else {"augment_labels": augment_labels}
         # Weights stay float32 in memory; autocast halves them on the way.
-        with torch.autocast("cuda", torch.float16) if half else nullcontext():
-            output = self.model(scaled.half() if half else scaled, c_noise, class_labels=class_labels, **more)
+        with torch.autocast(x.device.type, half) if half else nullcontext():
+            output = self.model(scaled.to(half or scaled.dtype), c_noise, class_labels=class_labels, **more)
         return _over_pixels(c_skip) * x + _over_pixels(c_out) * output[:, :x.shape[1]].float()
 
     def _per_image(self, sigma: Tensor, x: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def open_real_images(cfg: Any, size: tuple[int, int]) -> RealImages:
 
 def what_decides(cfg: Any, real: RealImages, **more: Any) -> dict[str, Any]:
     """All that the result depends on, as plain values."""
-    return {"model_path": os.path.basename(cfg.model_path), "model_sha256": files.sha256(cfg.model_path),
+    precision = {"precision": cfg.precision} if cfg.precision else {}
+    return {**precision, "model_path": os.path.basename(cfg.model_path), "model_sha256": files.sha256(cfg.model_path),
             "data_dir": os.path.basename(os.path.normpath(cfg.data_dir)), "data_sha256": real.digest(),
             "num_images": len(real.chosen), **{name: getattr(cfg, name) for name in _DECIDES}, **more,
             **{name: value for section in ("model", "diffusion") for name, value in cfg.section(section).items()}}

@@ -83,6 +83,18 @@ def sampler_kind(cfg: Any) -> str:
     return kind
 
 
+def sampling_precision(cfg: Any) -> str:
+    """fp32, fp16 or bf16: --precision, else what the published --use_fp16 says, for which a config may speak.
+
+    Raises:
+        ValueError: the two contradict each other on the command line.
+    """
+    asked = cfg.values.get("precision", "")
+    if asked in ("fp32", "bf16") and cfg.use_fp16 and cfg.given.get("use_fp16", "").startswith("--"):
+        raise ValueError(f"--use_fp16 True and --precision {asked} contradict each other: keep one")
+    return asked or ("fp16" if cfg.use_fp16 else "fp32")
+
+
 def is_ablation(cfg: Any) -> bool:
     """Do the flags ask for the generalised sampler of EDM's ablations?"""
     return any(cfg.values.get(name) for name in _ABLATION)
@@ -119,9 +131,9 @@ def _check_flags_of(kind: str, cfg: Any) -> None:
 
 
 def _check_guidance(cfg: Any) -> None:
-    if cfg.values.get("framework", "adm") != "adm":
-        raise ValueError(f"--guidance_scale {cfg.guidance_scale:g} needs a label for 'no class', which only --framework adm has, "
-                         f"not {cfg.framework}: leave it out")
+    if cfg.values.get("framework") == "edm":
+        raise ValueError(f"--guidance_scale {cfg.guidance_scale:g} needs a label for 'no class', which EDM's networks do not have: "
+                         "leave it out")
     if not cfg.class_cond:
         raise ValueError(f"--guidance_scale {cfg.guidance_scale:g} pushes towards the class, but this model is unconditional "
                          "and knows none: leave it out, or use a model trained with --class_cond True --class_dropout 0.1")
@@ -137,6 +149,8 @@ def what_decides_the_images(cfg: Any, sections: Iterable[str] = ("model", "diffu
               **{name: getattr(cfg, name) for name in _SAMPLING}}
     if (kind := sampler_kind(cfg)) in ("heun", "euler"):
         values |= {"sampler": kind, **{name: getattr(cfg, name) for name in _SIGMA}}
+    if cfg.values.get("precision"):
+        values["precision"] = cfg.precision
     if cfg.trained_on:
         values["trained_on"] = cfg.trained_on  # decides through the weights; evaluator.py compares it with the reference's
     for section in sections:

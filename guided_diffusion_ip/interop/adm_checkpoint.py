@@ -41,12 +41,12 @@ def require_state_dict(state: Any, path: str) -> None:
         raise ValueError(f"{path} is not a state_dict of a network (an opt or state file?): give a model or ema file")
 
 
-def load_for_sampling(model: nn.Module, path: str, flags: dict[str, Any], use_fp16: bool) -> None:
-    """load_network, then everything that a network needs before it is only called: device, layout, precision, eval."""
+def load_for_sampling(model: nn.Module, path: str, flags: dict[str, Any], precision: str = "fp32") -> None:
+    """load_network, then everything that a network needs before it is only called: device, layout, fp32, fp16 or bf16, eval."""
     load_network(model, path, flags)
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
-    if use_fp16 and flags.get("framework", "adm") == "adm":  # EDM's denoisers were told when they were made
-        model.convert_to_fp16()
+    if precision != "fp32":
+        getattr(model, f"convert_to_{precision}")()
     model.eval().requires_grad_(False)
 
 

@@ -87,8 +87,12 @@ class DiffusersModel(nn.Module):
         """All weights to float16."""
         self.half()
 
+    def convert_to_bf16(self) -> None:
+        """All weights to bfloat16, for calling only."""
+        self.bfloat16()
+
     def convert_to_fp32(self) -> None:
-        """Undo convert_to_fp16 (the digits that it cut off do not return)."""
+        """Undo convert_to_fp16 or _bf16 (the digits that it cut off do not return)."""
         self.float()
 
     def forward(

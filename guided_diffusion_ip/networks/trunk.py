@@ -165,8 +165,12 @@ class UNetTrunk(nn.Module):
         """Convolutions of encoder, middle and decoder to float16; no other weight changes."""
         self._cast_convolutions(torch.float16)
 
+    def convert_to_bf16(self) -> None:
+        """The same to bfloat16, for calling only."""
+        self._cast_convolutions(torch.bfloat16)
+
     def convert_to_fp32(self) -> None:
-        """Undo convert_to_fp16 (the digits that it cut off do not return)."""
+        """Undo convert_to_fp16 or _bf16 (the digits that it cut off do not return)."""
         self._cast_convolutions(torch.float32)
 
     def _cast_convolutions(self, dtype: torch.dtype) -> None:

@@ -54,6 +54,7 @@ class TrainLoop:
         ema_rate: a number, or several separated by commas.
         save_interval: steps between checkpoints; `saving` says more, and replaces it.
         resume_checkpoint: a modelNNNNNN.pt; its ema, opt and state files must lie beside it.
+        grad_clip: if > 0, gradients whose norm is larger are scaled down to it.
         lr_warmup_steps: if > 0, lr rises linearly over so many steps.
         lr_anneal_steps: if > 0, lr falls linearly to 0 and training stops there.
         limits: when to stop; max_steps alone may be given instead.
@@ -80,6 +81,7 @@ class TrainLoop:
         evaluate: Callable[[Callable[..., Tensor], int], dict[str, float]] | None = None,
         precision: str = "", limits: Limits | None = None, saving: SavePolicy | None = None, ema_warmup: bool = False,
         max_skipped: int = 25, settings: dict[str, dict[str, Any]] | None = None, lr_warmup_steps: int = 0,
+        grad_clip: float = 0.0,
     ) -> None:
         self.model = model
         self.diffusion = diffusion
@@ -89,6 +91,7 @@ class TrainLoop:
         self.lr = lr
         self.log_interval = log_interval
         self.saving = saving or SavePolicy(save_interval)
+        self.grad_clip = grad_clip
         self.lr_warmup_steps = lr_warmup_steps
         self.lr_anneal_steps = lr_anneal_steps
         self.limits = limits or Limits(max_steps)
@@ -258,6 +261,8 @@ class TrainLoop:
             self.skipped_in_a_row = 0
             self.statistics.add(t, losses, weights)
             self.schedule_sampler.update(t, losses["loss"])
+            if self.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.grad_clip, self.grad_norm)
             self.precision.step(self.opt)
             for ema in self.emas:
                 ema.update(self.model)

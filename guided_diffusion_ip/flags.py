@@ -192,6 +192,7 @@ _TRAIN = (
     Flag("grad_clip", 0.0, "scale gradients down to this norm where theirs is larger; 0: no", least=0),
     Flag("precision", "", "number format of the network's arithmetic: fp32, fp16 (V100) or bf16; weights stay fp32. Default fp32",
          choices=("", "fp32", "fp16", "bf16")),
+    Flag("compile", False, "call the network through torch.compile: minutes before the first step; meant for GPUs"),
     *_STOPPING,
     Flag("schedule_sampler", "uniform", "how t is drawn", choices=("uniform", "loss-second-moment")),
     Flag("ema_rate", "0.9999", "decay of the averaged weights; several separated by commas", type=str),
@@ -250,6 +251,7 @@ _SAMPLE = (
     Flag("seed", 0, "image i depends on (seed, i) only", least=0),
     Flag("precision", "", "number format of the network's arithmetic: fp32, fp16 (GPU) or bf16; default fp32, or what "
          "--use_fp16 says", choices=("", "fp32", "fp16", "bf16")),
+    Flag("compile", False, "call the network through torch.compile, with CUDA graphs on a GPU: minutes before the first images"),
     Flag("save_png", False, "also write each image as PNG"),
     Flag("out_dir", "", "where results go; default: samples/ beside the checkpoint"),
 )
@@ -296,7 +298,7 @@ _MEASURED_IMAGES = (
     Flag("data_dir", "", "real images: a folder, a zip of images, or an npz with arr_0 (and arr_1)"),
     Flag("num_images", 500, "real images, evenly spread over the set, and as many chains, over all processes", least=2),
 )
-_NOT_MEASURED = ("num_samples", "class_ids", "save_png", *(flag.name for flag in _SIGMA_SAMPLING))
+_NOT_MEASURED = ("compile", "num_samples", "class_ids", "save_png", *(flag.name for flag in _SIGMA_SAMPLING))
 
 SECTIONS: dict[str, tuple[Flag, ...]] = {
     "model": _MODEL, "classifier": _CLASSIFIER, "super_res": _SUPER_RES, "edm": _EDM, "diffusion": _DIFFUSION, "train": _TRAIN,
@@ -339,7 +341,7 @@ class Script:
                 for flag in SECTIONS[section] if flag.name not in self.without]
 
 
-_NOT_FOR_CLASSIFIERS = ("framework", "lr_warmup_steps", "grad_clip",
+_NOT_FOR_CLASSIFIERS = ("framework", "lr_warmup_steps", "grad_clip", "compile",
                         "num_channels", "num_res_blocks", "channel_mult", "num_heads", "num_head_channels",
                         "num_heads_upsample", "attention_resolutions", "dropout", "class_cond", "null_class",
                         "use_scale_shift_norm", "resblock_updown", "use_new_attention_order", "use_checkpoint", "use_fp16",
@@ -428,7 +430,6 @@ SCRIPTS = {
          Flag("eta", 0.0, "DDIM's noise: 0 deterministic, 1 that of DDPM", least=0),
          Flag("what", "train,sample", "what to measure, separated by commas: train, sample, optimizer, gather, loader, startup"),
          Flag("baseline", False, "also measure the published way of each, in turn with ours, and say the ratio"),
-         Flag("compile", False, "call our network through torch.compile (the first call then takes minutes)"),
          Flag("precision", "fp32", "number format", choices=("fp32", "bf16", "fp16")),
          Flag("device", "auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda")),
          Flag("threads", 0, "CPU threads; 0: PyTorch's choice", least=0),

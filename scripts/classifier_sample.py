@@ -18,7 +18,7 @@ from guided_diffusion_ip import dist_util, files, script_util
 from guided_diffusion_ip.config import (
     Config, adopt_checkpoint_config, adopt_classifier_config, command, config_beside, parse)
 from guided_diffusion_ip.diffusion.guidance import classifier_gradient
-from guided_diffusion_ip.generation.sample_batch import draw_labels, parse_class_ids
+from guided_diffusion_ip.generation.sample_batch import compiled, draw_labels, parse_class_ids
 from guided_diffusion_ip.generation.sample_checks import check_request
 from guided_diffusion_ip.generation.sample_run import SampleRun
 from guided_diffusion_ip.generation.sample_setup import (
@@ -51,7 +51,8 @@ def main() -> None:
         say(note)
     say(f"sampling {cfg.num_samples} images from {cfg.model_path} by {sampler_text(cfg)}, guided by {cfg.classifier_path} "
         f"with scale {cfg.classifier_scale:g}, into {run.out_dir}")
-    path = run(model if cfg.class_cond else without_labels(model), cfg.batch_size, dist_util.dev(), png=cfg.save_png)
+    network = compiled(model, dist_util.dev()) if cfg.compile else model
+    path = run(network if cfg.class_cond else without_labels(network), cfg.batch_size, dist_util.dev(), png=cfg.save_png)
     say(f"samples: {path}\npicture: {os.path.join(run.out_dir, 'grid.png')}")
     dist_util.cleanup()
 

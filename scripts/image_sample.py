@@ -10,7 +10,7 @@ import os
 
 from guided_diffusion_ip import dist_util, script_util
 from guided_diffusion_ip.config import adopt_checkpoint_config, command, config_beside, parse
-from guided_diffusion_ip.generation.sample_batch import draw_labels
+from guided_diffusion_ip.generation.sample_batch import compiled, draw_labels
 from guided_diffusion_ip.generation.sample_checks import check_request, classes_to_sample
 from guided_diffusion_ip.generation.sample_run import SampleRun
 from guided_diffusion_ip.generation.sample_setup import (
@@ -41,7 +41,7 @@ def main() -> None:
     for note in notes:
         say(note)
     say(f"sampling {cfg.num_samples} images from {cfg.model_path} by {sampler_text(cfg)} into {run.out_dir}")
-    path = run(model, cfg.batch_size, dist_util.dev(), png=cfg.save_png)
+    path = run(compiled(model, dist_util.dev()) if cfg.compile else model, cfg.batch_size, dist_util.dev(), png=cfg.save_png)
     say(f"samples: {path}\npicture: {os.path.join(run.out_dir, 'grid.png')}")
     dist_util.cleanup()
 

@@ -21,6 +21,7 @@ from guided_diffusion_ip.data.sources import NpzSource
 from guided_diffusion_ip.data.super_resolution import check_sizes
 from guided_diffusion_ip.generation.base_images import TABLE, picture_names, write_table
 from guided_diffusion_ip.generation.sample_checks import check_request
+from guided_diffusion_ip.generation.sample_batch import compiled
 from guided_diffusion_ip.generation.sample_run import SampleRun
 from guided_diffusion_ip.generation.sample_setup import (
     choose_out_dir, make_sampler, sampler_text, sampling_precision, say, settle_sampler, what_decides_the_images)
@@ -59,7 +60,7 @@ def main() -> None:
     for note in notes + notes_on_base(cfg, base):
         say(note)
     tell(cfg, base, run.out_dir)
-    path = run(model, cfg.batch_size, dist_util.dev(), png=cfg.save_png)
+    path = run(compiled(model, dist_util.dev()) if cfg.compile else model, cfg.batch_size, dist_util.dev(), png=cfg.save_png)
     if dist_util.is_main():
         write_table(run.out_dir, base.source.names, cfg.num_samples)
     say(f"samples: {path}\npicture: {os.path.join(run.out_dir, 'grid.png')}\n"

@@ -66,13 +66,14 @@ def edm_sample_progressive(
     denoiser: Denoiser, latents: Tensor, labels: Tensor | None = None, *, num_steps: int = 18, sigma_min: float = 0.002,
     sigma_max: float = 80.0, rho: float = 7.0, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
     S_noise: float = 1.0, eps_scaler: float | Sequence[float] = 1.0, eps_scaler_k: float = 0.0,
-    randn_like: Callable[[Tensor], Tensor] | None = None, solver: str = "heun", progress: bool = False,
+    randn_like: Callable[[Tensor], Tensor] | None = None, solver: str = "heun", clip_denoised: bool = False,
+    progress: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yields each step of EDM's sampler; arguments and errors as for `ablation_sample_progressive`."""
     return ablation_sample_progressive(
         denoiser, latents, labels, solver=solver, num_steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho,
         S_churn=S_churn, S_min=S_min, S_max=S_max, S_noise=S_noise, eps_scaler=eps_scaler, eps_scaler_k=eps_scaler_k,
-        randn_like=randn_like, progress=progress)
+        randn_like=randn_like, clip_denoised=clip_denoised, progress=progress)
 
 
 def ablation_sample(denoiser: Denoiser, latents: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
@@ -86,7 +87,7 @@ def ablation_sample_progressive(
     sigma_max: float | None = None, rho: float = 7.0, epsilon_s: float = 1e-3, C_1: float = 0.001, C_2: float = 0.008,
     M: int = 1000, alpha: float = 1.0, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
     S_noise: float = 1.0, eps_scaler: float | Sequence[float] = 1.0, eps_scaler_k: float = 0.0,
-    randn_like: Callable[[Tensor], Tensor] | None = None, progress: bool = False,
+    randn_like: Callable[[Tensor], Tensor] | None = None, clip_denoised: bool = False, progress: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yields each step of EDM's generalised sampler, of which Algorithm 2 is the default.
 
@@ -101,6 +102,8 @@ def ablation_sample_progressive(
         alpha: where in a step Heun's second evaluation stands, in (0, 1]; 1 is Heun's, 1/2 the midpoint rule.
         S_churn, S_min, S_max, S_noise: see `Churn`.
         eps_scaler, eps_scaler_k: b (or num_steps values) and k of lambda(t) = k t + b.
+        clip_denoised: clamp the estimate of y that follows from the scaled epsilon to [-1, 1], and go on with the epsilon that
+            follows from that, as ADM's DDIM does. EDM does not; networks that predict epsilon are poor at large sigma without it.
 
     Yields:
         `sample` [N, C, H, W], after the step; `sigma`, its noise level; `denoised`, D's answer at the start of the step.
@@ -128,7 +131,7 @@ def ablation_sample_progressive(
     times = torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
     def slope(x: Tensor, t: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-        return _slope(denoiser, labels, path, x, t, lam)
+        return _slope(denoiser, labels, path, x, t, lam, clip_denoised)
 
     def step(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
         if S_churn:
@@ -141,13 +144,15 @@ def ablation_sample_progressive(
 
 
 def _slope(
-    denoiser: Denoiser, labels: Tensor | None, path: Path, x: Tensor, t: Tensor, lam: float
+    denoiser: Denoiser, labels: Tensor | None, path: Path, x: Tensor, t: Tensor, lam: float, clip: bool
 ) -> tuple[Tensor, Tensor]:
     """dx/dt at (x, t) with epsilon divided by lam, here and nowhere else; and D's answer. Both [N, C, H, W]."""
     sigma, s = path.schedule.sigma(t), path.s(t)
     unscaled = x / s
     denoised = denoiser(unscaled, x.new_full((), float(sigma)), labels).to(x.dtype)
     epsilon = (unscaled - denoised) / sigma / lam
+    if clip:
+        epsilon = (unscaled - (unscaled - sigma * epsilon).clamp(-1, 1)) / sigma
     return path.log_s_deriv(t) * x + s * path.schedule.sigma_deriv(t) * epsilon, denoised
 
 

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 class ProcessDenoiser:
     """D(x, sigma, labels) of a network that belongs to `process`.
 
-    The process's own lambda is never applied: the sampler has its own, and two would multiply.
+    The process's own lambda is never applied: the sampler has its own, and two would multiply. Nor is the answer clipped: the
+    clip comes after lambda, so it is the sampler's as well.
 
     Args:
         process: a GaussianDiffusion or SpacedDiffusion, whatever its network predicts; few steps are few noise levels.
         model: model(x_t, t, **model_kwargs), as for the process.
-        clip_denoised: clamp D's answer to [-1, 1]; the sampler's lambda acts on the epsilon that is implied by what is left.
         interpolate: ask the network at a t between two steps for a sigma between theirs (linear in log sigma). Otherwise
             `round_sigma` gives the nearest step's level (in log sigma), one that the network was trained on.
         model_kwargs: given to the network with each call.
@@ -37,7 +37,7 @@ class ProcessDenoiser:
     """
 
     def __init__(
-        self, process: GaussianDiffusion, model: Callable[..., Tensor], clip_denoised: bool = False, interpolate: bool = False,
+        self, process: GaussianDiffusion, model: Callable[..., Tensor], interpolate: bool = False,
         model_kwargs: dict[str, Any] | None = None, label_dim: int = 0,
     ) -> None:
         sigmas = process.sqrt_recipm1_alphas_cumprod
@@ -49,7 +49,6 @@ class ProcessDenoiser:
             raise ValueError(f"interpolate=True needs two noise levels or more, this process has {len(sigmas)}")
         self.process = process
         self.model = model
-        self.clip_denoised = clip_denoised
         self.interpolate = interpolate
         self.model_kwargs = dict(model_kwargs or {})
         self.label_dim = label_dim
@@ -85,12 +84,10 @@ class ProcessDenoiser:
         output = self.process.call_model(model, x_t, t, kwargs)[:, : x.shape[1]].to(x.dtype)
 
         if self.process.model_mean_type is ModelMeanType.EPSILON:
-            denoised = x - spread * output
-        elif self.process.model_mean_type is ModelMeanType.START_X:
-            denoised = output
-        else:
-            denoised = self.process.xstart_from_xprev(x_t.to(x.dtype), t, output)
-        return denoised.clamp(-1, 1) if self.clip_denoised else denoised
+            return x - spread * output
+        if self.process.model_mean_type is ModelMeanType.START_X:
+            return output
+        return self.process.xstart_from_xprev(x_t.to(x.dtype), t, output)
 
     def _between_steps(self, sigma: Tensor) -> Callable[..., Tensor]:
         """The network, told a float t as it wants it, [N], that lies between those of the two steps around sigma [N]."""

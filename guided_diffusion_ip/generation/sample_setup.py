@@ -108,7 +108,9 @@ def sigma_options(cfg: Any, kind: str) -> dict[str, Any]:
     if is_ablation(cfg):
         options |= {"discretization": cfg.discretization or "edm", "schedule": cfg.noise_level_schedule or "linear",
                     "scaling": cfg.noise_level_scaling or "none"}
-    return options | {"num_steps": cfg.edm_steps, "solver": kind}
+    # EDM's networks are not clipped unless somebody asks for it.
+    clip = cfg.clip_denoised and (cfg.values.get("framework") != "edm" or "clip_denoised" in cfg.given)
+    return options | {"num_steps": cfg.edm_steps, "solver": kind, "clip_denoised": clip}
 
 
 def _check_flags_of(kind: str, cfg: Any) -> None:
@@ -120,9 +122,6 @@ def _check_flags_of(kind: str, cfg: Any) -> None:
         if cfg.given.get("timestep_respacing", "").startswith("--") and cfg.timestep_respacing:
             raise ValueError(f"--timestep_respacing {cfg.timestep_respacing} chooses steps of DDPM and DDIM; {kind} takes "
                              "--edm_steps of them along sigma")
-        if cfg.given.get("clip_denoised", "").startswith("--") and cfg.clip_denoised:
-            raise ValueError(f"--clip_denoised True is a step of DDPM and DDIM; {kind} follows an ODE, which a clip would bend: "
-                             "leave it out")
         return
     for name in _SIGMA:
         if cfg.given.get(name, "").startswith("--"):

@@ -22,10 +22,11 @@ Sections = Mapping[str, Mapping[str, Any]]
 _FIXED_SECTIONS = ("model", "super_res", "classifier", "edm", "diffusion")
 _FIXED = {"seed", "schedule_sampler", "ema_rate", "ema_warmup", "class_dropout", "noised", "timestep_respacing"}
 # No effect on what is computed, or handled elsewhere (batch sizes: by the global batch).
-_FREE = {"use_checkpoint", "use_fp16", "classifier_use_fp16", "batch_size", "global_batch_size", "max_steps", "max_images",
-         "max_hours", "log_interval", "save_interval", "save_minutes", "keep_last", "keep_every", "sample_interval", "sample_count",
-         "sample_respacing", "resume", "resume_checkpoint", "init_from", "num_workers", "cache_mb", "out_dir", "val_data_dir",
-         "eval_interval", "eval_samples", "eval_ref", "eval_features", "eval_respacing", "iterations", "max_skipped"}
+_FREE = {"compile", "use_checkpoint", "use_fp16", "classifier_use_fp16", "batch_size", "global_batch_size", "max_steps",
+         "max_images", "max_hours", "log_interval", "save_interval", "save_minutes", "keep_last", "keep_every",
+         "sample_interval", "sample_count", "sample_respacing", "resume", "resume_checkpoint", "init_from", "num_workers",
+         "cache_mb", "out_dir", "val_data_dir", "eval_interval", "eval_samples", "eval_ref", "eval_features", "eval_respacing",
+         "iterations", "max_skipped"}
 
 
 def versions() -> dict[str, str]:

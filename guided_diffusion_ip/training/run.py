@@ -130,7 +130,7 @@ def make_loop(
     """The loop that a diffusion model's training flags describe. Adds to `messages` what is to be told before it starts."""
     return TrainLoop(
         model=model, diffusion=diffusion, data=data, **loop_options(cfg, model, out_dir, messages), use_fp16=cfg.use_fp16,
-        precision=cfg.precision, fp16_scale_growth=cfg.fp16_scale_growth, grad_clip=cfg.grad_clip,
+        precision=cfg.precision, fp16_scale_growth=cfg.fp16_scale_growth, grad_clip=cfg.grad_clip, compile=cfg.compile,
         lr_warmup_steps=cfg.lr_warmup_steps, lr_anneal_steps=cfg.lr_anneal_steps,
         schedule_sampler=create_named_schedule_sampler(cfg.schedule_sampler, diffusion),
         limits=Limits(cfg.max_steps, cfg.max_images, cfg.max_hours), sample_interval=cfg.sample_interval, preview=preview,

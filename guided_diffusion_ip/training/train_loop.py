@@ -55,6 +55,7 @@ class TrainLoop:
         ema_rate: a number, or several separated by commas.
         save_interval: steps between checkpoints; `saving` says more, and replaces it.
         resume_checkpoint: a modelNNNNNN.pt; its ema, opt and state files must lie beside it.
+        compile: call the network through torch.compile.
         grad_clip: if > 0, gradients whose norm is larger are scaled down to it.
         lr_warmup_steps: if > 0, lr rises linearly over so many steps.
         lr_anneal_steps: if > 0, lr falls linearly to 0 and training stops there.
@@ -82,7 +83,7 @@ class TrainLoop:
         evaluate: Callable[[Callable[..., Tensor], int], dict[str, float]] | None = None,
         precision: str = "", limits: Limits | None = None, saving: SavePolicy | None = None, ema_warmup: bool = False,
         max_skipped: int = 25, settings: dict[str, dict[str, Any]] | None = None, lr_warmup_steps: int = 0,
-        grad_clip: float = 0.0,
+        grad_clip: float = 0.0, compile: bool = False,
     ) -> None:
         self.model = model
         self.diffusion = diffusion
@@ -125,10 +126,10 @@ class TrainLoop:
             self.resumed = self._resume(resume_checkpoint)
         dist_util.check_in_sync(model.state_dict())
         # DDP averages gradients over ranks while the backward pass is still running.
-        self.ddp_model = model
+        self.ddp_model = torch.compile(model) if compile else model
         if self.world > 1:
             self.ddp_model = DistributedDataParallel(
-                model, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False)
+                self.ddp_model, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False)
         self._clock = Clock(self.limits.max_hours, self.saving.minutes)
         self._signals = Signals()
         self._told = [False] * 3  # on all ranks alike: some rank has been told to stop, is out of time, should save

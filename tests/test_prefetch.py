@@ -186,14 +186,19 @@ def test_neither_the_end_nor_ctrl_c_hangs(folder, workers, ahead):
             "next(s)\n"
             "print('begun', flush=True)\n"
             "while sys.argv[3] == 'forever': next(s)\n")
+    # A test run that a shell has put into the background ignores Ctrl-C, and so would its children.
     started = {how: subprocess.Popen([sys.executable, "-c", code, str(folder), str(workers), how], stdout=subprocess.PIPE,
-                                     stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) for how in ("end", "forever")}
+                                     stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+                                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) for how in ("end", "forever")}
     for how, process in started.items():
         assert process.stdout.readline() == "begun\n"
         if how == "forever":
             time.sleep(0.3)
             process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)  # torch's own way with workers that are left is to wait for ever
+        try:
+            _, said = process.communicate(timeout=40)  # torch's own way with workers that are left is to wait for ever
+        finally:
+            process.kill()
         assert process.returncode == (-signal.SIGINT if how == "forever" else 0), said
         assert ("KeyboardInterrupt" in said) == (how == "forever") and "Exception ignored" not in said
 

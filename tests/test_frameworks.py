@@ -115,6 +115,11 @@ def test_the_command_line_wins_over_a_config_about_the_sampler():
     assert settled().sampler == "ddpm"
 
 
+def test_edm_models_are_clipped_only_if_asked_for_and_the_settings_tell():
+    assert settled().clip_denoised is True and settled("--framework", "edm").clip_denoised is False
+    assert settled("--framework", "edm", "--clip_denoised", "True").clip_denoised is True
+
+
 @pytest.mark.parametrize("config, sampler, steps, b", [
     ("edm_cifar10.yaml", "heun", 18, 1.0005), ("edm_cifar10.yaml", "heun", 11, 0.9985), ("edm_cifar10.yaml", "euler", 13, 1.0048),
     ("edm_cifar10_cond.yaml", "heun", 7, 1.0070), ("edm_cifar10_cond.yaml", "euler", 35, 1.0035)])

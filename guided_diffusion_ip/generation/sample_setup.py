@@ -54,6 +54,7 @@ def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampl
 
 def settle_sampler(cfg: Any) -> None:
     """Bring --sampler and --use_ddim, two ways to say it, to agree; what is on the command line wins over a config file.
+    And settle whether to clip.
 
     Raises:
         ValueError: they contradict each other.
@@ -67,6 +68,8 @@ def settle_sampler(cfg: Any) -> None:
         raise ValueError(f"--use_ddim True and --sampler {cfg.sampler} name two samplers: give one")
     cfg.values["sampler"] = sampler_kind(cfg)
     cfg.values["use_ddim"] = cfg.sampler == "ddim"
+    if cfg.values.get("framework") == "edm" and "clip_denoised" not in cfg.given:
+        cfg.values["clip_denoised"] = False  # EDM does not clip; settled here, so that settings.yaml tells what was done
 
 
 def sampler_kind(cfg: Any) -> str:
@@ -108,9 +111,7 @@ def sigma_options(cfg: Any, kind: str) -> dict[str, Any]:
     if is_ablation(cfg):
         options |= {"discretization": cfg.discretization or "edm", "schedule": cfg.noise_level_schedule or "linear",
                     "scaling": cfg.noise_level_scaling or "none"}
-    # EDM's networks are not clipped unless somebody asks for it.
-    clip = cfg.clip_denoised and (cfg.values.get("framework") != "edm" or "clip_denoised" in cfg.given)
-    return options | {"num_steps": cfg.edm_steps, "solver": kind, "clip_denoised": clip}
+    return options | {"num_steps": cfg.edm_steps, "solver": kind, "clip_denoised": cfg.clip_denoised}
 
 
 def _check_flags_of(kind: str, cfg: Any) -> None:

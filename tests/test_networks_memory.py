@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from golden_tools import load_seeded_weights, seeded_normal
 from guided_diffusion_ip.networks import (
     AttentionBlock, EncoderUNetModel, GroupNorm32, SuperResModel, UNetModel)
+from guided_diffusion_ip.networks.attention import attend
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d)
 T = torch.tensor([3, 741])
@@ -142,3 +143,29 @@ def test_images_of_another_dtype_are_welcome_and_set_the_dtype_of_the_answer():
     assert small()(images().double(), T).dtype == torch.float64
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert small()(images(), T).dtype == torch.float32
+
+
+# The paths that a CPU takes in bf16
+
+@pytest.mark.parametrize("tokens", [16, 64, 1100])  # by products; by the fused kernel
+def test_attention_in_bf16_on_a_cpu_has_the_gradients_of_exact_attention(tokens):
+    exact = [seeded_normal(name, (2, 3, tokens, 8)).double().requires_grad_() for name in "qkv"]
+    rough = [z.detach().bfloat16().requires_grad_() for z in exact]
+    seed = seeded_normal("gradient", (2, tokens, 24)).double()
+    answers = []
+    for (q, k, v), g in ((exact, seed), (rough, seed.bfloat16())):
+        y = attend(q, k, v)
+        y.backward(g)
+        answers.append([y.detach(), q.grad, k.grad, v.grad])
+    for want, got in zip(*answers):
+        assert got.dtype is torch.bfloat16
+        assert (got - want).norm() < 2e-2 * want.norm()
+
+
+@pytest.mark.parametrize("side", [8, 32])  # below, and from the size on where the norm makes no wide copy
+def test_group_norm_in_bf16_without_gradients_is_bitwise_the_one_with_them(side):
+    norm, x = GroupNorm32(32, 64), images(channels=64, height=side, width=side).bfloat16().to(memory_format=torch.channels_last)
+    with_gradients = norm(x).detach()
+    with torch.no_grad():
+        y = norm(x)
+    assert torch.equal(y, with_gradients) and y.is_contiguous(memory_format=torch.channels_last)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..memory import keep_freed_memory
 from ..noise import NormalStream, Stream
 from ..training.ema import parse_rates
 from ..training.precision import DTYPES, Precision
@@ -22,7 +23,7 @@ from .baseline import PublishedStep, published_chain, published_network, publish
 from .limits import Work, optimizer_work, sampling_work, training_work
 from .machine import PeakMemory, copy_rates, matrix_rates, timed
 
-WARM_UP = 2  # the first call allocates, the first update makes AdamW's averages
+WARM_UP = 3  # the first call allocates, the first update makes AdamW's averages, and only then all memory is at hand
 BLOCKS = 3
 Build = Callable[[], tuple[nn.Module, Any]]  # () -> network, on the default device, and process
 Prepare = Callable[[], Callable[[], Any]]  # () -> what is timed, a call without arguments
@@ -295,6 +296,7 @@ def measure_sampling(plan: Plan, *, use_ddim: bool = False, eta: float = 0.0) ->
     def ours() -> Callable[[], Any]:
         network, process = plan.make()
         network.to(memory_format=torch.channels_last)
+        keep_freed_memory(plan.device)
         if plan.precision != "fp32":
             getattr(network, f"convert_to_{plan.precision}")()
         network.eval().requires_grad_(False)

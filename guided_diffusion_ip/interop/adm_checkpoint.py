@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dist_util
+from ..memory import keep_freed_memory
 from ..networks.unet import CHANNEL_MULTS, default_channel_mult, parse_channel_mult
 from .safetensors_file import read_safetensors
 
@@ -45,6 +46,7 @@ def load_for_sampling(model: nn.Module, path: str, flags: dict[str, Any], precis
     """load_network, then everything that a network needs before it is only called: device, layout, fp32, fp16 or bf16, eval."""
     load_network(model, path, flags)
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
+    keep_freed_memory(dist_util.dev())
     if precision != "fp32":
         getattr(model, f"convert_to_{precision}")()
     model.eval().requires_grad_(False)

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..memory import keep_freed_memory
+
 SIDE = 299  # of the images that the network sees
 POOL_DIM, SPATIAL_DIM, CLASSES = 2048, 17 * 17 * 7, 1008
 
@@ -140,6 +142,7 @@ def build(state: dict[str, Tensor], device: torch.device | str = "cpu") -> Incep
     # Counters of training steps, which not every checkpoint has, and no result depends on.
     names = network.state_dict().keys()
     network.load_state_dict({name: torch.tensor(0) if _is_counter(name) else state[name] for name in names}, assign=True)
+    keep_freed_memory(device)
     return network.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
 
 

@@ -18,6 +18,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 ResultT = TypeVar("ResultT")
 
 NUM_GROUPS = 32
+_LARGE_MAP = 1024  # pixels
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 AVERAGE_POOLS: dict[int, type[nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
@@ -57,8 +58,10 @@ class GroupNorm32(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(wide), self.bias.to(wide)
-        if x.dtype is torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled():
-            # This kernel computes in float32 by itself: the same numbers, without a wide copy. (Its backward is slower.)
+        if (x.dtype is torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled()
+                and x.numel() >= _LARGE_MAP * x.shape[0] * x.shape[1]):
+            # This kernel computes in float32 by itself: the same numbers, without a wide copy. Its backward pass is slower than
+            # with the copy, and on smaller maps PyTorch takes another kernel, four times slower.
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
         y = F.group_norm(x.to(wide), self.num_groups, weight, bias, self.eps)
         # The CUDA kernel answers contiguously whatever it was given, and all that follows would

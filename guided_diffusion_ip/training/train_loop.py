@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .. import dist_util, logger, noise
+from ..memory import keep_freed_memory
 from ..noise import Stream
 from . import checkpoint, run_state
 from .checkpoint import SavePolicy
@@ -114,6 +115,7 @@ class TrainLoop:
 
         self.rank, self.world = dist_util.get_rank(), dist_util.get_world_size()
         self.device = next(model.parameters()).device
+        keep_freed_memory(self.device)
         self.precision = Precision(precision_mode(precision, use_fp16), self.device, fp16_scale_growth)
         dist_util.sync_params(model.parameters())
         self.emas = [EMA(model, rate, ema_warmup) for rate in parse_rates(ema_rate)]

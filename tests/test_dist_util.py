@@ -188,6 +188,9 @@ TALK = """
     got = du.all_gather_tensor(torch.full((2, 3), float(rank)).t().contiguous().t())
     assert got.shape == (4, 3) and got[:, 0].tolist() == [0, 0, 1, 1], got
     assert du.all_gather_tensor(torch.tensor([rank == 1])).tolist() == [False, True]
+    first, second = (du.start_gather(torch.tensor([[rank, n]])) for n in range(2))
+    assert du.broadcast_object(rank) == 0  # others may be spoken of meanwhile
+    assert (second().tolist(), first().tolist()) == ([[0, 1], [1, 1]], [[0, 0], [1, 0]])
 
     torch.manual_seed(rank)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8),

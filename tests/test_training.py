@@ -190,6 +190,18 @@ def test_a_ring_of_the_newest_losses_without_those_that_are_not_finite():
     np.testing.assert_array_equal(other.weights(), sampler.weights())
 
 
+def test_losses_count_from_the_next_look_on():
+    at_once, later = (LossSecondMomentResampler(Steps, history_per_term=1, uniform_prob=0.0) for _ in range(2))
+    t, losses = torch.arange(5), torch.tensor([0.1, 0.2, 0.3, 0.4, 1 / 3])
+    at_once.update_with_local_losses(t, losses)
+    later.update(t, losses)
+    np.testing.assert_array_equal(later.state_dict()["history"], at_once.state_dict()["history"])
+    later.update(t, 2 * losses)
+    later.update(t, 3 * losses)  # nobody looked between them
+    np.testing.assert_allclose(later.weights(), at_once.weights())
+    assert later.state_dict()["seen"].tolist() == [3] * 5
+
+
 def test_unknown_sampler():
     with pytest.raises(ValueError, match="uniform, loss-second-moment"):
         create_named_schedule_sampler("lossy", Steps)

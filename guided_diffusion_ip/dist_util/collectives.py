@@ -5,7 +5,7 @@ Every function here must be called on all ranks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -77,6 +77,37 @@ def all_gather_tensor(x: Tensor) -> Tensor:
     parts = [torch.empty_like(sent) for _ in range(get_world_size())]
     dist.all_gather(parts, sent)
     return torch.cat(parts).to(x.device)  # [world * N, ...]
+
+
+def start_gather(x: Tensor) -> Callable[[], Tensor]:
+    """all_gather_tensor without waiting: what it returns waits, and has [world * N, ...] on the host.
+
+    What is queued on a GPU after this call is not waited for. x must not be changed in place meanwhile.
+    """
+    x = x.detach()
+    parts, work = [x], None
+    if get_world_size() > 1:
+        sent = x.to(_wire(x)).contiguous()
+        parts = [torch.empty_like(sent) for _ in range(get_world_size())]
+        work = dist.all_gather(parts, sent, async_op=True)
+    if parts[0].device.type != "cuda":
+        def finish() -> Tensor:
+            if work is not None:
+                work.wait()
+            return torch.cat(parts).cpu()
+        return finish
+    if work is not None:
+        work.wait()  # lets the current stream wait, not the host
+    every = torch.cat(parts)
+    on_host = torch.empty(every.shape, dtype=every.dtype, pin_memory=True)
+    on_host.copy_(every, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def finish_copy() -> Tensor:
+        copied.synchronize()
+        return on_host
+    return finish_copy
 
 
 def all_gather_rows(rows: np.ndarray) -> np.ndarray:

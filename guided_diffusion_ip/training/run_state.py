@@ -20,6 +20,7 @@ def gather(loop: Any, statistics: dict[str, Tensor]) -> tuple[dict[str, dict[str
     Raises:
         ValueError: weights or averages are not finite: such a checkpoint would be of no use to anybody.
     """
+    loop.schedule_sampler.settle()
     parts = {"model": loop.model.state_dict(), **{ema.name: ema.state_dict() for ema in loop.emas}, "opt": loop.opt.state_dict()}
     for part, content in parts.items():
         if part != "opt" and (name := first_not_finite(content.items())):

@@ -6,6 +6,7 @@ takes from noise.py, so that t depends on (seed, step, position in the global ba
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,13 @@ class ScheduleSampler:
         return t, loss_weights
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Told the timesteps [N] and losses [N] of this rank's batch, once per step, on every rank. Nothing to learn here."""
+        """Told the timesteps [N] and losses [N] of this rank's batch, once per step, on every rank. Nothing to learn here.
+
+        What is learned may count from the next settle() on.
+        """
+
+    def settle(self) -> None:
+        """Finish what update() began. The training loop calls it before it draws t and before it saves."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -76,8 +83,18 @@ class ContinuousSampler(ScheduleSampler):
 class LossAwareSampler(ScheduleSampler):
     """Base of samplers that look at the losses: gathers those of all ranks, in rank order, before learning from them."""
 
+    _gathering: Callable[[], Tensor] | None = None
+
     def update(self, t: Tensor, losses: Tensor) -> None:
-        self.update_with_local_losses(t, losses)
+        # One collective and one copy to the host, which the update of the weights hides; float64 holds both without rounding.
+        self.settle()
+        self._gathering = dist_util.start_gather(torch.stack([t.double(), losses.double()], dim=1))
+
+    def settle(self) -> None:
+        if self._gathering is not None:
+            ts, losses = self._gathering().unbind(1)
+            self._gathering = None
+            self.update_with_all_losses(ts.long().tolist(), losses.tolist())
 
     def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
         """A collective: every rank calls it with as many t [N] and losses [N] as the others."""
@@ -103,6 +120,7 @@ class LossSecondMomentResampler(LossAwareSampler):
         self._seen = np.zeros(diffusion.num_timesteps, dtype=np.int64)
 
     def weights(self) -> np.ndarray:
+        self.settle()
         steps = len(self._seen)
         if (self._seen < self.history_per_term).any():
             return np.ones(steps)
@@ -119,6 +137,7 @@ class LossSecondMomentResampler(LossAwareSampler):
                 self._seen[t] += 1
 
     def state_dict(self) -> dict[str, Any]:
+        self.settle()
         return {"history": torch.from_numpy(self._history.copy()), "seen": torch.from_numpy(self._seen.copy())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

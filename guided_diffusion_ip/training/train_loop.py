@@ -290,6 +290,7 @@ class TrainLoop:
 
     def _draw_t(self, n: int) -> tuple[Tensor, Tensor]:
         uniforms = noise.uniform(self.seed, Stream.TIMESTEP, self._positions(n), self.step, device=self.device)
+        self.schedule_sampler.settle()
         return self.schedule_sampler.sample(n, self.device, uniforms)
 
     def _positions(self, n: int) -> Tensor:

@@ -36,13 +36,14 @@ def images(tmp_path_factory):
 
 
 def make_loop(images, out, steps, *, resume="", sampler="uniform", precision="fp32", microbatch=-1, workers=0, random_crop=True,
-              **options):
+              layout=torch.contiguous_format, **options):
     logger.configure(str(out), format_strs=["log", "csv"], resume_step=None)
     torch.manual_seed(0)
     model, diffusion = create_model_and_diffusion(**TINY, dropout=0.1)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn(p.shape))  # zero-initialised outputs would hide most gradients
+    model.to(memory_format=layout)
     data = load_data(data_dir=images, batch_size=4, image_size=8, channels=1, random_crop=random_crop, num_workers=workers)
     return TrainLoop(
         model=model, diffusion=diffusion, data=data, batch_size=4, microbatch=microbatch, lr=1e-3, ema_rate="0.9,0.99",
@@ -214,6 +215,24 @@ def test_what_may_change_is_told(images, tmp_path):
     assert "lr was 0.0001 before, is 0.01" in done.stdout
     group = torch.load(run / "opt000002.pt", weights_only=True)["param_groups"][0]
     assert group["lr"] == 0.01
+
+
+def test_moments_saved_in_another_layout_stay_with_their_weights(images, tmp_path):
+    """A script of one's own may have trained a contiguous model; ours are channels_last, and fused AdamW does not look."""
+    first = make_loop(images, tmp_path / "a", 3)
+    first.run_loop()
+    second = make_loop(images, tmp_path / "b", 3, resume=str(tmp_path / "a" / "model000003.pt"), layout=torch.channels_last)
+    moved = 0
+    for a, b in zip(first.model.parameters(), second.model.parameters()):
+        assert torch.equal(a, b)
+        a.grad = torch.randn(a.shape)
+        b.grad = torch.empty_like(b).copy_(a.grad)
+        moved += a.stride() != b.stride()
+    for loop in (first, second):
+        loop.opt.step()
+    assert moved > 10
+    for a, b in zip(first.model.parameters(), second.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_damage_is_named(images, tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import logger
@@ -56,6 +57,7 @@ def restore(loop: Any, path: str) -> list[str]:
     for group in parts["opt"]["param_groups"]:  # how it is computed is this program's business, not the checkpoint's
         group.update(fused=loop.opt.defaults["fused"], foreach=loop.opt.defaults["foreach"])
     loop.opt.load_state_dict(parts["opt"])
+    _take_layout_of_parameters(loop.opt)
     for group in loop.opt.param_groups:  # what the command line says now
         group["lr"], group["weight_decay"] = loop.lr, weight_decay
     loop.schedule_sampler.load_state_dict(state["sampler"])
@@ -70,3 +72,14 @@ def restore(loop: Any, path: str) -> list[str]:
     else:
         told.append("note: the data iterator cannot be moved, so its images start again from the beginning")
     return told
+
+
+def _take_layout_of_parameters(opt: torch.optim.Optimizer) -> None:
+    """Moments in the strides of their parameters, whatever those of the run that saved them were.
+
+    Fused AdamW walks through memory: on a CPU it silently mixes elements up where strides differ (seen in PyTorch 2.13).
+    """
+    for p, state in opt.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                state[name] = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)

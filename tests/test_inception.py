@@ -31,17 +31,17 @@ def space(checkpoint):
 
 @pytest.fixture(scope="session")
 def theirs(checkpoint):
-    """torch-fidelity's own network with the same weights: images -> (pool, spatial, logits) by its own forward."""
+    """torch-fidelity's own network with the same weights: (images, dtype) -> (pool, spatial, logits) by its own forward."""
     safe = io.BytesIO(checkpoint.read_bytes())  # it unpickles what it gets: this file is ours
     network = inception.layer_library().FeatureExtractorInceptionV3(
         "theirs", ["2048", "logits_unbiased"], feature_extractor_weights_path=safe)
-    # In the memory format of ours: kernels for another add up in another order, which this network enlarges to 4e-5.
-    network.to(memory_format=torch.channels_last)
     kept = {}
     network.Mixed_6d.register_forward_hook(lambda module, args, out: kept.update(out=out))
+    network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, args: args[0].to(module.conv.weight.dtype))
 
     @torch.no_grad()
-    def features(x):
+    def features(x, dtype):
+        network.to(dtype)
         pool, logits = network(torch.from_numpy(x).permute(0, 3, 1, 2))
         return pool, kept["out"][:, :7].permute(0, 2, 3, 1).reshape(len(x), -1), logits
 
@@ -92,9 +92,11 @@ def test_frechet_distances_are_those_of_the_published_evaluator(space):
 def test_features_are_those_of_torch_fidelity(space, theirs, n, side):
     x = images(0, n, side, side)
     found = space(x)
-    for got, want in zip((found.pool, found.spatial, found.logits), theirs(x), strict=True):
+    # Some of these random weights enlarge float32's rounding to 4e-5, so theirs is measured against float64 as well.
+    for got, rough, want in zip((found.pool, found.spatial, found.logits), theirs(x, torch.float32), theirs(x, torch.float64),
+                                strict=True):
         assert got.shape == want.shape and got.dtype == torch.float32
-        assert far(got, want) < 1e-5
+        assert far(got, want) < 3 * far(rough, want) + 1e-7
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (32, 32), (48, 80), (299, 299), (300, 100), (512, 384)])

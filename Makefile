@@ -13,7 +13,7 @@ demo: .venv/demo.done
 	$(BIN)/python scripts/demo.py
 
 test: .venv/test.done
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 .venv/torch.done:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'

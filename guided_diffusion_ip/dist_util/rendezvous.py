@@ -44,10 +44,10 @@ def setup_dist(timeout_s: float = 300) -> None:
         TimeoutError: ranks are missing; it names them.
     """
     global _meeting, _setups, _device
-    if dist.is_initialized():
-        return
     if not timeout_s > 0:
         raise ValueError(f"timeout_s is {timeout_s}, must be positive (seconds)")
+    if dist.is_initialized():
+        return
     limit_s = watchdog.silence_limit(os.environ)
     info = launch_info()
     if _meeting is None:

@@ -97,10 +97,9 @@ class LossAwareSampler(ScheduleSampler):
             self.update_with_all_losses(ts.long().tolist(), losses.tolist())
 
     def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
-        """A collective: every rank calls it with as many t [N] and losses [N] as the others."""
-        ts = dist_util.all_gather_tensor(local_ts.detach())
-        losses = dist_util.all_gather_tensor(local_losses.detach().float())
-        self.update_with_all_losses(ts.tolist(), losses.tolist())
+        """A collective: every rank calls it with as many t [N] and losses [N] as the others. What is learned counts at once."""
+        self.update(local_ts, local_losses)
+        self.settle()
 
     def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
         raise NotImplementedError

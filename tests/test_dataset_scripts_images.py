@@ -1,4 +1,5 @@
 """The scripts in datasets/ that scale pictures (LSUN, CelebA, FFHQ), on small sources of the published forms."""
+import hashlib
 import io
 import os
 import signal
@@ -13,7 +14,6 @@ from PIL import Image
 from dataset_tools import PARTIAL, ROOT, arrays, contents, into_zip, pixels, run, script
 from guided_diffusion_ip.data.dataset_prep import reference_rows
 from guided_diffusion_ip.data.image_datasets import load_data
-from guided_diffusion_ip.data.image_io import center_crop_arr
 
 # LSUN
 
@@ -42,14 +42,27 @@ def test_lsun_tower(tmp_path, monkeypatch):
     for row, k in zip(made["arr_0"], order):
         data = io.BytesIO()
         images[k].save(data, ("WEBP", "JPEG")[k % 2], quality=95)
-        assert np.array_equal(row, center_crop_arr(Image.open(data).convert("RGB"), 64))
-    assert str(made["preprocessing"]) == "lsun-tower > crop=center resize=box+bicubic 64x64x3"
+        image = Image.open(data).convert("RGB")
+        once = image.resize((85, 64) if k < 4 else (64, 75), Image.Resampling.BOX)
+        left, top = (10, 0) if k < 4 else (0, 5)
+        assert np.array_equal(row, np.asarray(once)[top:top + 64, left:left + 64])
+    assert str(made["preprocessing"]) == "lsun-tower > crop=center resize=box 64x64x3"
     assert os.path.samefile(tmp_path / "out" / "train.npz", tmp_path / "out" / "reference.npz")  # 7 are fewer than 50,000
     with pytest.raises(ValueError, match="found 7 images, published are 708,264"):
         run("lsun_tower", "--source", tmp_path / "downloads", "--out", tmp_path / "out")
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(ValueError, match=r"pip install lmdb \(or the extra \[lsun\]\)$"):
         run("lsun_tower", "--source", tmp_path / "downloads", "--out", tmp_path / "out", PARTIAL)
+
+
+def test_lsun_pixels_are_means_of_4x4_rounded_once_and_the_piece_is_the_middle_one():
+    render, numbers = script("lsun_tower").render, np.random.default_rng(0)
+    image = numbers.integers(0, 256, (256, 354, 3), np.uint8)  # 354 / 4 = 88.5 columns, rounded to the even 88
+    assert np.array_equal(render(Image.fromarray(image), ""),
+                          np.asarray(Image.fromarray(image).resize((88, 64), Image.Resampling.BOX))[:, 12:76])
+    means = image[:, :256].reshape(64, 4, 64, 4, 3).mean((1, 3))
+    error = render(Image.fromarray(image[:, :256]), "") - means
+    assert abs(error).max() <= 1 and error.mean() < 0.3  # Pillow rounds halves up; halved twice, errors are 1 on average
 
 
 def test_a_damaged_image_in_lsun_is_named_by_its_key(tmp_path):
@@ -66,6 +79,50 @@ def celeba(folder, n, seed=0):
     folder.mkdir(parents=True)
     for k, image in enumerate(pixels(n, 218, 178, seed)):
         image.save(folder / f"{k + 1:06d}.jpg", quality=95)
+
+
+def bilinear(pixels):
+    """float64 [64, 64, C] of [H, W, C]: values at the middles of 64 x 64 fields, between the pixels around them only."""
+    for axis in (0, 1):
+        n = pixels.shape[axis]
+        places = (np.arange(64) + 0.5) / 64 * n - 0.5
+        pixels = np.apply_along_axis(lambda line: np.interp(places, np.arange(n), line), axis, pixels)
+    return pixels
+
+
+def squeeze(pixels):
+    return script("celeba64").squeezed(Image.fromarray(pixels.astype(np.uint8)), "x").astype(float)
+
+
+def test_celeba64_squeezed_images_are_bilinear_and_aliased():
+    y, x = np.mgrid[:218, :178].astype(float)
+    x_made, y_made = np.meshgrid((np.arange(64) + 0.5) * 178 / 64 - 0.5, (np.arange(64) + 0.5) * 218 / 64 - 0.5)
+    ramp = np.stack([y, x, (x + y) / 2], axis=2)  # a bilinear image of a plane is the plane
+    assert abs(squeeze(ramp) - np.stack([y_made, x_made, (x_made + y_made) / 2], axis=2)).max() <= 1
+    assert (squeeze(np.full((218, 178, 3), 255)) == 255).all() and (squeeze(np.zeros((218, 178, 3))) == 0).all()
+    noise = np.random.default_rng(0).integers(0, 256, (218, 178, 3))
+    assert abs(squeeze(noise) - bilinear(noise)).max() <= 1
+    stripes = np.broadcast_to(255 * (np.arange(178)[:, None] % 2), (218, 178, 3))  # averaged they would be grey
+    made = squeeze(stripes)
+    assert np.ptp(made, axis=0).max() <= 1 and made.min() < 10 and made.max() > 245 and made.std() > 70
+
+
+def test_celeba64_squeezed_images_are_opencvs_to_the_bit():
+    y, x, c = np.mgrid[:218, :178, :3]
+    pixels = (x * x * 7 + y * 13 + c * 31 + x * y) % 256
+    made = squeeze(pixels).astype(np.uint8)  # the sha256 is that of cv2.resize(pixels, (64, 64)) of OpenCV 5.0.0
+    assert hashlib.sha256(made.tobytes()).hexdigest() == "137508ac55e179a642eeb51da50b6976cf474fcd397a3c3b202f1e61e31d8225"
+    assert made[0, :3].tolist() == [[23, 54, 85], [116, 147, 178], [60, 92, 123]]
+
+
+def test_celeba64_ddims_crop(tmp_path):
+    celeba(tmp_path / "s", 4)
+    run("celeba64", "--source", tmp_path / "s", "--out", tmp_path / "out", PARTIAL, "--crop", "ddim")
+    made = arrays(tmp_path / "out" / "train.npz")
+    for row, path in zip(made["arr_0"], sorted((tmp_path / "s").iterdir()), strict=True):
+        face = np.asarray(Image.open(path))[57:185, 25:153]
+        assert np.array_equal(row, np.asarray(Image.fromarray(face).resize((64, 64), Image.Resampling.BILINEAR)))
+    assert str(made["preprocessing"]) == "celeba-align-jpg > crop=128-at-89,121 resize=bilinear 64x64x3"
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -86,9 +143,9 @@ def test_celeba64(tmp_path, packed):
         halved = image.resize((89, 109), Image.Resampling.BOX).resize((64, 78), Image.Resampling.BICUBIC)
         assert np.array_equal(row, np.asarray(halved)[7:71])
     for row, image in zip(none["arr_0"], originals):
-        assert np.array_equal(row, np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)))
+        assert abs(row - bilinear(np.asarray(image))).max() <= 1
     assert str(center["preprocessing"]) == "celeba-align-jpg > crop=center resize=box+bicubic 64x64x3"
-    assert str(none["preprocessing"]) == "celeba-align-jpg > crop=none resize=bicubic 64x64x3"
+    assert str(none["preprocessing"]) == "celeba-align-jpg > crop=none resize=bilinear-without-antialias 64x64x3"
     for name in ("train.npz", "reference.npz"):
         stream = load_data(data_dir=tmp_path / "none" / name, batch_size=1, image_size=64)
         assert stream.preprocessing == str(none["preprocessing"])
@@ -168,6 +225,14 @@ def test_ffhq128(tmp_path, side, folder):
     assert os.path.samefile(tmp_path / "out" / "train.npz", tmp_path / "out" / "reference.npz")
     run("ffhq128", "--source", tmp_path / "s", "--out", tmp_path / "few", PARTIAL, "--reference_count", 2)
     assert np.array_equal(arrays(tmp_path / "few" / "reference.npz")["arr_0"], made["arr_0"][reference_rows(4, 2)])
+
+
+def test_ffhq128_takes_the_thumbnails_where_both_are(tmp_path):
+    for side, folder in ((1024, "images1024x1024"), (128, "thumbnails128x128")):
+        (tmp_path / folder).mkdir()
+        pixels(1, side, side)[0].save(tmp_path / folder / "00000.png", compress_level=1)
+    run("ffhq128", "--source", tmp_path, "--out", tmp_path / "out", PARTIAL)
+    assert str(arrays(tmp_path / "out" / "train.npz")["preprocessing"]) == "ffhq-thumbnails128x128 128x128x3"
 
 
 def test_ffhq128_errors(tmp_path):

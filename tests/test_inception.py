@@ -12,6 +12,7 @@ import stand_in_inception as stand_in
 import torch
 import torch.nn.functional as F
 from stand_in_inception import GOLDEN, images
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion_ip.metrics import frechet_distance, inception
 from guided_diffusion_ip.metrics.features import open_features
@@ -112,6 +113,29 @@ def test_resize_is_tensorflows_bit_for_bit(size):
     assert torch.equal((want - 128) * 0.0078125, (want - 128) / 128)
 
 
+class Made(TorchDispatchMode):
+    """Counts the places that are laid out for a resize."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten.arange
+        return func(*args, **(kwargs or {}))
+
+
+def test_places_are_laid_out_once_per_size_and_may_be_differentiated_through():
+    batches = [torch.from_numpy(images(0, n, height, 47)).float() for n, height in ((2, 53), (2, 53), (1, 53), (2, 61), (2, 47))]
+    inception._grid.cache_clear()
+    with torch.inference_mode(), Made() as made:
+        found = [inception.resize(x) for x in batches]
+    assert made.count == 3, "of sides 53, 47, 61"
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0][:1], found[2])
+    assert inception._grid.cache_info().maxsize <= 64
+    x = batches[0].clone().requires_grad_()
+    inception.resize(x).sum().backward()
+    assert float(x.grad.sum()) == pytest.approx(2 * 299 * 299 * 3, rel=1e-5)
+
+
 def test_half_pixel_resize_would_be_another():
     x = torch.from_numpy(images(0, 2, 64, 64)).float()
     other = F.interpolate(x.permute(0, 3, 1, 2), (299, 299), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
@@ -160,6 +184,15 @@ def test_bf16_is_coarser_and_says_so(space, checkpoint):
         exact, rough = getattr(a, name), getattr(b, name)
         assert rough.dtype == torch.float32
         assert 1e-3 < float((exact - rough).norm() / exact.norm()) < 0.1
+
+
+def test_a_surrounding_autocast_changes_no_feature(space):
+    x = images(1, 2, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = space(x)
+    outside = space(x)
+    for name in ("pool", "spatial", "logits"):
+        assert getattr(inside, name).dtype == torch.float32 and torch.equal(getattr(inside, name), getattr(outside, name)), name
 
 
 @pytest.mark.parametrize("matmul", ["highest", "high"])

@@ -8,6 +8,7 @@ import torch
 import launch
 from guided_diffusion_ip.benchmark.machine import PeakMemory
 from guided_diffusion_ip.metrics import manifold, precision_recall
+from guided_diffusion_ip.metrics.arithmetic import ieee_float32
 
 
 def normal(seed, *shape):
@@ -116,6 +117,52 @@ def test_what_precision_and_recall_refuse():
             (x, x, {"block_mb": 0}, "block_mb positive"), (x[0], x, {}, "must be")]:
         with pytest.raises(ValueError, match=message):
             precision_recall(ref, sample, **options)
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "float64", "half"])
+def test_a_surrounding_autocast_changes_no_distance(arithmetic):
+    ref, sample = normal(0, 500, 16), normal(1, 400, 16) + np.float32(0.3)
+    expected = precision_recall(ref, sample, arithmetic=arithmetic)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert precision_recall(ref, sample, arithmetic=arithmetic) == expected
+        assert torch.is_autocast_enabled("cpu")
+
+
+def switches():
+    """What stands in each of torch's switches for float32; "contradiction" for one that may not be asked."""
+    def ask(place, name):
+        try:
+            return getattr(place, name)
+        except RuntimeError:
+            return "contradiction"
+
+    b = torch.backends
+    new = [b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul] if hasattr(b.cudnn, "conv") else []
+    return [ask(b.cudnn, "allow_tf32"), ask(b.cuda.matmul, "allow_tf32"), *(place.fp32_precision for place in new)]
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("new", ["untouched", "ieee", "tf32", "one each"])
+def test_programs_that_ask_cudnns_switch_may_run_while_float32_is_float32(old, new):
+    cudnn = torch.backends.cudnn
+    if new != "untouched" and not hasattr(cudnn, "conv"):
+        pytest.skip("this torch has no newer switches")
+    before = cudnn.allow_tf32
+    try:
+        cudnn.allow_tf32 = old
+        if new != "untouched":
+            cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = ("ieee", "tf32") if new == "one each" else (new, new)
+        own = switches()
+        with ieee_float32():
+            inside = switches()
+            with cudnn.flags(enabled=True, benchmark=False):
+                pass
+        assert switches() == own and inside[:2] == [False, False] and set(inside[2:]) <= {"ieee"}
+        if hasattr(cudnn, "conv"):  # also what may not be asked is as it was
+            cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if old else "ieee"
+            assert cudnn.allow_tf32 is old
+    finally:
+        cudnn.allow_tf32 = before
 
 
 @pytest.mark.parametrize("allowed", ["highest", "high"])

@@ -11,26 +11,44 @@ import torch
 def ieee_float32() -> Iterator[None]:
     """Convolutions and matrix products of float32 in float32, not in TF32 or bfloat16, as long as this lasts.
 
-    cuDNN's convolutions are in TF32 unless told otherwise, which has 10 bits of mantissa.
+    cuDNN's convolutions are in TF32 unless told otherwise, which has 10 bits of mantissa. An autocast around it is off within:
+    that of a training run must not reach the metrics.
     """
     backends = torch.backends
+    switches = []
     if hasattr(backends.cudnn, "conv"):  # torch >= 2.9: a word for each operation
-        switches = [(place, "fp32_precision", "ieee") for place in (
+        switches = [(place, "ieee") for place in (
             backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)]
-    else:
-        switches = [(backends.cudnn, "allow_tf32", False)]
-    before = [getattr(place, name) for place, name, _ in switches]
+    before = [place.fp32_precision for place, _ in switches]
+    cudnn = _cudnn_tf32()
     matmul = None
     with contextlib.suppress(RuntimeError):  # not to be asked where the caller has used the newer switches
         matmul = torch.get_float32_matmul_precision()
-    try:
-        # The old switch too: torch raises where the two contradict each other. It moves the others, so it is first.
-        torch.set_float32_matmul_precision("highest")
-        for place, name, value in switches:
-            setattr(place, name, value)
-        yield
-    finally:
-        if matmul:
-            torch.set_float32_matmul_precision(matmul)
-        for (place, name, _), value in zip(switches, before):
-            setattr(place, name, value)
+    with contextlib.ExitStack() as autocasts:
+        for kind in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+            autocasts.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            # The old switches too: torch raises where old and new contradict each other, if anyone asks, such as
+            # torch.backends.cudnn.flags(). They move the new ones, so they are first.
+            torch.set_float32_matmul_precision("highest")
+            backends.cudnn.allow_tf32 = False
+            for place, word in switches:
+                place.fp32_precision = word
+            yield
+        finally:
+            if matmul:
+                torch.set_float32_matmul_precision(matmul)
+            backends.cudnn.allow_tf32 = cudnn
+            for (place, _), word in zip(switches, before):
+                place.fp32_precision = word
+
+
+def _cudnn_tf32() -> bool:
+    """The old switch of cuDNN. May move the new ones, which it may not be asked beside where they contradict it."""
+    cudnn = torch.backends.cudnn
+    with contextlib.suppress(RuntimeError):
+        return cudnn.allow_tf32
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32"
+    with contextlib.suppress(RuntimeError):
+        return cudnn.allow_tf32  # no contradiction to tf32: it is True
+    return False

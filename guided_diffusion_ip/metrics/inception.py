@@ -6,6 +6,7 @@ Nichol 2021), which feeds images 0..255 to TensorFlow's graph behind its JPEG de
 """
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -79,11 +80,13 @@ def resize(images: Tensor) -> Tensor:
     return upper + (lower - upper) * weight[:, None, None]
 
 
+@functools.lru_cache(maxsize=32)  # every batch asks for the same two, and each is a wait for the GPU
 def _grid(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Of each of 299 places: the pixel at or before it, the one after it, and how far it is from the first to the second."""
-    place = torch.arange(SIDE, dtype=torch.float32) * float(np.float32(size) / np.float32(SIDE))
-    low = place.long()
-    return low.to(device), (low + 1).clamp_max(size - 1).to(device), (place - low).to(device)
+    with torch.inference_mode(False):  # they outlive the caller's mode
+        place = torch.arange(SIDE, dtype=torch.float32) * float(np.float32(size) / np.float32(SIDE))
+        low = place.long()
+        return low.to(device), (low + 1).clamp_max(size - 1).to(device), (place - low).to(device)
 
 
 class Inception(nn.Module):

@@ -76,6 +76,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
+def _where_configs_are(path: str) -> str:
+    """What to say of the folder configs/ beside this package, '' where there is none (not in a clone)."""
+    folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
+    same_name = os.path.join(folder, os.path.basename(path))
+    if os.path.isfile(same_name):
+        return f"; did you mean {same_name}?"
+    return f"; {folder} holds the papers' settings" if os.path.isdir(folder) else ""
+
+
 def read_yaml(path: str) -> dict[str, dict[str, Any]]:
     """A config file, or the config in the header of a .safetensors, as {section: {key: value}}.
 
@@ -83,7 +92,7 @@ def read_yaml(path: str) -> dict[str, dict[str, Any]]:
         ValueError: missing, not YAML, or with sections that are unknown.
     """
     if not files.exists(path) or os.path.isdir(path):
-        raise ValueError(f"config file {path} does not exist; configs/ holds the published settings")
+        raise ValueError(f"config file {path} does not exist (seen from {os.getcwd()}){_where_configs_are(path)}")
     with files.open_binary(path) as file:
         try:
             content = yaml.safe_load(files.safetensors_config(path) if _is_safetensors(path) else file) or {}

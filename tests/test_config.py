@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from guided_diffusion_ip.config import adopt_checkpoint_config, parse
+from guided_diffusion_ip.config import adopt_checkpoint_config, parse, read_yaml
 from guided_diffusion_ip.flags import SECTIONS
 from guided_diffusion_ip.training.run import settle_batch
 
@@ -21,6 +21,16 @@ def test_precedence(config):
     cfg = parse("image_train", "", ["--config", config, "--batch_size", "4"])
     assert (cfg.batch_size, cfg.num_channels, cfg.num_heads) == (4, 64, 4)
     assert cfg.lr == 1e-5 and cfg.ema_rate == "0.5" and cfg.input_perturbation == 0.2 and cfg.image_size == "32x48"
+
+
+def test_a_missing_config_is_told_where_configs_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(__file__).resolve().parent.parent / "configs"
+    with pytest.raises(ValueError, match=f"configs/demo.yaml does not exist .*{tmp_path}.*did you mean {folder}/demo.yaml") as error:
+        read_yaml("configs/demo.yaml")
+    assert read_yaml(str(error.value).split()[-1].rstrip("?"))["model"]
+    with pytest.raises(ValueError, match=f"mine.yaml does not exist .*; {folder} holds the papers' settings$"):
+        read_yaml("mine.yaml")
 
 
 def test_a_script_reads_only_its_own_sections(config):

@@ -298,14 +298,22 @@ def test_human_units(key, value, text):
     assert logger.outputs.human(key, value) == text
 
 
+@pytest.mark.parametrize("seen, shown", [
+    ({0: 1.0, 1: 0.95, 3: 0.754}, "1/0.95/-/0.754"), ({2: 0.25}, "-/-/0.25/-"), ({3: math.nan}, "-/-/-/nan"),
+    ({3: 4.0, 0: 1.0, 2: 3.0, 1: 2.0}, "1/2/3/4")])
+def test_a_quartile_without_samples_keeps_its_place(seen, shown, capsys):
+    dump(step=8, **{f"mse_q{q}": value for q, value in seen.items()}, mse_q10=7)
+    assert capsys.readouterr().out.splitlines() == [f"step 8  mse_q {shown}  mse_q10 7"]
+
+
 def test_lines_align_and_quartiles_share_a_cell(capsys):
     dump(samples=9, loss_q1=0.2, loss_q0=0.5, loss=1.5, data_wait_=3, step=8)
     dump(samples=9, loss_q1=0.25, loss_q0=0.5, loss=12.25, data_wait_=3, step=1000)
     dump(samples=9, loss_q1=0.2, loss_q0=0.5, loss=1.5, data_wait_=3, step=1200)
     first, second, third = capsys.readouterr().out.splitlines()
-    assert first == "step 8  loss 1.5  samples 9  loss_q 0.5/0.2  data_wait 3"
-    assert second == "step 1,000  loss 12.25  samples 9  loss_q 0.5/0.25  data_wait 3"
-    assert third == "step 1,200  loss   1.5  samples 9  loss_q  0.5/0.2  data_wait 3"
+    assert first == "step 8  loss 1.5  samples 9  loss_q 0.5/0.2/-/-  data_wait 3"
+    assert second == "step 1,000  loss 12.25  samples 9  loss_q 0.5/0.25/-/-  data_wait 3"
+    assert third == "step 1,200  loss   1.5  samples 9  loss_q  0.5/0.2/-/-  data_wait 3"
 
 
 def test_lines_do_not_tear_progress_bars(monkeypatch):

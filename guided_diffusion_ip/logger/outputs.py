@@ -14,7 +14,7 @@ Value = float | int | str
 
 # The rest follows in the order in which it was logged.
 _FIRST = ("step", "loss")
-_QUARTILE = re.compile(r"(.+)_q(\d+)")
+_QUARTILE = re.compile(r"(.+)_q([0-3])")
 
 
 class Output:
@@ -197,18 +197,13 @@ class LineLayout:
         self._widths: dict[str, int] = {}
 
     def line(self, values: Mapping[str, Value]) -> str:
-        """`step  1,200  loss 0.05123  loss_q 0.12/0.05/0.03/0.02  samples  1.23M`"""
+        """`step  1,200  loss 0.05123  loss_q 0.12/0.05/-/0.02  samples  1.23M`; `-` is a quartile that no sample fell into."""
         cells: dict[str, str] = {}
         for key in [*filter(values.__contains__, _FIRST), *values]:
-            quartile = _QUARTILE.fullmatch(key)
-            name = f"{quartile[1]}_q" if quartile else key
-            if name in cells:
-                continue
-            parts = sorted((int(match[2]), value) for other, value in values.items()
-                           if quartile and (match := _QUARTILE.fullmatch(other))
-                           and match[1] == quartile[1])
-            if len(parts) > 1:  # the quarters of the time range: one cell instead of four
-                cells[name] = "/".join(human(name, value, digits=3) for _, value in parts)
+            if quartile := _QUARTILE.fullmatch(key):  # the quarters of the time range: one cell instead of four
+                name = f"{quartile[1]}_q"
+                cells[name] = "/".join(human(name, values[f"{name}{q}"], digits=3) if f"{name}{q}" in values else "-"
+                                       for q in range(4))
             elif key not in cells:
                 cells[key] = human(key, values[key])
         for name, text in cells.items():

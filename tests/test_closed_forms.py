@@ -233,9 +233,28 @@ def test_respacing_keeps_alpha_bar_and_tells_the_network_the_original_time():
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("4", {0, 3, 6, 9}), ("ddim5", {0, 2, 4, 6, 8}), ("2,3", {0, 4, 5, 7, 9}), ("1", {0}), ([10], set(range(10)))])
+    ("4", {0, 3, 6, 9}), ("ddim5", {0, 2, 4, 6, 8}), ("ddim4", {0, 3, 6, 9}), ("2,3", {0, 4, 5, 7, 9}), ("1", {0}),
+    ([10], set(range(10)))])
 def test_space_timesteps(text, expected):
     assert space_timesteps(10, text) == expected
+
+
+@pytest.mark.parametrize("steps, possible", [(10, 6), (100, 19), (1000, 63), (4000, 126)])
+def test_ddim_takes_every_number_that_some_stride_gives_and_names_its_neighbours_otherwise(steps, possible):
+    """guided-diffusion's definition, by brute force: the first stride that leaves N of the steps."""
+    kept = {}
+    for stride in range(1, steps + 1):
+        kept.setdefault(len(range(0, steps, stride)), set(range(0, steps, stride)))
+    assert len(kept) == possible
+    for n in range(steps + 3):
+        if n in kept:
+            assert space_timesteps(steps, f"ddim{n}") == kept[n]
+        else:
+            near = [max((m for m in kept if m < n), default=None), min((m for m in kept if m > n), default=None)]
+            named = ", ".join(f"ddim{m}" for m in near if m)
+            with pytest.raises(ValueError, match=f"ddim{n}: .* {n} of {steps} steps; possible near it: {named}, or "
+                                                 f"{min(max(n, 1), steps)} without 'ddim'$"):
+                space_timesteps(steps, f"ddim{n}")
 
 
 def test_guidance_scales_epsilon_once_and_the_gradient_never():

@@ -89,7 +89,7 @@ REFUSED = [
     (EVERY, "--batch_size 0", "must be at least 1"),
     (EVERY, "--timestep_respacing 1001", "give 1 to 1000"),
     (EVERY, "--timestep_respacing 0", "give 1 to 1000"),
-    (EVERY, "--timestep_respacing ddim3", "cannot be taken in 3 equal strides"),
+    (EVERY, "--timestep_respacing ddim37", "possible near it: ddim36, ddim38, or 37 without 'ddim'"),
     (EVERY, "--clip_denoised maybe", "expected true or false"),
     (EVERY, "--seed -1", "must be at least 0"),
     (("classifier_sample",), "--classifier_scale nan", "no finite number"),

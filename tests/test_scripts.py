@@ -232,7 +232,7 @@ BAD_SAMPLING = {
     "no state_dict": (["--model_path", "{run}/opt000002.pt"], "model or ema file"),
     "other architecture": (["--num_channels", "64"], "trained with num_channels 32"),
     "other process": (["--noise_schedule", "linear"], "trained with noise_schedule 'cosine'"),
-    "ddim7": (["--timestep_respacing", "ddim7"], "possible near it"),
+    "ddim37": (["--timestep_respacing", "ddim37"], "possible near it"),
     "respacing": (["--timestep_respacing", "2000"], "give 1 to 1000"),
     "respacing text": (["--timestep_respacing", "fast"], "ddim25"),
     "lambda 0": (["--eps_scaler", "0"], "lambda(t) > 0"),

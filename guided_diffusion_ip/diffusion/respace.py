@@ -16,11 +16,11 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
     Args:
         section_counts: "N": N steps spread evenly from first to last; "a,b,c" (or a sequence): the range is cut in
-            equal sections with a, b, c evenly spread steps in them, the noisy end last; "ddimN": every (T/N)-th step from 0
-            (Song et al. 2021).
+            equal sections with a, b, c evenly spread steps in them, the noisy end last; "ddimN": every i-th step from 0
+            (Song et al. 2021), i being the smallest stride that leaves N of them (T/N where N divides T).
 
     Raises:
-        ValueError: not of these forms, more steps than there are, or ddimN where N does not divide T.
+        ValueError: not of these forms, more steps than there are, or ddimN where no stride leaves N steps.
     """
     if isinstance(section_counts, str):
         text = section_counts.strip()
@@ -54,12 +54,14 @@ def _count(text: str, whole: str) -> int:
 
 
 def _every_sth(num_timesteps: int, count: int) -> set[int]:
-    if count < 1 or num_timesteps % count:
-        divisors = [n for n in range(1, num_timesteps + 1) if num_timesteps % n == 0]
-        nearest = sorted(sorted(divisors, key=lambda n: abs(n - count))[:4])
-        raise ValueError(f"ddim{count}: {num_timesteps} steps cannot be taken in {count} equal strides; "
-                         f"possible near it: {', '.join(f'ddim{n}' for n in nearest)}, or {max(count, 1)} without 'ddim'")
-    return set(range(0, num_timesteps, num_timesteps // count))
+    kept = range(0, num_timesteps, -(-num_timesteps // max(count, 1)))  # a smaller stride leaves more than count
+    if len(kept) != count:
+        possible = {-(-num_timesteps // stride) for stride in range(1, num_timesteps + 1)}
+        near = [max((n for n in possible if n < count), default=0), min((n for n in possible if n > count), default=0)]
+        raise ValueError(f"ddim{count}: no stride from 0 takes {count} of {num_timesteps} steps; "
+                         f"possible near it: {', '.join(f'ddim{n}' for n in near if n)}, "
+                         f"or {min(max(count, 1), num_timesteps)} without 'ddim'")
+    return set(kept)
 
 
 class SpacedDiffusion(GaussianDiffusion):

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from golden_tools import seeded_normal
+from golden_tools import load_seeded_weights, seeded_normal
 from guided_diffusion_ip.diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from guided_diffusion_ip.diffusion.denoiser import BoundDenoiser
 from guided_diffusion_ip.diffusion.edm_sampling import ablation_sample, edm_sample
+from guided_diffusion_ip.diffusion.guidance import classifier_free
 from guided_diffusion_ip.diffusion.process_denoiser import ProcessDenoiser
-from guided_diffusion_ip.script_util import create_gaussian_diffusion
+from guided_diffusion_ip.script_util import create_gaussian_diffusion, create_model
 
 SHAPE = (2, 3, 4, 4)
 NOISE = seeded_normal("adapter/noise", SHAPE)
@@ -100,6 +101,35 @@ def test_what_the_network_is_told(respacing, rescale):
     assert torch.equal(told[0][0], whole) and told[0][1]["low_res"] == 7 and torch.equal(told[0][1]["y"], labels)
     torch.testing.assert_close(told[1][0], (0.75 * whole + 0.25 * above).float())
     assert torch.equal(told[1][1]["y"], labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_row_of_zeros_is_no_class_and_never_class_0(dtype):
+    told = []
+    model = lambda x, t, y: told.append(y) or torch.zeros_like(x)  # noqa: E731
+    rows = torch.tensor([[1, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]], dtype=dtype)
+    x = NOISE[[0, 1, 0, 1]]
+    ProcessDenoiser(make(steps=50), model, null_label=3)(x, torch.tensor(1.0), rows)
+    assert told[0].tolist() == [0, 3, 2, 3] and told[0].dtype == torch.int64
+    without = ProcessDenoiser(make(steps=50), model)
+    with pytest.raises(ValueError, match="2 of 4 rows .* no class, .* null_label="):
+        without(x, torch.tensor(1.0), rows)
+    without(x[::2], torch.tensor(1.0), rows[::2])
+    assert told[1].tolist() == [0, 2]
+
+
+def test_a_row_of_zeros_is_sampled_as_the_null_label_bitwise():
+    """By a network that has one, guided and not."""
+    model = create_model(8, 32, 1, channel_mult="1", attention_resolutions="", num_heads=1, class_cond=True, num_classes=3,
+                         null_class=True)
+    model = load_seeded_weights(model)
+    rows, numbers = torch.eye(4)[[2, 3], :3], torch.tensor([2, 3])
+    noise = seeded_normal("adapter/rows", (2, 3, 8, 8))
+    for guided in (model, classifier_free(model, 3.0, 3)):
+        d = ProcessDenoiser(make(steps=50), guided, null_label=3)
+        one, two = (edm_sample(d, noise, labels, num_steps=2) for labels in (rows, numbers))
+        assert torch.equal(one, two)
+    assert not torch.equal(one, edm_sample(d, noise, torch.tensor([2, 0]), num_steps=2))
 
 
 def test_rounding_is_to_the_nearest_in_log_sigma():

@@ -31,6 +31,7 @@ class ProcessDenoiser:
             `round_sigma` gives the nearest step's level (in log sigma), one that the network was trained on.
         model_kwargs: given to the network with each call.
         label_dim: how many classes the network knows; 0: none.
+        null_label: what the network was taught to take for "no class"; None if nothing.
 
     Raises:
         ValueError: interpolation of a network that predicts x_{t-1} (it has no step in between), or of a process of one step.
@@ -38,7 +39,7 @@ class ProcessDenoiser:
 
     def __init__(
         self, process: GaussianDiffusion, model: Callable[..., Tensor], interpolate: bool = False,
-        model_kwargs: dict[str, Any] | None = None, label_dim: int = 0,
+        model_kwargs: dict[str, Any] | None = None, label_dim: int = 0, null_label: int | None = None,
     ) -> None:
         sigmas = process.sqrt_recipm1_alphas_cumprod
         sigmas = sigmas[np.isfinite(sigmas)]  # a last beta of 1 leaves no signal to scale by
@@ -52,6 +53,8 @@ class ProcessDenoiser:
         self.interpolate = interpolate
         self.model_kwargs = dict(model_kwargs or {})
         self.label_dim = label_dim
+        self.null_label = null_label
+        self._checked: Tensor | None = None
         self.sigma_min, self.sigma_max = float(sigmas[0]), float(sigmas[-1])
         self._sigmas = torch.from_numpy(sigmas)
         self._on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
@@ -70,14 +73,17 @@ class ProcessDenoiser:
 
         Args:
             x: y + sigma n, [N, C, H, W]. sigma: [N] or a number, within sigma_min .. sigma_max.
-            labels: int64 [N], or one-hot [N, classes]; given to the network as y.
+            labels: int64 [N], or one-hot [N, classes], a row of zeros being no class; given to the network as y, int64 [N].
             augment_labels: accepted, as for any denoiser, and not used.
+
+        Raises:
+            ValueError: a row of zeros, and the network has no null label.
         """
         sigma = torch.as_tensor(sigma, device=x.device).double().expand(x.shape[0])
         spread = sigma.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
         kwargs = dict(self.model_kwargs)
         if labels is not None:
-            kwargs["y"] = labels.argmax(1) if labels.ndim == 2 else labels
+            kwargs["y"] = self._numbers(labels) if labels.ndim == 2 else labels
         x_t = (x / (1 + spread**2).sqrt()).float()
         t = self._nearest(sigma)
         model = self._between_steps(sigma) if self.interpolate else self.model
@@ -88,6 +94,18 @@ class ProcessDenoiser:
         if self.process.model_mean_type is ModelMeanType.START_X:
             return output
         return self.process.xstart_from_xprev(x_t.to(x.dtype), t, output)
+
+    def _numbers(self, rows: Tensor) -> Tensor:
+        """The classes, int64 [N], of one-hot rows [N, classes]; the null label for rows of zeros."""
+        has_class = (rows != 0).any(1)
+        # All steps of a sampler share their labels: the host waits for a GPU once, not at each call.
+        if self.null_label is None and rows is not self._checked:
+            without = len(rows) - int(has_class.sum())
+            if without:
+                raise ValueError(f"{without} of {len(rows)} rows of labels are zeros, which stands for no class, and this network "
+                                 "has no label for that: give each image a class, or null_label= of a network trained with one")
+            self._checked = rows
+        return torch.where(has_class, rows.argmax(1), -1 if self.null_label is None else self.null_label)
 
     def _between_steps(self, sigma: Tensor) -> Callable[..., Tensor]:
         """The network, told a float t as it wants it, [N], that lies between those of the two steps around sigma [N]."""

@@ -48,7 +48,7 @@ def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampl
             return BoundDenoiser(network, diffusion)
     else:
         def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
-            return ProcessDenoiser(diffusion, network, model_kwargs=kwargs)
+            return ProcessDenoiser(diffusion, network, model_kwargs=kwargs, null_label=guidance["null_label"])
     return SigmaSampler(as_denoiser, shape, cfg.seed, sigma_options(cfg, kind), is_ablation(cfg), **guidance)
 
 

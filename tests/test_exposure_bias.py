@@ -75,6 +75,7 @@ def test_norm_delta_and_variance_follow_the_recursion(sampler, lam):
     np.testing.assert_allclose(variance["expected"], perfect, rtol=0.02)
     np.testing.assert_allclose(variance["error"], chain - perfect, atol=0.02)
     assert variance["final"] == pytest.approx(final, rel=0.02) and variance["final_expected"] == pytest.approx(S**2, rel=0.02)
+    assert variance["final_error"] == pytest.approx(final - S**2, abs=0.01) and abs(final - S**2) > 0.015
 
     norm, slope = found["norm"], eps_slope(process)
     side = math.sqrt(SIDE**2) * (1 - 1 / (4 * SIDE**2))  # the mean length of a normal vector

@@ -7,6 +7,11 @@ The process (--noise_schedule, --diffusion_steps) must be that of the model to b
 over that and the size of the images. Checkpoints, logs (accuracy by quartile of t; acc@1_q0 is the clean end) and the merged
 settings (config.yaml) go to --out_dir. batch_size is per process.
 """
+if __name__ == "__main__":
+    from guided_diffusion_ip import early_signals
+
+    early_signals.note_signals()  # before PyTorch is imported, which takes seconds
+
 import dataclasses
 
 import torch

@@ -5,6 +5,11 @@
 
 Checkpoints, logs, sample grids and the merged settings (config.yaml) go to --out_dir. batch_size is per process.
 """
+if __name__ == "__main__":
+    from guided_diffusion_ip import early_signals
+
+    early_signals.note_signals()  # before PyTorch is imported, which takes seconds
+
 import torch
 
 from guided_diffusion_ip import dist_util, script_util

@@ -7,6 +7,11 @@
 settings (config.yaml) go to --out_dir; so do sample grids, and what they are to be compared with: low_res.png (what the
 network sees) and large.png (the truth). batch_size is per process.
 """
+if __name__ == "__main__":
+    from guided_diffusion_ip import early_signals
+
+    early_signals.note_signals()  # before PyTorch is imported, which takes seconds
+
 import os
 
 import torch

@@ -135,6 +135,13 @@ def test_gpus():
         gpu(1, cards="aabc")
 
 
+@pytest.mark.parametrize("cuda, nccl, backend", [(True, True, "nccl"), (True, False, "gloo"), (False, True, "gloo")])
+def test_nccl_is_taken_where_there_is_one(cuda, nccl, backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    assert rendezvous._backend() == backend
+
+
 # ---- one process ----
 
 def test_a_single_process_has_a_group_and_every_collective_is_the_identity():
@@ -213,6 +220,7 @@ TALK = """
     else: raise AssertionError("a difference went unnoticed")
 
     du.barrier()
+    assert du.collectives.watchdog.current().watches_all
     du.cleanup(); du.setup_dist(timeout_s=30)  # MPI is asked once only, yet they meet again
     assert du.all_gather_tensor(torch.tensor([rank])).tolist() == [0, 1]
     du.cleanup()
@@ -225,6 +233,26 @@ def test_two_processes_talk(start):
     done = start(2, ["-c", textwrap.dedent(TALK)], CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     assert "rank 0 is done" in done.stdout and "rank 1 is done" in done.stdout
+
+
+def test_beside_another_backend_hosts_have_a_group_of_their_own_from_the_start():
+    """As beside NCCL. Made and connected by setup_dist, and with the limit that later collectives have."""
+    code = """
+        import datetime, torch, torch.distributed as dist, torch.testing._internal.distributed.fake_pg
+        from guided_diffusion_ip import dist_util as du
+        from guided_diffusion_ip.dist_util import rendezvous
+        rendezvous._backend = lambda: "fake"  # exchanges nothing
+        for _ in range(2):
+            du.setup_dist(timeout_s=30)
+            group = rendezvous._control
+            assert dist.get_backend() == "fake" and dist.get_backend(group) == "gloo"
+            assert group._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(seconds=2000)
+            assert du.any_rank(du.get_rank() == 1, False) == [True, False] and rendezvous._control is group
+            du.cleanup()
+            assert rendezvous._control is None
+    """
+    done = launch.torchrun(2, ["-c", textwrap.dedent(code)], CUDA_VISIBLE_DEVICES="", GUIDED_DIFFUSION_IP_TIMEOUT="2000")
+    assert done.returncode == 0, done.stderr
 
 
 def test_tasks_of_a_slurm_step_meet_by_themselves():
@@ -276,6 +304,33 @@ def test_absent_ranks_are_named():
     assert "ranks 1, 2 of 3" in lonely(rank=0, world=3, timeout_s=1).stderr
     done = lonely(rank=1, timeout_s=1)
     assert done.returncode != 0 and "TimeoutError: rank 0 of 2" in done.stderr, done.stderr
+
+
+def test_the_wait_for_a_missing_rank_is_not_silent():
+    code = """
+        from guided_diffusion_ip import dist_util
+        from guided_diffusion_ip.config import command
+        command(dist_util.setup_dist)
+    """
+    def alone(rank):
+        return launch.run([sys.executable, "-c", textwrap.dedent(code)], CUDA_VISIBLE_DEVICES="", RANK=str(rank),
+                          WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(launch.free_port()),
+                          GUIDED_DIFFUSION_IP_START_TIMEOUT="11")
+
+    with ThreadPoolExecutor(2) as pool:
+        for rank, done in enumerate(pool.map(alone, range(2))):
+            assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+            word, error = done.stderr.splitlines()
+            assert f"rank {rank} has been waiting for rank {1 - rank} of 2 at 127.0.0.1 for 10 s" in word, done.stderr
+            assert f"error: rank {1 - rank} of 2 did not answer at 127.0.0.1 within 11 s" in error, done.stderr
+            assert all("GUIDED_DIFFUSION_IP_START_TIMEOUT" in line for line in (word, error))
+
+
+@pytest.mark.parametrize("text", ["x", "0", "-1", "nan", "inf"])
+def test_a_wrong_limit_of_the_start_is_an_error(text):
+    with pytest.raises(ValueError, match=f"GUIDED_DIFFUSION_IP_START_TIMEOUT is '{text}', must be a number of seconds"):
+        rendezvous._start_limit({"GUIDED_DIFFUSION_IP_START_TIMEOUT": text})
+    assert rendezvous._start_limit({"GUIDED_DIFFUSION_IP_START_TIMEOUT": "0.5"}) == 0.5 and rendezvous._start_limit({}) == 300
 
 
 def test_a_taken_port_is_named():

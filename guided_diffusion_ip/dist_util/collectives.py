@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .rendezvous import dev, get_rank, get_world_size
+from . import watchdog
+from .rendezvous import control_group, dev, get_rank, get_world_size
 
 T = TypeVar("T")
 
@@ -21,12 +22,16 @@ _BUCKET_BYTES = 32 << 20
 
 
 def barrier() -> None:
-    """Waits until all ranks are here."""
-    if get_world_size() > 1:
-        dist.barrier()
+    """Waits until all ranks are here, for as long as they live: one may work for hours when the others are done.
 
-
-_control: dist.ProcessGroup | None = None
+    Raises:
+        dist.DistError: a rank is gone, has failed or has ended.
+    """
+    me = watchdog.current()
+    if me is not None and me.watches_all:
+        me.wait_for_all()
+    elif get_world_size() > 1:
+        dist.barrier()  # within the limit of collectives
 
 
 def any_rank(*flags: bool) -> list[bool]:
@@ -34,13 +39,10 @@ def any_rank(*flags: bool) -> list[bool]:
 
     Over TCP and from host memory, also where gradients travel by NCCL: no GPU is waited for.
     """
-    global _control
     if get_world_size() == 1:
         return list(flags)
-    if _control is None and dist.get_backend() != "gloo":
-        _control = dist.new_group(backend="gloo")
     table = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=_control)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=control_group())
     return [bool(flag) for flag in table.tolist()]
 
 

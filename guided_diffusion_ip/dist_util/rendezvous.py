@@ -2,16 +2,21 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import signal
 import socket
 import sys
+import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from .. import early_signals
 from . import endings, watchdog
+from .interfaces import choose_gloo_interface, route
 from .launcher import Env, LaunchInfo, choose_gpu, has_master, launch_info, number, slurm_address
 
 # Dead ranks are the watchdog's business. What is left to collectives is ranks that live but do not
@@ -19,31 +24,40 @@ from .launcher import Env, LaunchInfo, choose_gpu, has_master, launch_info, numb
 # (scores of 50,000 images, a file of gigabytes): NCCL's own 10 minutes can be too short, so gloo's
 # 30 are taken for both.
 _COLLECTIVE_S = 1800.0
+_START_S = 300.0
+_FIRST_WORD_S = 10.0  # of waiting in silence
+
+# A group is connected within the limit of the start, and has the longer one of collectives from then on. Where a PyTorch has
+# no such function, it has the longer one for both.
+_set_limit: Callable[..., None] | None = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
 
 # Outlives cleanup(): a second setup_dist() must find the other ranks again, and MPI is asked once.
 _meeting: tuple[str, dist.Store] | None = None
 _setups = 0
 _device: torch.device | None = None
+_control: dist.ProcessGroup | None = None
 
 
-def setup_dist(timeout_s: float = 300) -> None:
-    """Creates the process group (NCCL with CUDA, else gloo), for a single process too.
+def setup_dist(timeout_s: float | None = None) -> None:
+    """Creates the process group (NCCL with CUDA where PyTorch has it, else gloo), for a single process too.
 
     Where a group exists already, does nothing. The GPU is `cuda:{local_rank}` among the visible
     ones; CUDA_VISIBLE_DEVICES is left alone. `timeout_s` limits the wait for the other ranks and
-    for one first collective.
+    for one first collective; without it GUIDED_DIFFUSION_IP_START_TIMEOUT does (300). After ten
+    seconds of waiting, a line on stderr says who is missing.
 
     From then on a rank that dies or fails ends the others (watchdog.py), and so does one that is
     silent for GUIDED_DIFFUSION_IP_TIMEOUT seconds (300). The limit of a later collective is 30
     minutes, or that variable where it is more: ranks that are alive may have reason to wait.
 
     Raises:
-        ValueError: contradictory environment, GUIDED_DIFFUSION_IP_TIMEOUT no number of seconds,
-            more local processes than visible GPUs, mpi4py missing or of another MPI than mpiexec,
+        ValueError: contradictory environment, one of the two variables no number of seconds, more local processes than visible GPUs, mpi4py missing or of another MPI than mpiexec,
             or a port that is taken.
         TimeoutError: ranks are missing; it names them.
     """
     global _meeting, _setups, _device
+    if timeout_s is None:
+        timeout_s = _start_limit(os.environ)
     if not timeout_s > 0:
         raise ValueError(f"timeout_s is {timeout_s}, must be positive (seconds)")
     if dist.is_initialized():
@@ -58,24 +72,73 @@ def setup_dist(timeout_s: float = 300) -> None:
     _setups += 1
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"setup{attempt}.{_setups}", base)
-    cards = _check_in(info, store, host, timeout_s)
+    cards, seen = _check_in(info, store, host, timeout_s)
     if info.world > 1:
         watchdog.start(info.rank, info.world, store, host, base.port, limit_s)
-    limit = timedelta(seconds=max(_COLLECTIVE_S, limit_s))
+    choose_gloo_interface(host, getattr(base, "port", 0), seen)
+    _device = torch.device("cpu")
     if torch.cuda.is_available():
         _device = torch.device("cuda", choose_gpu(info, torch.cuda.device_count(), cards))
         torch.cuda.set_device(_device)
-        # Naming the device lets barrier() and object collectives of existing scripts find it.
-        dist.init_process_group("nccl", store=store, rank=info.rank, world_size=info.world,
-                                timeout=limit, device_id=_device)
-    else:
-        _device = torch.device("cpu")
-        if host.startswith("127."):
-            _keep_gloo_local()
-        dist.init_process_group("gloo", store=store, rank=info.rank, world_size=info.world,
-                                timeout=limit)
-    if info.world > 1:
-        _first_collective(info, timeout_s)
+    _open_groups(info, store, timeout_s, timedelta(seconds=max(_COLLECTIVE_S, limit_s)))
+
+
+def _open_groups(info: LaunchInfo, store: dist.Store, timeout_s: float, limit: timedelta) -> None:
+    """The process group, and beside NCCL one of gloo for what the host alone decides; tries both.
+
+    Raises:
+        TimeoutError: the ranks cannot exchange data.
+    """
+    global _control
+    backend = _backend()
+    # Naming the device lets barrier() and object collectives of existing scripts find it.
+    place = {"device_id": _device} if backend == "nccl" else {}
+    start = timedelta(seconds=timeout_s) if _set_limit else limit
+    try:
+        dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world,
+                                timeout=start if backend == "gloo" else limit, **place)
+        if info.world > 1:
+            if backend != "gloo":
+                _control = dist.new_group(backend="gloo", timeout=start)
+            _first_collective(timeout_s)
+    except RuntimeError as error:
+        if info.world == 1:
+            raise
+        gloo = os.environ.get("GLOO_SOCKET_IFNAME")
+        raise TimeoutError(f"all {info.world} ranks joined, but their first exchange of data "
+                           f"failed within {timeout_s:g} s ({_first_line(error)}). Set "
+                           f"GLOO_SOCKET_IFNAME ({f'here: {gloo}' if gloo else 'not set'}) on each machine to the "
+                           f"network interface that leads to the others. With NCCL, try "
+                           f"NCCL_P2P_DISABLE=1, or NCCL_SOCKET_IFNAME=<network interface>; "
+                           f"NCCL_DEBUG=INFO shows where it stops.") from None
+    for group in (dist.group.WORLD, _control):
+        if _set_limit and group is not None and dist.get_backend(group) == "gloo":
+            _set_limit(limit, group)
+
+
+def _backend() -> str:
+    # PyTorch for Windows, and some builds for Linux, have CUDA but no NCCL.
+    return "nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+
+
+def _start_limit(env: Env) -> float:
+    text = env.get("GUIDED_DIFFUSION_IP_START_TIMEOUT") or str(_START_S)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = math.nan
+    if not 0 < limit < math.inf:
+        raise ValueError(f"environment variable GUIDED_DIFFUSION_IP_START_TIMEOUT is {text!r}, must be a number of seconds "
+                         f"above 0: how long ranks wait for each other at the start (unset: {_START_S:g})")
+    return limit
+
+
+def control_group() -> dist.ProcessGroup | None:
+    """The gloo group for what is agreed on between hosts; None for the process group itself, where that is of gloo."""
+    global _control
+    if _control is None and dist.get_backend() != "gloo":  # a process group that somebody else has made
+        _control = dist.new_group(backend="gloo")
+    return _control
 
 
 def get_rank() -> int:
@@ -112,8 +175,8 @@ def cleanup() -> None:
 
     (NCCL warns about groups left at exit.)
     """
-    global _device
-    _device = None
+    global _device, _control
+    _device = _control = None
     watchdog.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -212,6 +275,8 @@ def _own_address() -> str:
 
 def _tcp_store(info: LaunchInfo, host: str, port: int, serve: bool,
                timeout_s: float) -> dist.TCPStore:
+    if not serve:
+        _await_store(info, host, port, timeout_s)
     try:
         return dist.TCPStore(host, port, is_master=serve, wait_for_workers=False,
                              timeout=timedelta(seconds=timeout_s))
@@ -222,47 +287,91 @@ def _tcp_store(info: LaunchInfo, host: str, port: int, serve: bool,
         raise _missing(info, [0], host, timeout_s) from None
 
 
-def _check_in(info: LaunchInfo, store: dist.Store, host: str, timeout_s: float) -> list[str]:
-    """Each rank signs in and waits for all. Returns the GPU name each brought, in rank order."""
+def _await_store(info: LaunchInfo, host: str, port: int, timeout_s: float) -> None:
+    """Until somebody listens at host:port. (PyTorch's own wait is deaf to Ctrl-C, and says in C++ what it thinks of it.)"""
+    wait = _Wait(info, host, timeout_s)
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=5).close()
+        except OSError:
+            # One rank of a machine speaks for all of them: they do not know of each other yet.
+            wait.go_on(lambda: [0], lambda _: info.local_rank == 0)
+        time.sleep(0.2)
+
+
+def _check_in(info: LaunchInfo, store: dist.Store, host: str,
+              timeout_s: float) -> tuple[list[str], list[str]]:
+    """Each rank signs in and waits for all. Returns the GPU name each brought, and the address under which it knows
+    `host`, in rank order."""
     keys = [f"rank{rank}" for rank in range(info.world)]
+
+    def absent() -> list[int]:
+        return [rank for rank, key in enumerate(keys) if not store.check([key])]
+
+    def is_first_here(missing: list[int]) -> bool:
+        return info.rank not in missing and set(range(info.rank)) <= set(missing)
+
+    wait = _Wait(info, host, timeout_s)
     try:
-        store.set(keys[info.rank], _card_name())
-        store.wait(keys, timedelta(seconds=timeout_s))
-        return [store.get(key).decode() for key in keys]
-    except RuntimeError:
-        pass
-    try:
-        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        store.set(keys[info.rank], f"{_card_name()}\n{route(host, 0)[0]}")
+        # One key to look for, not one for each rank; a rank that was started again has counted twice.
+        if store.add("signed in", 1) >= info.world and not absent():
+            store.set("all", "")
+        while not store.check(["all"]):  # its own wait warns whenever it ends, and Python answers no signals meanwhile
+            wait.go_on(absent, is_first_here)
+            time.sleep(0.1)
+        cards, seen = zip(*(store.get(key).decode().split("\n") for key in keys))
+        return list(cards), list(seen)
     except RuntimeError:  # rank 0, which keeps the store, has gone: its own message says why
-        absent = [0]
-    raise _missing(info, absent, host, timeout_s)
+        raise _missing(info, [0], host, timeout_s) from None
+
+
+class _Wait:
+    """A wait for other ranks that ends after timeout_s, and is not silent."""
+
+    def __init__(self, info: LaunchInfo, host: str, timeout_s: float) -> None:
+        self._info, self._host, self._timeout_s = info, host, timeout_s
+        self._start, self._speak_at = time.monotonic(), _FIRST_WORD_S
+
+    def go_on(self, absent: Callable[[], list[int]], speaks: Callable[[list[int]], bool]) -> None:
+        """Called now and then; says who is awaited after 10 s, 20 s, 40 s, ..., if it is this rank that speaks.
+
+        Raises:
+            TimeoutError: it has been long enough.
+        """
+        early_signals.end_if_terminated()
+        passed = time.monotonic() - self._start
+        if passed >= self._timeout_s:
+            raise _missing(self._info, absent(), self._host, self._timeout_s)
+        if passed >= self._speak_at:
+            self._speak_at *= 2
+            missing = absent()
+            if missing and speaks(missing):
+                print(f"rank {self._info.rank} has been waiting for {_ranks(missing)} of {self._info.world} at {self._host} "
+                      f"for {passed:.0f} s (the limit is {self._timeout_s:g} s: GUIDED_DIFFUSION_IP_START_TIMEOUT)",
+                      file=sys.stderr, flush=True)
 
 
 def _missing(info: LaunchInfo, absent: list[int], host: str, timeout_s: float) -> TimeoutError:
-    ranks = ("ranks " if len(absent) > 1 else "rank ") + ", ".join(map(str, absent))
-    return TimeoutError(f"{ranks} of {info.world} did not answer at {host} within {timeout_s:g} s "
+    return TimeoutError(f"{_ranks(absent)} of {info.world} did not answer at {host} within {timeout_s:g} s "
                         f"(launcher: {info.launcher}; this is rank {info.rank}). See the output of "
-                        f"{ranks}; start the same command on every machine; between machines, let "
-                        f"TCP connections through.")
+                        f"{_ranks(absent)}; start the same command on every machine; between machines, let "
+                        f"TCP connections through. GUIDED_DIFFUSION_IP_START_TIMEOUT sets the limit.")
 
 
-def _first_collective(info: LaunchInfo, timeout_s: float) -> None:
-    """Fails in finite time, and with advice, where ranks can meet but not exchange data."""
-    try:
-        work = dist.all_reduce(torch.ones(1, device=_device), async_op=True)
-        work.wait(timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        raise TimeoutError(f"all {info.world} ranks joined, but their first exchange of data "
-                           f"failed within {timeout_s:g} s ({_first_line(error)}). With NCCL, try "
-                           f"NCCL_P2P_DISABLE=1, or NCCL_SOCKET_IFNAME=<network interface>; "
-                           f"NCCL_DEBUG=INFO shows where it stops.") from None
+def _ranks(numbers: list[int]) -> str:
+    some = ", ".join(map(str, numbers[:16])) + (", ..." if len(numbers) > 16 else "")
+    return f"rank{'s' if len(numbers) > 1 else ''} {some}"
 
 
-def _keep_gloo_local() -> None:
-    # By default gloo looks up this machine's name, which may fail or take long.
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
-        if "lo" in (name for _, name in socket.if_nameindex()):
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+def _first_collective(timeout_s: float) -> None:
+    """Fails in finite time where ranks can meet but not exchange data. They learn whether all are watched."""
+    me = watchdog.current()
+    watched = torch.full((1,), int(me is not None), device=_device)
+    work = dist.all_reduce(watched, async_op=True)
+    work.wait(timedelta(seconds=timeout_s))
+    if me is not None:
+        me.watches_all = int(watched) == dist.get_world_size()
 
 
 def _first_line(error: BaseException) -> str:

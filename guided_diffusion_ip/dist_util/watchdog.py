@@ -29,6 +29,8 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from .interfaces import is_loopback, route
+
 DEFAULT_LIMIT_S = 300.0
 _BEAT_S = 1.0
 _QUIET_S = 3.0  # without a beat for so long: worth naming when a collective has failed
@@ -99,9 +101,12 @@ class Watchdog:
         self.gone: set[int] = set()  # ended without goodbye
         self.left: set[int] = set()  # said goodbye
         self.silent: list[int] = []
+        self.watches_all = False  # every rank has a watchdog; set by the rendezvous, on all alike
+        self._calls = self._met = 0  # of wait_for_all: this rank's, and those that every rank has made
         self._lines: dict[int, _Line] = {}
         self._selector = selectors.DefaultSelector()
         self._lock = threading.RLock()
+        self._news = threading.Condition(self._lock)
         self._closed = self._reported = False
         self._end_at = math.inf
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -133,6 +138,21 @@ class Watchdog:
                 if ranks or late:
                     return sorted(ranks), self._sentence(ranks)
             time.sleep(0.02)
+
+    def wait_for_all(self) -> None:
+        """Until every rank has made as many calls; without limit, as long as they live.
+
+        Raises:
+            dist.DistError: one of them never will.
+        """
+        with self._news:
+            self._calls += 1
+            self._beat()
+            while self._met < self._calls:
+                lost = self.gone | ({self.failure[0]} if self.failure else set()) or self.left
+                if lost:
+                    raise dist.DistError(self._sentence(lost))
+                self._news.wait(_BEAT_S)
 
     def close(self) -> None:
         """Says goodbye and ends the thread."""
@@ -169,6 +189,7 @@ class Watchdog:
                 # Whoever holds the interpreter up, or stops the whole job for a while, is not the others' silence.
                 self._judge(now, min(now - last, 2 * _BEAT_S))
                 last = now
+                self._news.notify_all()
         for held in self._sockets():
             held.close()
 
@@ -220,6 +241,7 @@ class _Hub(Watchdog):
 
     def __init__(self, rank: int, world: int, limit_s: float, host: str) -> None:
         super().__init__(rank, world, limit_s)
+        self._calls_of: dict[int, int] = {}  # by the other ranks
         self.token = secrets.token_hex(8)  # whoever else finds the port is not listened to
         self._listener = _listen(host, world)
         self.port = self._listener.getsockname()[1]
@@ -247,6 +269,9 @@ class _Hub(Watchdog):
         elif "left" in message:
             self.left.add(line.rank)
             self._beat()
+        elif message.get("calls", 0) > self._calls_of.get(line.rank, 0):
+            self._calls_of[line.rank] = message["calls"]
+            self._beat()
 
     def _fail(self, rank: int, what: str) -> None:
         self.failure = self.failure or (rank, what)
@@ -254,7 +279,10 @@ class _Hub(Watchdog):
 
     def _beat(self) -> None:
         self.silent = [rank for rank, line in self._lines.items() if line.silence_s > _QUIET_S]
-        news = {"failure": self.failure, "gone": list(self.gone), "left": list(self.left), "silent": self.silent}
+        if len(self._calls_of) == self.world - 1:
+            self._met = min(self._calls, *self._calls_of.values())
+        news = {"failure": self.failure, "gone": list(self.gone), "left": list(self.left), "silent": self.silent,
+                "met": self._met}
         for line in self._lines.values():
             line.send(news)
 
@@ -276,6 +304,7 @@ class _Spoke(Watchdog):
         self.gone.update(message["gone"])
         self.left.update(message["left"])
         self.silent = message["silent"]
+        self._met = message["met"]
 
     def _fail(self, rank: int, what: str) -> None:
         if rank == self.rank:
@@ -286,7 +315,7 @@ class _Spoke(Watchdog):
     def _beat(self) -> None:
         if self._hub.silence_s > _QUIET_S:
             self.silent = [0]
-        self._hub.send({})
+        self._hub.send({"calls": self._calls})  # again and again: what does not fit into the line is not sent
 
     def _say_goodbye(self) -> None:
         self._hub.send({"left": True})
@@ -305,14 +334,8 @@ def _listen(host: str, world: int) -> socket.socket:
 
 def _own_address(host: str, port: int) -> str:
     """How the ranks that reach the store at host:port reach this process, which need not be the one that keeps the store."""
-    with contextlib.suppress(OSError):
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)  # sends nothing
-            own = probe.getsockname()[0]
-            if not own.startswith("127.") and own != "::1":
-                return own
-    return host
+    own = route(host, port)[1]
+    return host if is_loopback(own) else own
 
 
 _current: Watchdog | None = None

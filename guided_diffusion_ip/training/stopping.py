@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from .. import early_signals
+
 # Ctrl-C; what schedulers and launchers send; what Slurm sends ahead of time (--signal=USR1@120).
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
@@ -29,7 +31,7 @@ class Limits:
 class Signals:
     """In its block, the first signal of SIGNALS is noted in `received` instead of breaking into the middle of an update.
 
-    A second Ctrl-C breaks. Does nothing outside the main thread, where Python takes no signals.
+    One that a script noted before it came here counts (early_signals.py). A second Ctrl-C breaks. Does nothing outside the main thread, where Python takes no signals.
     """
 
     received: str = ""
@@ -39,7 +41,9 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             for name in SIGNALS:
                 if number := getattr(signal, name, None):
-                    self._before[number] = signal.signal(number, self._note)
+                    before = signal.signal(number, self._note)
+                    self._before[number] = signal.SIG_DFL if before is early_signals.note else before
+            self.received = self.received or next(iter(early_signals.received), "")
         return self
 
     def _note(self, number: int, _: Any) -> None:

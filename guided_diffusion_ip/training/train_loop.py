@@ -191,6 +191,8 @@ class TrainLoop:
     def _run_until_told(self, bar: tqdm) -> str:
         """Steps until the end; returns what ended it before a limit, '' otherwise."""
         first = True
+        if self.step != self.last_step and dist_util.any_rank(bool(self._signals.received))[0]:
+            return self._stopped()  # while the script started
         while self.last_step is None or self.step < self.last_step:
             batch, cond = self._next_batch()
             if first:
@@ -209,12 +211,15 @@ class TrainLoop:
             stop, over, save_due = self._told
             ended = self._after_step(save_due)
             if stop:
-                return f"{self._signals.received or 'another process was told to stop'}: stopped"
+                return self._stopped()
             if over:
                 return f"--max_hours {self.limits.max_hours:g} are over: stopped"
             if ended:
                 return ""
         return ""
+
+    def _stopped(self) -> str:
+        return f"{self._signals.received or 'another process was told to stop'}: stopped"
 
     def _after_step(self, save_due: bool) -> bool:
         """Whatever is due after an update; True if the loop is to end."""

@@ -1,0 +1,35 @@
+"""Signals that come before training can answer them: while Python imports PyTorch, ranks meet, data are opened.
+
+Without this, a SIGUSR1 (Slurm's --signal) or SIGTERM in the first seconds of a training script kills it. A script calls
+`note_signals()` before it imports anything else; `training.stopping.Signals` takes over from there, and training ends before its
+first step. Python itself takes some hundredths of a second to come to a script's first line: nothing can be done about those.
+
+Ctrl-C is not noted: it ends a script that has nothing to save at once.
+"""
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+NOTED = ("SIGTERM", "SIGUSR1")
+received: list[str] = []  # names, in the order in which they came
+
+
+def note_signals() -> None:
+    """From now on the signals of NOTED do not end this process. In the main thread only."""
+    for name in NOTED:
+        if number := getattr(signal, name, None):
+            signal.signal(number, note)
+
+
+def note(number: int, _: Any) -> None:
+    """The handler."""
+    received.append(signal.Signals(number).name)
+
+
+def end_if_terminated() -> None:
+    """Where this process may wait for others for long, and has nothing to lose, a noted SIGTERM ends it as it usually does."""
+    if "SIGTERM" in received:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -149,8 +149,9 @@ class Watchdog:
             self._calls += 1
             self._beat()
             while self._met < self._calls:
-                lost = self.gone | ({self.failure[0]} if self.failure else set()) or self.left
-                if lost:
+                # Of a rank that has left rank 0 makes a failure, unless it is rank 0 and had left before anybody waited.
+                lost = self.gone or self.left & {0}
+                if self.failure or lost:
                     raise dist.DistError(self._sentence(lost))
                 self._news.wait(_BEAT_S)
 
@@ -279,8 +280,11 @@ class _Hub(Watchdog):
 
     def _beat(self) -> None:
         self.silent = [rank for rank, line in self._lines.items() if line.silence_s > _QUIET_S]
-        if len(self._calls_of) == self.world - 1:
-            self._met = min(self._calls, *self._calls_of.values())
+        calls = [self._calls, *(self._calls_of.get(rank, 0) for rank in range(1, self.world))]
+        self._met = min(calls)
+        for rank in self.left:
+            if calls[rank] < max(calls):  # somebody waits for it
+                self.failure = self.failure or (rank, _LEFT)
         news = {"failure": self.failure, "gone": list(self.gone), "left": list(self.left), "silent": self.silent,
                 "met": self._met}
         for line in self._lines.values():

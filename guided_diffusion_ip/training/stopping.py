@@ -41,8 +41,7 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             for name in SIGNALS:
                 if number := getattr(signal, name, None):
-                    before = signal.signal(number, self._note)
-                    self._before[number] = signal.SIG_DFL if before is early_signals.note else before
+                    self._before[number] = signal.signal(number, self._note)
             self.received = self.received or next(iter(early_signals.received), "")
         return self
 

@@ -28,6 +28,14 @@ def note(number: int, _: Any) -> None:
     received.append(signal.Signals(number).name)
 
 
+def after_training(number: int) -> signal.Handlers:
+    """What becomes of a noted signal when nothing is left to save: SIGTERM ends the process, SIGUSR1 is ignored.
+
+    By the system, because Python forgets its own handlers when it ends, which takes a while with PyTorch.
+    """
+    return signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN
+
+
 def end_if_terminated() -> None:
     """Where this process may wait for others for long, and has nothing to lose, a noted SIGTERM ends it as it usually does."""
     if "SIGTERM" in received:

@@ -204,6 +204,17 @@ def test_a_signal_before_pytorch_is_imported_loses_nothing(number, images, tmp_p
     assert rows(tmp_path / "whole") == rows(tmp_path / "run")
 
 
+def test_a_warning_after_training_has_ended_is_no_failure(images, tmp_path):
+    process = alone(images, tmp_path / "run", ["--max_steps", "1"])
+    for line in process.stdout:
+        if "training ended" in line:
+            break
+    while process.poll() is None:  # also while Python ends, which has no handlers any more
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.01)
+    assert process.wait() == 0, process.stdout.read()
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into Linux's /proc")
 @pytest.mark.parametrize("name", ["image_train", "super_res_train", "classifier_train"])
 def test_training_scripts_note_signals_first(name):

@@ -52,7 +52,7 @@ class Signals:
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, early_signals.after_training(number) if handler is early_signals.note else handler)
         self._before.clear()
 
 

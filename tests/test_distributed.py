@@ -17,6 +17,7 @@ STEPS = 4
 
 TRAIN = """
 import hashlib, sys, torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from guided_diffusion_ip import dist_util, logger
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.script_util import create_model_and_diffusion
@@ -40,12 +41,15 @@ loop = TrainLoop(
     model=model, diffusion=diffusion, data=load_data(data_dir=images, batch_size=batch, image_size=8, channels=1),
     batch_size=batch, microbatch=microbatch, lr=1e-4, ema_rate="0.9", log_interval=1, save_interval=10**6,
     resume_checkpoint="", max_steps=%d, schedule_sampler=create_named_schedule_sampler("loss-second-moment", diffusion))
-gradients = []
+gradients, reduced = [], [[]]
 step = loop.precision.step
-loop.precision.step = lambda opt: (gradients.append([p.grad.clone() for p in model.parameters()]), step(opt))
+loop.precision.step = lambda opt: (gradients.append([p.grad.clone() for p in model.parameters()]), reduced.append([]), step(opt))
+if sys.argv[5:] == ["count"]:
+    loop.ddp_model.register_comm_hook(None, lambda group, bucket: (reduced[-1].append(bucket.index()),
+                                                                   allreduce_hook(group, bucket))[1])
 loop.run_loop()
 torch.save({"weights": [p.detach() for p in model.parameters()], "first_gradient": gradients[0],
-            "sampler": loop.schedule_sampler.state_dict()}, f"{out}/rank{rank}.pt")
+            "sampler": loop.schedule_sampler.state_dict(), "reduced": reduced[:-1]}, f"{out}/rank{rank}.pt")
 dist_util.cleanup()
 """ % STEPS
 
@@ -89,6 +93,17 @@ def test_two_processes_train_as_one(launcher, microbatch, images, one_process, t
         assert relative(first[name], one_process[name]) < 1e-5, name
     assert torch.equal(first["sampler"]["seen"], second["sampler"]["seen"])
     assert torch.equal(first["sampler"]["seen"], one_process["sampler"]["seen"])
+
+
+def test_microbatches_are_averaged_over_ranks_once_a_step(images, one_process, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    check(launch.torchrun(2, [str(script), images, str(tmp_path), "4", "1", "count"]))
+    done = load(tmp_path, 0)
+    assert len(done["reduced"]) == STEPS
+    for buckets in done["reduced"]:
+        assert sorted(buckets) == list(range(len(buckets))) and buckets, "a bucket of gradients travels more than once"
+    assert relative(done["first_gradient"], one_process["first_gradient"]) < 1e-5
 
 
 @pytest.mark.parametrize("launcher", [launch.mpiexec, launch.torchrun])

@@ -17,7 +17,9 @@ from test_resume import FLAGS, TRAIN, make_loop, rows
 
 import launch
 from guided_diffusion_ip import logger
+from guided_diffusion_ip.metrics.manifold import precision_recall
 from guided_diffusion_ip.training.checkpoint import complete_steps
+from guided_diffusion_ip.training.precision import DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = str(ROOT / "scripts" / "image_sample.py")
@@ -199,3 +201,24 @@ def test_a_classifier_continues_bitwise_with_its_averages(images, tmp_path):
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
     by_step = [{row["step"]: row for row in rows(run)}["5"] for run in (whole, parts)]
     assert by_step[0] == by_step[1] and by_step[0]["val_loss"]
+
+
+# ---- precision ----
+
+@pytest.mark.parametrize("mode", ["fp16", "bf16"])
+def test_only_the_network_computes_in_half_precision(mode, images, tmp_path):
+    """What is done with samples (features, distances, scores) stays float32; the network's convolutions do not."""
+    features = [torch.from_numpy(x) for x in np.random.default_rng(0).standard_normal((2, 400, 64), np.float32)]
+    exact = precision_recall(*features)
+    outside, inside = [], []
+
+    def use(model, step):
+        outside.append((torch.is_autocast_enabled("cpu"), precision_recall(*features) == exact))
+        with loop.model.middle_block[0].in_layers[2].register_forward_hook(lambda module, x, y: inside.append(y.dtype)):
+            assert model(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64)).dtype == torch.float32
+        return {}
+
+    loop = make_loop(images, tmp_path, 1, random_crop=False, precision=mode, eval_interval=1, evaluate=use, validate=use,
+                     sample_interval=1, preview=use)
+    loop.run_loop()
+    assert outside == [(False, True)] * 3 and inside == [DTYPES[mode]] * 3

@@ -286,10 +286,10 @@ class TrainLoop:
         t, weights = self._draw_t(n)
         parts: list[Losses] = []
         for number, part in enumerate(self.microbatches(n)):
-            losses = self.microbatch_losses(batch, cond, t, part, number)
-            loss = (losses["loss"] * weights[part]).sum() / n
+            # Forward and backward: DDP decides in the former whether the latter is to average over ranks.
             with contextlib.nullcontext() if part.stop >= n or self.world == 1 else self.ddp_model.no_sync():
-                self.precision.backward(loss)
+                losses = self.microbatch_losses(batch, cond, t, part, number)
+                self.precision.backward((losses["loss"] * weights[part]).sum() / n)
             parts.append({name: values.detach() for name, values in losses.items()})
         return t, {name: torch.cat([losses[name] for losses in parts]) for name in parts[0]}, weights
 
@@ -368,8 +368,8 @@ class TrainLoop:
         numbers: dict[str, float] = {}
         if self.validate:
             self.model.eval()
-            with torch.no_grad(), self.precision.autocast():
-                numbers |= self.validate(self.model, self.step)
+            with torch.no_grad():
+                numbers |= self.validate(self._network({}), self.step)
             self.model.train()
         if self.evaluate:
             numbers |= self._with_averages(self.evaluate)
@@ -380,10 +380,18 @@ class TrainLoop:
         """Call use(network, step), the network having the first EMA's weights for the calls."""
         weights = self.emas[0].weights if self.emas else dict(self.model.named_parameters())
         self.model.eval()
-        with torch.no_grad(), self.precision.autocast():
-            result = use(functools.partial(_call_with, self.model, weights), self.step)
+        with torch.no_grad():
+            result = use(self._network(weights), self.step)
         self.model.train()
         return result
+
+    def _network(self, weights: dict[str, Tensor]) -> Callable[..., Tensor]:
+        """The network with these weights in place of its own. Each call has the run's precision; what is done with samples has
+        float32, since distances and scores of images in half precision are others."""
+        def call(*inputs: Tensor | None, **cond: Tensor) -> Tensor:
+            with self.precision.autocast():
+                return torch.func.functional_call(self.model, weights, inputs, cond)
+        return call
 
     # ---- keeping ----
 
@@ -415,7 +423,3 @@ class TrainLoop:
     def _resume(self, path: str) -> list[str]:
         """Take over the whole set of a checkpoint; returns what to tell. (Drop-in loops accept less.)"""
         return run_state.restore(self, path)
-
-
-def _call_with(model: nn.Module, weights: dict[str, Tensor], *inputs: Tensor | None, **cond: Tensor) -> Tensor:
-    return torch.func.functional_call(model, weights, inputs, cond)

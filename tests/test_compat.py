@@ -367,6 +367,46 @@ def test_resuming_takes_what_lies_beside_a_published_checkpoint(tmp_path, monkey
     assert same(loop.model.state_dict(), "downloaded.pt") and same(loop.emas[0].state_dict(), "downloaded.pt")
 
 
+@pytest.mark.parametrize("fused", ["absent", None])
+def test_a_float32_run_of_theirs_goes_on_in_half_precision(fused, tmp_path):
+    """Their optimizer is not fused, which the file says (or, from an older PyTorch, does not): ours stays so, and scales losses."""
+    first = make_loop(tmp_path)
+    first.run_step(*next(first.data))
+    first.save()
+    (tmp_path / "state000001.pt").unlink()
+    saved = torch.load(tmp_path / "opt000001.pt", weights_only=True)
+    for group in saved["param_groups"]:
+        group["fused"] = group["foreach"] = None
+        if fused == "absent":
+            del group["fused"], group["foreach"]
+    torch.save(saved, tmp_path / "opt000001.pt")
+    loop = make_loop(tmp_path, tmp_path / "model000001.pt", use_fp16=True)
+    assert "starting afresh" not in loop.resumed[0] and loop.opt.param_groups[0]["fused"] is True
+    while loop.step == loop.skipped + 1:  # the first steps of fp16 look for the scale
+        loop.run_step(*next(loop.data))
+    assert {int(state["step"]) for state in loop.opt.state.values()} == {2}
+
+
+def test_moments_in_another_layout_stay_with_their_weights(tmp_path):
+    """Fused AdamW on a CPU takes no notice of strides."""
+    first = make_loop(tmp_path)
+    first.run_step(*next(first.data))
+    first.save()
+    (tmp_path / "state000001.pt").unlink()
+    saved = torch.load(tmp_path / "opt000001.pt", weights_only=True)
+    for state in saved["state"].values():
+        state.update({name: value.contiguous(memory_format=torch.channels_last) for name, value in state.items() if value.ndim == 4})
+    torch.save(saved, tmp_path / "opt000001.pt")
+    second = make_loop(tmp_path, tmp_path / "model000001.pt")
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b) and a.is_contiguous() and b.is_contiguous()
+        a.grad = torch.randn(a.shape)
+        b.grad = a.grad.clone()
+    for loop in (first, second):
+        loop.opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters()))
+
+
 def test_the_helpers_of_train_util(tmp_path):
     from guided_diffusion import train_util
 

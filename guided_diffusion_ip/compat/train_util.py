@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import dist_util, logger
 from ..files import exists
-from ..training import train_loop
+from ..training import run_state, train_loop
 from ..training.checkpoint import checkpoint_name, find_ema_checkpoint, parse_resume_step_from_filename
 
 __all__ = ["TrainLoop", "find_ema_checkpoint", "find_resume_checkpoint", "get_blob_logdir", "log_loss_dict",
@@ -85,7 +85,7 @@ class TrainLoop(train_loop.TrainLoop):
         if not exists(path):
             return False
         try:
-            self.opt.load_state_dict(dist_util.load_state_dict(path))
+            run_state.restore_optimizer(self.opt, dist_util.load_state_dict(path))
         except ValueError:  # guided_diffusion's fp16 training kept all weights in two long vectors
             return False
         return True

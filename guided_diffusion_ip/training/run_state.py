@@ -54,10 +54,7 @@ def restore(loop: Any, path: str) -> list[str]:
     for ema, updates in zip(loop.emas, state.get("ema_updates") or [state["step"]] * len(loop.emas)):
         ema.load_state_dict(parts[ema.name], updates)
     weight_decay = loop.opt.param_groups[0]["weight_decay"]
-    for group in parts["opt"]["param_groups"]:  # how it is computed is this program's business, not the checkpoint's
-        group.update(fused=loop.opt.defaults["fused"], foreach=loop.opt.defaults["foreach"])
-    loop.opt.load_state_dict(parts["opt"])
-    _take_layout_of_parameters(loop.opt)
+    restore_optimizer(loop.opt, parts["opt"])
     for group in loop.opt.param_groups:  # what the command line says now
         group["lr"], group["weight_decay"] = loop.lr, weight_decay
     loop.schedule_sampler.load_state_dict(state["sampler"])
@@ -72,6 +69,18 @@ def restore(loop: Any, path: str) -> list[str]:
     else:
         told.append("note: the data iterator cannot be moved, so its images start again from the beginning")
     return told
+
+
+def restore_optimizer(opt: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Take over a state_dict, also one of guided-diffusion's or of weights in another layout.
+
+    Raises:
+        ValueError: it is of other parameters.
+    """
+    for group in saved["param_groups"]:  # how it is computed is this program's business, not the checkpoint's
+        group.update(fused=opt.defaults["fused"], foreach=opt.defaults["foreach"])
+    opt.load_state_dict(saved)
+    _take_layout_of_parameters(opt)
 
 
 def _take_layout_of_parameters(opt: torch.optim.Optimizer) -> None:

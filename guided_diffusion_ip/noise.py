@@ -97,15 +97,15 @@ def uniform(seed: int, stream: int, index: Tensor | Sequence[int], step: int,
 
     Args:
         seed: in [0, 2**64). stream: a Stream. step: in [0, 2**32).
-        index: int64 [N] or a sequence of ints, each in [0, 2**32).
+        index: a range, int64 [N] or a sequence of ints, each in [0, 2**32). A range is made where
+            the numbers are: a GPU is not waited for. A tensor is read to be checked, and copied if
+            it is elsewhere; both make the host wait for a GPU.
         device: of the result; the index's device if it is a tensor, else the CPU.
 
     Raises:
-        ValueError: an address out of range. (The check reads the index: pass it on the CPU to avoid
-            waiting for a GPU.)
+        ValueError: an address out of range.
     """
-    index, device = _checked_index(index, device)
-    return _draw(_uniform_of_words, seed, stream, index.to(device), step, shape)
+    return _draw(_uniform_of_words, seed, stream, _checked_index(index, device), step, shape)
 
 
 def normal(seed: int, stream: int, index: Tensor | Sequence[int], step: int, shape: Sequence[int],
@@ -120,8 +120,7 @@ def normal(seed: int, stream: int, index: Tensor | Sequence[int], step: int, sha
     Raises:
         ValueError: an address out of range.
     """
-    index, device = _checked_index(index, device)
-    return _draw(_normal_of_words, seed, stream, index.to(device), step, shape)
+    return _draw(_normal_of_words, seed, stream, _checked_index(index, device), step, shape)
 
 
 def integers(seed: int, stream: int, index: Tensor | Sequence[int], step: int, high: int,
@@ -135,8 +134,7 @@ def integers(seed: int, stream: int, index: Tensor | Sequence[int], step: int, h
     """
     if not 1 <= high <= 1 << 31:
         raise ValueError(f"high={high} must lie in [1, 2**31]: the number of values to choose from")
-    index, device = _checked_index(index, device)
-    w0, w1, _, _ = _words(seed, stream, index.to(device), step, 1)
+    w0, w1, _, _ = _words(seed, stream, _checked_index(index, device), step, 1)
     # (w0 * 2**32 + w1) mod high, in steps that stay below 2**63.
     return ((w0 % high) * ((1 << 32) % high) + w1).remainder_(high)[:, 0]
 
@@ -173,7 +171,7 @@ class NormalStream:
         self.seed = seed
         self.stream = stream
         self.step = 0
-        self._index, _ = _checked_index(index, None)
+        self._index = _checked_index(index, None)
         _key(seed)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -199,11 +197,13 @@ def _key(seed: int) -> tuple[int, int]:
     return seed & _MASK, seed >> 32
 
 
-def _checked_index(index: Tensor | Sequence[int],
-                   device: torch.device | str | None) -> tuple[Tensor, torch.device | str]:
-    """The index as int64 [N] (where it is), and the device the numbers are wanted on."""
+def _checked_index(index: Tensor | Sequence[int], device: torch.device | str | None) -> Tensor:
+    """The index as int64 [N], on `device`; None: where it is."""
     if device is None:
         device = index.device if isinstance(index, Tensor) else "cpu"
+    if isinstance(index, range) and len(index):
+        _check_bounds(min(index[0], index[-1]), max(index[0], index[-1]))
+        return torch.arange(index.start, index.stop, index.step, dtype=torch.int64, device=device)
     index = torch.as_tensor(index)
     if index.numel() == 0:
         index = index.to(torch.int64)  # an empty list is float for torch
@@ -212,10 +212,13 @@ def _checked_index(index: Tensor | Sequence[int],
                          f"{index.dtype} {list(index.shape)}")
     index = index.to(torch.int64)
     if index.numel():
-        low, high = (int(bound) for bound in torch.aminmax(index))
-        if low < 0 or high > _MASK:
-            raise ValueError(f"index runs from {low} to {high}, but must lie in [0, 2**32)")
-    return index, device
+        _check_bounds(*(int(bound) for bound in torch.aminmax(index)))
+    return index.to(device)
+
+
+def _check_bounds(low: int, high: int) -> None:
+    if low < 0 or high > _MASK:
+        raise ValueError(f"index runs from {low} to {high}, but must lie in [0, 2**32)")
 
 
 def _words(seed: int, stream: int, index: Tensor, step: int,

@@ -166,7 +166,7 @@ def test_validation_is_called_in_eval_mode_without_gradients_and_its_numbers_are
     seen = []
 
     def validate(network, step):
-        seen.append((step, network.training, torch.is_grad_enabled()))
+        seen.append((step, loop.model.training, torch.is_grad_enabled()))
         return {"val_loss": float(step)}
 
     loop = tiny_loop(images, tmp_path, eval_interval=1, validate=validate)

@@ -120,6 +120,16 @@ def test_any_subset_equals_its_rows(shape):
     assert torch.equal(normal(9, Stream.SAMPLE, sequential, 3, shape), full[[2, 30]])
 
 
+def test_a_range_names_what_its_numbers_name():
+    for index in (range(3, 30), range(30, 3, -3), range(7, 7), range(5, 2)):
+        assert torch.equal(normal(9, 0, index, 3, (5,)), normal(9, 0, list(index), 3, (5,)))
+        assert torch.equal(uniform(9, 0, index, 3), uniform(9, 0, torch.tensor(index, dtype=torch.int64), 3))
+    assert uniform(0, 0, range(2**32 - 1, 2**32), 0).shape == (1,)
+    for index, text in ((range(2**32 - 1, 2**32 + 1), "to 4294967296"), (range(3, -2, -1), "from -1 to 3")):
+        with pytest.raises(ValueError, match=text):
+            normal(9, 0, index, 3, (5,))
+
+
 def test_longer_arrays_begin_like_shorter_ones():
     assert torch.equal(normal(9, 0, [4], 3, (11,)), normal(9, 0, [4], 3, (50,))[:, :11])
 

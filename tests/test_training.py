@@ -5,9 +5,11 @@ import os
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion_ip import logger
 from guided_diffusion_ip.data.image_datasets import load_data
+from guided_diffusion_ip.diffusion.edm_losses import EDMLoss, EDMProcess
 from guided_diffusion_ip.script_util import create_model_and_diffusion
 from guided_diffusion_ip.training.ema import EMA, parse_rates, update_ema
 from guided_diffusion_ip.training.loss_statistics import LossStatistics
@@ -131,6 +133,67 @@ def test_a_bare_iterator_trains_and_says_that_it_cannot_be_moved(images, tmp_pat
     resumed.data = iter([next(resumed.data)])
     resumed.run_loop()
     assert resumed.step == 3
+
+
+class Uploads(TorchDispatchMode):
+    """Counts the tensors that are copied from the host to another device while the host waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        source = args[1] if func is torch.ops.aten.copy_.default else args[0] if args else None
+        if (isinstance(source, torch.Tensor) and source.device.type == "cpu" and isinstance(result, torch.Tensor)
+                and result.device.type != "cpu" and not kwargs.get("non_blocking")):
+            self.found.append((func, tuple(source.shape)))
+        return result
+
+
+class Dimmed:
+    """An augmentation; EDM's own switches autocast off, which "meta" does not know."""
+
+    uniforms = 1
+
+    def __call__(self, images, uniforms):
+        return images * uniforms[:, :, None, None], uniforms
+
+
+@pytest.mark.parametrize("case", ["uniform", "loss-second-moment", "edm"])
+def test_a_step_uploads_nothing_from_the_host(case, images, tmp_path):
+    """On the device "meta" everything of a step but its numbers is as on a GPU, where each upload would be waited for."""
+    loop = tiny_loop(images, tmp_path, max_steps=1, microbatch=3, sampler="uniform" if case == "edm" else case)
+    if case == "edm":
+        loop.diffusion = EDMProcess(EDMLoss(), input_perturbation=0.1, augment=Dimmed())
+        loop.schedule_sampler = create_named_schedule_sampler("uniform", loop.diffusion)
+        scale = torch.nn.Parameter(torch.ones((), device="meta"))
+        loop.ddp_model = lambda x, sigma, labels, augment_labels: scale * x
+    loop.model.to("meta")
+    loop.device = torch.device("meta")
+    batch = next(loop.data)[0].to("meta")
+    for step in range(2):  # tables are brought to the device once
+        with Uploads() as uploads:
+            _, losses, _ = loop.forward_backward(batch, {})
+        loop.step += 1
+    assert losses["loss"].shape == (8,) and losses["loss"].device.type == "meta"
+    assert not uploads.found
+
+
+def test_tables_follow_the_history_and_the_device():
+    sampler = LossSecondMomentResampler(Steps, history_per_term=1, uniform_prob=0.0)
+    uniforms = torch.arange(100) / 100
+    before = sampler.sample(100, "cpu", uniforms)
+    assert torch.equal(before[0], sampler.sample(100, "cpu", uniforms)[0])
+    sampler.update_with_all_losses(list(range(5)), [1.0, 2.0, 3.0, 4.0, 10.0])
+    after = sampler.sample(100, "cpu", uniforms)
+    assert torch.bincount(after[0]).tolist() == [5, 10, 15, 20, 50] and after[1][0] == pytest.approx(4)
+    other = LossSecondMomentResampler(Steps, history_per_term=1)
+    sampler.load_state_dict(other.state_dict())
+    assert all(map(torch.equal, sampler.sample(100, "cpu", uniforms), before))
+    assert sampler.sample(100, "meta", uniforms)[0].device.type == "meta"
+    assert sampler.sample(100, "cpu", uniforms)[0].device.type == "cpu"
 
 
 def test_ema_is_the_weighted_mean_of_all_weights_so_far():

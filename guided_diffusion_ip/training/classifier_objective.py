@@ -103,13 +103,14 @@ class Validation:
             self.data.seek(number)
         images, cond = next(self.data)
         n, device, process = len(images), dist_util.dev(), self.objective.diffusion
-        position = _VALIDATION_POSITION + dist_util.get_rank() * n + torch.arange(n)
+        first = _VALIDATION_POSITION + dist_util.get_rank() * n
+        position = range(first, first + n)
         sampler = UniformSampler(process) if self.objective.noised else CleanSampler()
-        t, weights = sampler.sample(n, device, noise.uniform(self.seed, Stream.TIMESTEP, position, step))
+        t, weights = sampler.sample(n, device, noise.uniform(self.seed, Stream.TIMESTEP, position, step, device=device))
         statistics = LossStatistics(process.num_timesteps)
         for start in range(0, n, self.microbatch):
             part = slice(start, start + self.microbatch)
-            epsilon = noise.normal(self.seed, Stream.EPSILON, position[part].to(device), step, images.shape[1:])
+            epsilon = noise.normal(self.seed, Stream.EPSILON, position[part], step, images.shape[1:], device)
             here = {name: value[part].to(device) for name, value in cond.items()}
             losses = self.objective(model, images[part].to(device), t[part], here, epsilon)
             statistics.add(t[part], losses, weights[part])

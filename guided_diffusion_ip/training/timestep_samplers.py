@@ -19,6 +19,8 @@ from .. import dist_util
 class ScheduleSampler:
     """Base: draws t in proportion to `weights()`, float64 [T], positive."""
 
+    _known: tuple[np.ndarray, torch.device, Tensor] | None = None  # probabilities of the last draw, and its tables on the device
+
     def weights(self) -> np.ndarray:
         raise NotImplementedError
 
@@ -30,14 +32,22 @@ class ScheduleSampler:
         Args:
             uniforms: numbers in [0, 1), [N], that decide t; drawn if absent.
         """
-        p = self.weights()
-        p = p / p.sum()
-        edges = torch.from_numpy(np.cumsum(p)).to(device)
+        edges, loss_weights = self._tables(torch.device(device))
         if uniforms is None:
             uniforms = torch.rand(batch_size, device=device)
-        t = torch.searchsorted(edges, uniforms.to(device, torch.float64), right=True).clamp(max=len(p) - 1)
-        loss_weights = torch.from_numpy(1 / (len(p) * p)).to(device)[t].float()
-        return t, loss_weights
+        t = torch.searchsorted(edges, uniforms.to(device, torch.float64), right=True).clamp(max=len(edges) - 1)
+        return t, loss_weights[t].float()
+
+    def _tables(self, device: torch.device) -> Tensor:
+        """Cumulative probabilities and weights of losses, float64 [2, T]; brought to the device when they have changed."""
+        p = self.weights()
+        p = p / p.sum()
+        if self._known is None or self._known[1] != device or not np.array_equal(p, self._known[0]):
+            tables = torch.from_numpy(np.stack([np.cumsum(p), 1 / (len(p) * p)]))
+            if device.type == "cuda":
+                tables = tables.pin_memory()  # without which the host would wait for the copy
+            self._known = p, device, tables.to(device, non_blocking=True)
+        return self._known[2]
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Told the timesteps [N] and losses [N] of this rank's batch, once per step, on every rank. Nothing to learn here.

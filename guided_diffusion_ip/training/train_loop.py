@@ -257,7 +257,7 @@ class TrainLoop:
         t, losses, weights = self.forward_backward(batch, cond)
         self.precision.unscale(self.opt)
         self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        # The one place in a step where the host waits for the device.
+        # The one place in a step where the host waits for what the device has been given to do in it.
         good_loss, good_gradient = torch.stack(
             [torch.isfinite(losses["loss"]).all(), torch.isfinite(self.grad_norm)]).tolist()
         flags = dist_util.any_rank(
@@ -298,9 +298,9 @@ class TrainLoop:
         self.schedule_sampler.settle()
         return self.schedule_sampler.sample(n, self.device, uniforms)
 
-    def _positions(self, n: int) -> Tensor:
-        """Of this rank's images in the global batch; on the host, since noise.py looks at their range."""
-        return torch.arange(self.rank * n, (self.rank + 1) * n)
+    def _positions(self, n: int) -> range:
+        """Of this rank's images in the global batch."""
+        return range(self.rank * n, (self.rank + 1) * n)
 
     def microbatches(self, n: int) -> list[slice]:
         return [slice(start, start + self.microbatch) for start in range(0, n, self.microbatch)]
@@ -340,7 +340,7 @@ class TrainLoop:
         """The default objective."""
         return self.diffusion.training_losses(model, images, t, model_kwargs=cond, noise=epsilon, randn_like=xi)
 
-    def _xi(self, position: Tensor, x: Tensor) -> Tensor:
+    def _xi(self, position: range, x: Tensor) -> Tensor:
         """The input perturbation's noise, from a stream of its own: gamma does not change what else is drawn."""
         return noise.normal(self.seed, Stream.XI, position, self.step, x.shape[1:], x.device)
 

@@ -145,6 +145,41 @@ def test_images_of_another_dtype_are_welcome_and_set_the_dtype_of_the_answer():
         assert small()(images(), T).dtype == torch.float32
 
 
+AUTOCAST = [
+    (UNetModel, {}, {}), (UNetModel, {"use_scale_shift_norm": True, "num_classes": 5}, {"y": torch.tensor([1, 4])}),
+    (SuperResModel, {}, {"low_res": seeded_normal("low", (2, 3, 8, 8))}),
+    *[(EncoderUNetModel, {"pool": pool}, {}) for pool in ("adaptive", "attention", "spatial", "spatial_v2")]]
+
+
+@pytest.mark.parametrize("cls, options, cond", AUTOCAST)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_halves_what_a_conversion_halves_and_no_more(dtype, cls, options, cond):
+    """Embeddings and heads stay float32: module by module the same formats, and so the same answer."""
+    answers, formats = [], []
+    for convert in (True, False):
+        model, seen = small(cls, **options), {}
+        if convert:
+            model.convert_to_fp16() if dtype is torch.float16 else model.convert_to_bf16()
+        for name, module in model.named_modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm)):
+                module.register_forward_hook(lambda module, x, y, name=name: seen.update({name: y.dtype}))
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=not convert):
+            answers.append(model(images(), T, **cond))
+        formats.append(seen)
+    assert formats[0] == formats[1] and set(formats[0].values()) == {dtype, torch.float32}
+    assert {formats[1]["time_embed.0"], formats[1]["input_blocks.1.0.emb_layers.1"]} == {torch.float32}
+    distance = (answers[0] - answers[1]).norm() / answers[0].norm()
+    assert distance == 0 if dtype is torch.bfloat16 else distance < 2e-3  # a CPU's fp16 kernels differ by the copy of their weights
+    assert not torch.equal(answers[1], answers[1].to(dtype).float()), "rounded on the way out"
+
+
+def test_compiled_networks_are_one_graph_under_autocast():
+    model = small()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(images(), T), model(images(), T))
+
+
 # The paths that a CPU takes in bf16
 
 @pytest.mark.parametrize("tokens", [16, 64, 1100])  # by products; by the fused kernel

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Dropout, SiLU, avg_pool_nd, checkpoint, conv_nd, linear, normalization, zero_module
+from .layers import (
+    Dropout, SiLU, avg_pool_nd, checkpoint, conv_nd, full_precision, linear, normalization, zero_module)
 
 
 class TimestepBlock(nn.Module):
@@ -146,7 +147,8 @@ class ResBlock(TimestepBlock):
         return self.skip_connection(self.resample(x)) + h
 
     def _tell_time(self, norm: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
-        message = self.emb_layers(emb).to(h.dtype)
+        with full_precision(emb):
+            message = self.emb_layers(emb).to(h.dtype)
         message = message.view(*message.shape, *[1] * (h.ndim - 2))  # [N, C or 2 C, 1, 1]
         if not self.use_scale_shift_norm:
             return norm(h + message)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -117,6 +118,18 @@ def _by_dims(table: dict[int, type[nn.Module]], dims: int) -> type[nn.Module]:
     if dims not in table:
         raise ValueError(f"dims is {dims}: use {', '.join(map(str, table))}; images have 2")
     return table[dims]
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """A context that autocast does not reach, on x's device: for parts of a network that convert_to_fp16 leaves alone, too.
+
+    The embedding tells neighbouring timesteps apart by little, and the rounding of an output would be
+    a part of the loss.
+    """
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # "meta" knows no autocast
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def linear(*args, **kwargs) -> nn.Linear:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionBlock
 from .blocks import Downsample, ResBlock, TimestepEmbedSequential, Upsample
-from .layers import CONVOLUTIONS, SiLU, conv_nd, linear, timestep_embedding
+from .layers import CONVOLUTIONS, SiLU, conv_nd, full_precision, linear, timestep_embedding
 
 
 def height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -192,7 +192,8 @@ class UNetTrunk(nn.Module):
                 f"per image, shape ({batch},)")
         self._check_labels(y, batch)
         waves = timestep_embedding(timesteps, self.model_channels)
-        emb = self.time_embed(waves.to(self.outer_dtype))
+        with full_precision(waves):
+            emb = self.time_embed(waves.to(self.outer_dtype))
         return emb if y is None else emb + self.label_emb(y)
 
     def _check_labels(self, y: Tensor | None, batch: int) -> None:

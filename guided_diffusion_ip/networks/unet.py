@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionPool2d
 from .blocks import TimestepEmbedSequential
-from .layers import SiLU, conv_nd, linear, normalization, zero_module
+from .layers import SiLU, conv_nd, full_precision, linear, normalization, zero_module
 from .trunk import Recipe, UNetTrunk, height_width, require_divisible
 
 # (largest side that they serve, channel multipliers). The limits lie halfway between the published
@@ -190,7 +190,8 @@ class UNetModel(UNetTrunk):
         h, skips = self.encode(x, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.to(self.outer_dtype)).to(x.dtype)
+        with full_precision(x):
+            return self.out(h.to(self.outer_dtype)).to(x.dtype)
 
 
 class SuperResModel(UNetModel):
@@ -279,7 +280,8 @@ class EncoderUNetModel(UNetTrunk):
         if self.pool in SPATIAL_POOLS:
             maps = [*(state.to(self.outer_dtype) for state in states), features]
             features = torch.cat([m.flatten(2).mean(2) for m in maps], dim=1)
-        return self.out(features).to(x.dtype)
+        with full_precision(x):
+            return self.out(features).to(x.dtype)
 
 
 def _adaptive_head(trunk: UNetTrunk, out_channels: int, num_head_channels: int) -> nn.Sequential:

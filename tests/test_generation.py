@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from golden_tools import load_seeded_weights
 from guided_diffusion_ip.generation.sample_batch import Sampler, draw_labels, parse_class_ids
 from guided_diffusion_ip.generation.sample_run import SampleRun
+from guided_diffusion_ip.generation import shards as shards_module
 from guided_diffusion_ip.generation.shards import ShardFolder
 from guided_diffusion_ip.script_util import create_model_and_diffusion
 
@@ -90,6 +92,35 @@ def test_a_run_fills_gaps_with_any_batch_size(tmp_path):
         got = npz["arr_0"]
     np.testing.assert_array_equal(got[4:8], marked)
     assert np.abs(got[:4].astype(int) - whole[:4]).max() <= 1 and np.abs(got[8:].astype(int) - whole[8:]).max() <= 1
+
+
+def hidden_shard(tmp_path, monkeypatch, limit_s):
+    """A set of 10 images whose second shard is not listed, as on a network file system; how to make it appear."""
+    monkeypatch.setattr(shards_module, "LISTING_S", limit_s)
+    folder = ShardFolder(str(tmp_path / "shards"), 10)
+    rows = np.arange(10, dtype=np.int64)
+    folder.write(0, {"arr_0": rows[:6]})
+    folder.write(6, {"arr_0": rows[6:]})
+    shown, hidden = os.path.join(folder.path, "shard-00000006-00000010.npz"), tmp_path / "elsewhere"
+    os.rename(shown, hidden)
+    return folder, lambda: os.rename(hidden, shown)
+
+
+def test_merging_waits_for_shards_that_are_listed_late(tmp_path, monkeypatch):
+    folder, show = hidden_shard(tmp_path, monkeypatch, limit_s=60)
+    later = threading.Timer(1, show)
+    later.start()
+    folder.merge(str(tmp_path / "all.npz"))
+    with np.load(tmp_path / "all.npz") as npz:
+        assert npz["arr_0"].tolist() == list(range(10))
+    assert not os.path.exists(folder.path)
+
+
+def test_shards_that_never_appear_are_an_error_that_names_them(tmp_path, monkeypatch):
+    folder, _ = hidden_shard(tmp_path, monkeypatch, limit_s=0.2)
+    with pytest.raises(ValueError, match="shards lacks the images 6 to 9.*share this folder.*same command again"):
+        folder.merge(str(tmp_path / "all.npz"))
+    assert folder.present() == [(0, 6)], "nothing is removed"
 
 
 def test_other_settings_do_not_mix(tmp_path):

@@ -90,38 +90,46 @@ def merge_npz(path: str | os.PathLike, shard_paths: Sequence[str | os.PathLike],
     """Join the first `n` rows of the shards, in the order given, into one npz; memory stays flat.
 
     Every key of the first shard (`arr_0` uint8 [N, H, W, C], maybe `arr_1` int64 [N]) is joined;
-    the arrays `extra` are added as they are.
+    the arrays `extra` are added as they are. One shard is open at a time: there may be more of them
+    than a process may open files (often 1024).
 
     Raises:
         ValueError: fewer than n rows in all, or shards whose keys, dtypes or row shapes differ.
     """
     if not shard_paths:
         raise ValueError(f"{path}: there are no shards to merge")
-    readers = [NpzReader(shard) for shard in shard_paths]
-    try:
-        with NpzWriter(path) as out:
-            for key in readers[0].keys:
-                for reader in readers:
-                    if reader.keys != readers[0].keys:
-                        raise ValueError(f"{reader.path} has the arrays {reader.keys}, but "
-                                         f"{readers[0].path} has {readers[0].keys}")
-                total = sum(reader.shape(key)[0] for reader in readers)
-                if total < n:
-                    raise ValueError(f"{path}: {n} rows wanted, but the {len(readers)} shards hold "
-                                     f"only {total} of {key}")
-                out.write(key, (n, *readers[0].shape(key)[1:]), readers[0].dtype(key),
-                          _first_rows(readers, key, n))
-            for key, array in (extra or {}).items():
-                out.write(key, array.shape, array.dtype, [array])
-    finally:
-        for reader in readers:
-            reader.close()
+    with NpzReader(shard_paths[0]) as first:
+        row_kinds = {key: (first.dtype(key), first.shape(key)[1:]) for key in first.keys}
+    totals = dict.fromkeys(row_kinds, 0)
+    for shard in shard_paths:  # headers only, so that nothing is written of shards that do not fit
+        with NpzReader(shard) as reader:
+            if reader.keys != list(row_kinds):
+                raise ValueError(f"{reader.path} has the arrays {reader.keys}, but "
+                                 f"{os.fspath(shard_paths[0])} has {list(row_kinds)}")
+            for key, (dtype, row) in row_kinds.items():
+                if (reader.dtype(key), reader.shape(key)[1:]) != (dtype, row):
+                    raise ValueError(
+                        f"{reader.path}: {key} has rows {reader.dtype(key)} {list(reader.shape(key)[1:])}, "
+                        f"but {dtype} {list(row)} in {os.fspath(shard_paths[0])}")
+                totals[key] += reader.shape(key)[0]
+    for key, total in totals.items():
+        if total < n:
+            raise ValueError(f"{path}: {n} rows wanted, but the {len(shard_paths)} shards hold "
+                             f"only {total} of {key}")
+    with NpzWriter(path) as out:
+        for key, (dtype, row) in row_kinds.items():
+            out.write(key, (n, *row), dtype, _first_rows(shard_paths, key, n))
+        for key, array in (extra or {}).items():
+            out.write(key, array.shape, array.dtype, [array])
 
 
-def _first_rows(readers: Sequence[NpzReader], key: str, n: int) -> Iterator[np.ndarray]:
-    for reader in readers:
-        rows = min(n, reader.shape(key)[0])
-        yield from reader.chunks(key, stop=rows)
+def _first_rows(paths: Sequence[str | os.PathLike], key: str, n: int) -> Iterator[np.ndarray]:
+    for path in paths:
+        if n <= 0:
+            return
+        with NpzReader(path) as reader:
+            rows = min(n, reader.shape(key)[0])
+            yield from reader.chunks(key, stop=rows)
         n -= rows
 
 

@@ -27,6 +27,7 @@ from ..data.npz_io import NpzReader, write_npz
 from ..files import atomic_file
 from ..generation.run_folder import claim_folder
 from ..generation.sample_batch import Sampler
+from ..generation.shards import left_when_listed
 from .measures import Figures, Sums, figures_of, observe, walks_of
 from .walks import Batch, Model
 
@@ -92,6 +93,9 @@ class MeasureRun:
     def _sum_up(self) -> None:
         """From sums to figures; measures.json comes last, and says that all is there."""
         partial = PartialSums(os.path.join(self.out_dir, "partial"))
+        if left := left_when_listed(lambda: partial.missing(self.num_images)):
+            raise ValueError(f"{partial.path} does not count image {left[0]}, though all processes have written their sums: do "
+                             "they share this folder? The same command again measures what is missing")
         sums, n = partial.total()
         assert n == self.num_images, f"{partial.path} counts {n} of {self.num_images} images"
         process = self.sampler.diffusion

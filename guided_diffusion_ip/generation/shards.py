@@ -7,12 +7,27 @@ from __future__ import annotations
 
 import os
 import re
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..data.npz_io import merge_npz, write_npz
 
 Range = tuple[int, int]
+
+# What other machines have written may be missing from a listing of a network file system for so long: NFS keeps its view of a
+# folder for up to a minute (acdirmax).
+LISTING_S = 75.0
+_POLL_S = 0.5
+
+
+def left_when_listed(missing: Callable[[], Sequence]) -> Sequence:
+    """What `missing` still returns when it has been asked for LISTING_S seconds; empty as soon as it returns nothing."""
+    deadline = time.monotonic() + LISTING_S
+    while (left := missing()) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return left
 
 
 class ShardFolder:
@@ -47,8 +62,14 @@ class ShardFolder:
         self.remove()
 
     def files(self) -> list[str]:
-        """The paths of all shards, in order; only when nothing is missing."""
-        assert not self.missing(1), f"{self.path} still has gaps"
+        """The paths of all shards, in order, when all have been written; waits until this machine sees them.
+
+        Raises:
+            ValueError: some do not appear.
+        """
+        if gaps := left_when_listed(lambda: self.missing(self.num_samples)):
+            raise ValueError(f"{self.path} lacks the images {gaps[0][0]} to {gaps[0][1] - 1}, though all processes have written "
+                             "theirs: do they share this folder? The same command again makes what is missing")
         return [self._file(r) for r in self.present()]
 
     def remove(self) -> None:

@@ -226,7 +226,7 @@ def create_for_sampling(cfg: Config) -> tuple[nn.Module, Any]:
         if "edm_steps" not in cfg.values:
             raise ValueError(f"{cfg.script} works on a process with T steps, and EDM's models (--framework edm) have none: "
                              "image_sample samples them")
-        model = edm_denoiser(cfg)
+        model = edm_denoiser(cfg, use_fp16=False)  # load_for_sampling converts it, to what sampling_precision says
         return model, model
     lambdas = {"timestep_respacing": cfg.timestep_respacing, "eps_scaler": cfg.values.get("eps_scaler", 1.0),
                "eps_scaler_k": cfg.values.get("eps_scaler_k", 0.0)}

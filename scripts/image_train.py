@@ -59,7 +59,8 @@ def sampler_on_the_way(cfg: Config, model, shape: tuple[int, int, int], respacin
         steps = getattr(cfg, respacing) if respacing in cfg.given else "18"
         if not steps.isdigit():
             raise ValueError(f"--{respacing} {steps}: --framework edm takes a number of Heun steps, such as 18")
-        return SigmaSampler(lambda network, _: BoundDenoiser(network, model), shape, cfg.seed, {"num_steps": int(steps)})
+        return SigmaSampler(lambda network, _: BoundDenoiser(network, model), shape, cfg.seed, {"num_steps": int(steps)},
+                            rounded=True)
     process = create(cfg, timestep_respacing=getattr(cfg, respacing), loss_weighting="uniform")[1]
     return Sampler(process, shape, cfg.seed)
 

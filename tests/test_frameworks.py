@@ -1,5 +1,6 @@
 """EDM's and DDPM's models through the same scripts as ADM's: training, resuming, sampling along sigma, and what is refused."""
 import os
+import runpy
 import subprocess
 import sys
 
@@ -10,7 +11,11 @@ import yaml
 
 from guided_diffusion_ip import script_util
 from guided_diffusion_ip.config import parse
-from guided_diffusion_ip.generation.sample_setup import make_sampler, settle_sampler
+from guided_diffusion_ip.generation.sample_batch import draw_images
+from guided_diffusion_ip.generation.sample_run import SampleRun
+from guided_diffusion_ip.generation.sample_setup import (
+    make_sampler, sampling_precision, settle_sampler, what_decides_the_images)
+from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 from guided_diffusion_ip.training.train_loop import TrainLoop
 from test_scripts import ROOT, TINY, flags, images, run  # noqa: F401 (images is a fixture)
 
@@ -95,6 +100,88 @@ def test_ddpm_samples_by_every_sampler(ddpm, tmp_path, capsys, monkeypatch):
                               str(tmp_path / name), *more, capsys=capsys, monkeypatch=monkeypatch)
         assert code in (0, None), err
         assert os.path.exists(tmp_path / name / "samples_3x8x8x1.npz")
+
+
+# ---- pixels ----
+
+LEVEL = 100.7  # of 0 to 255
+
+
+class ConstantDenoiser(torch.nn.Module):
+    """D = LEVEL whatever it is asked: every chain ends at it exactly, since D stands alone at sigma = 0."""
+
+    sigma_min, sigma_max, label_dim = 0.0, float("inf"), 0
+
+    def round_sigma(self, sigma):
+        return torch.as_tensor(sigma)
+
+    def forward(self, x, sigma, labels=None, augment_labels=None):
+        return torch.full_like(x, LEVEL / 127.5 - 1)
+
+
+EDM_8 = flags(framework="edm", image_size=8, in_channels=1)
+
+
+def test_pixels_of_edm_models_are_rounded(tmp_path):
+    model = ConstantDenoiser()
+    for sampler in ("heun", "euler"):
+        sampler = make_sampler(settled(*EDM_8, "--sampler", sampler), model, (8, 8))
+        path = SampleRun(sampler, 3, str(tmp_path / str(sampler.options["solver"])), {})(model, 2, torch.device("cpu"))
+        assert np.unique(np.load(path)["arr_0"]).tolist() == [101]
+
+
+def test_pixels_of_adm_models_are_truncated_by_every_sampler(tmp_path):
+    def model(x, t):  # predicts x_0
+        return torch.full_like(x, LEVEL / 127.5 - 1)
+
+    process = script_util.create_gaussian_diffusion(predict_xstart=True, timestep_respacing="3")
+    for kind in ("ddpm", "ddim", "heun", "euler"):
+        sampler = make_sampler(settled(*flags(image_size=8, in_channels=1), "--sampler", kind), process, (8, 8))
+        assert not sampler.rounded
+        if kind in ("ddpm", "ddim"):  # the others stop at the lowest of the process's noise levels
+            path = SampleRun(sampler, 3, str(tmp_path / kind), {})(model, 2, torch.device("cpu"))
+            assert np.unique(np.load(path)["arr_0"]).tolist() == [100]
+
+
+def test_pictures_and_evaluations_during_training_have_the_pixels_of_their_framework():
+    on_the_way = runpy.run_path(str(ROOT / "scripts" / "image_train.py"))["sampler_on_the_way"]
+    model = ConstantDenoiser()
+    cfg = parse("image_train", "", EDM_8)
+    for respacing in ("sample_respacing", "eval_respacing"):
+        pixels = draw_images(on_the_way(cfg, model, (1, 8, 8), respacing), model, 3, 2, lambda index: {})
+        assert np.unique(pixels).tolist() == [101]
+    assert not on_the_way(parse("image_train", "", flags(**TINY)), None, (1, 8, 8), "sample_respacing").rounded
+
+
+def test_rounded_images_are_not_mixed_with_truncated_ones(edm, tmp_path, capsys, monkeypatch):
+    command = ["image_sample", "--model_path", str(edm[0] / "ema_0.5_000004.pt"), "--num_samples", "3", "--edm_steps", "2",
+               "--out_dir", str(tmp_path)]
+    code, _, err = run(*command, capsys=capsys, monkeypatch=monkeypatch)
+    assert code in (0, None), err
+    path = tmp_path / "settings.yaml"
+    settings = yaml.safe_load(path.read_text())
+    assert settings["quantisation"] == "rounded"
+    path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if key != "quantisation"}))
+    code, _, err = run(*command, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and "quantisation None instead of 'rounded'" in err and "--out_dir" in err
+
+
+# ---- number formats ----
+
+@pytest.mark.parametrize("half, argv, halves", [
+    ("True", [], "fp16"), ("True", ["--precision", "fp32"], "fp32"), ("True", ["--precision", "bf16"], "bf16"),
+    ("False", [], "fp32"), ("False", ["--precision", "fp16"], "fp16"), ("False", ["--precision", "fp32"], "fp32")])
+def test_precision_wins_over_the_use_fp16_of_an_edm_checkpoint(edm, tmp_path, half, argv, halves):
+    saved = yaml.safe_load((edm[0] / "config.yaml").read_text())
+    saved["model"]["use_fp16"] = half == "True"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    path = str(edm[0] / "ema_0.5_000004.pt")
+    cfg = settled("--config", str(tmp_path / "config.yaml"), "--model_path", path, *argv)
+    model, denoiser = script_util.create_for_sampling(cfg)
+    load_for_sampling(model, path, cfg.section("model"), sampling_precision(cfg))
+    assert (denoiser.use_fp16, denoiser.use_bf16) == (halves == "fp16", halves == "bf16")
+    settings = what_decides_the_images(cfg, ("model", "edm"))
+    assert (settings["precision"], settings["use_fp16"]) == (halves, halves == "fp16")
 
 
 # ---- settings ----

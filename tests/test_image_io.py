@@ -64,6 +64,24 @@ def test_quantisation_round_trip():
     assert torch.equal(to_uint8(x + 0.5 / 127.5), levels)
 
 
+@pytest.mark.parametrize("value, byte", [
+    (-1.0, 0), (1.0, 255), (-7.0, 0), (3.0, 255), (float("inf"), 255), (-float("inf"), 0),
+    (0.0, 128), (0.49 / 127.5 - 1, 0), (0.51 / 127.5 - 1, 1), (1.49 / 127.5 - 1, 1), (254.51 / 127.5 - 1, 255)])
+def test_quantisation_rounds_if_asked_to(value, byte):
+    assert to_uint8(torch.full((1, 1, 1, 1), value), rounded=True).item() == byte
+
+
+def test_rounded_bytes_come_back_as_themselves_and_truncated_ones_half_a_level_darker():
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
+    x = to_model_range(levels)
+    for off in (-0.49, 0, 0.49):
+        assert torch.equal(to_uint8(x + off / 127.5, rounded=True), levels)
+    fine = torch.linspace(-1, 1, 255 * 100 + 1).reshape(1, 1, 1, -1)
+    exact = (fine + 1) * 127.5
+    assert abs(float((to_uint8(fine, rounded=True).flatten() - exact.flatten()).mean())) < 0.01
+    assert abs(float((to_uint8(fine).flatten() - exact.flatten()).mean()) + 0.5) < 0.01
+
+
 def test_to_uint8_layout_precision_and_errors():
     x = torch.linspace(-1, 1, 2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
     out = to_uint8(x)

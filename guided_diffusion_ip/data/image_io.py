@@ -48,10 +48,14 @@ def to_model_range(images: np.ndarray | Tensor) -> Tensor:
     return pixels.div_(127.5).sub_(1.0)
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] = clamp((x + 1) 127.5, 0, 255).
+def to_uint8(x: Tensor, rounded: bool = False) -> Tensor:
+    """float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] = clamp((x + 1) 127.5, 0, 255), truncated.
 
-    Truncation, not rounding, as in ADM, so that FIDs compare; in float32 at least.
+    Truncation is ADM's way, and makes images half a level darker on average; FIDs see it. In
+    float32 at least.
+
+    Args:
+        rounded: clamp(127.5 x + 128, 0, 255), truncated, which is the nearest level: EDM's way.
 
     Raises:
         ValueError: not four dimensions, or a NaN, which no pixel can show.
@@ -63,7 +67,8 @@ def to_uint8(x: Tensor) -> Tensor:
         raise ValueError(f"{bad} of {len(x)} images contain NaN: the model has diverged or "
                          "overflows in half precision (try --use_fp16 False, or an older one)")
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    pixels = ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    levels = x * 127.5 + 128 if rounded else (x + 1) * 127.5
+    pixels = levels.clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous()
 
 

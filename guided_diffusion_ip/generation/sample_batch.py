@@ -36,6 +36,11 @@ class Sampler:
     guidance_scale: float = 1.0
     null_label: int | None = None
 
+    @property
+    def rounded(self) -> bool:
+        """How to_uint8 makes pixels of the images: truncated, as in ADM."""
+        return False
+
     def __call__(
         self, model: Callable[..., Tensor], index: Sequence[int], model_kwargs: dict[str, Any] | None = None,
         device: torch.device | str = "cpu", progress: bool = False,
@@ -59,6 +64,7 @@ class SigmaSampler:
         as_denoiser: as_denoiser(network, model_kwargs) -> D; see diffusion/denoiser.py.
         options: of edm_sample or, with `ablation`, of ablation_sample: num_steps, sigma_min, S_churn, eps_scaler, ...
         guidance_scale, null_label: as for Sampler.
+        rounded: make pixels of the images as EDM does, see to_uint8; for EDM's models.
     """
 
     as_denoiser: Callable[[Callable[..., Tensor], dict[str, Any]], Any]
@@ -68,6 +74,7 @@ class SigmaSampler:
     ablation: bool = False
     guidance_scale: float = 1.0
     null_label: int | None = None
+    rounded: bool = False
 
     def __call__(
         self, model: Callable[..., Tensor], index: Sequence[int], model_kwargs: dict[str, Any] | None = None,
@@ -111,7 +118,7 @@ def draw_images(sampler: Sampler | SigmaSampler, model: Callable[..., Tensor], c
     for start in range(0, len(mine), batch_size):
         index = list(mine[start:start + batch_size])
         kwargs = {name: value.to(device) for name, value in kwargs_for(index).items()}
-        flat.append(to_uint8(sampler(model, index, kwargs, device)).flatten(1).cpu().numpy())
+        flat.append(to_uint8(sampler(model, index, kwargs, device), sampler.rounded).flatten(1).cpu().numpy())
     return dist_util.all_gather_rows(np.concatenate(flat)).reshape(count, height, width, channels)
 
 

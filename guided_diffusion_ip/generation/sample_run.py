@@ -23,7 +23,7 @@ from .. import dist_util
 from ..data.image_io import save_grid, save_png, to_uint8
 from ..data.npz_io import NpzReader
 from .run_folder import claim_folder
-from .sample_batch import Sampler
+from .sample_batch import Sampler, SigmaSampler
 from .shards import ShardFolder
 
 GRID_IMAGES = 64
@@ -39,7 +39,7 @@ class SampleRun:
         picture_names: of the PNG files, num_samples of them, without extension; () for their numbers.
     """
 
-    sampler: Sampler
+    sampler: Sampler | SigmaSampler
     num_samples: int
     out_dir: str
     settings: dict[str, Any]
@@ -77,7 +77,7 @@ class SampleRun:
                 index = list(range(start, stop))
                 kwargs = {name: value.to(device) for name, value in self.kwargs_for(index).items()}
                 images = self.sampler(model, index, kwargs, device, progress=dist_util.is_main() and sys.stderr.isatty())
-                arrays = {"arr_0": to_uint8(images).cpu().numpy()}
+                arrays = {"arr_0": to_uint8(images, self.sampler.rounded).cpu().numpy()}
                 if "y" in kwargs:
                     arrays["arr_1"] = kwargs["y"].cpu().numpy()
                 folder.write(start, arrays)

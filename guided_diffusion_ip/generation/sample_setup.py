@@ -43,13 +43,13 @@ def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampl
     guidance = {"guidance_scale": cfg.guidance_scale, "null_label": cfg.num_classes if cfg.null_class else None}
     if kind in ("ddpm", "ddim"):
         return Sampler(diffusion, shape, cfg.seed, kind == "ddim", cfg.eta, cfg.clip_denoised, **guidance)
-    if cfg.values.get("framework") == "edm":
+    if edm := cfg.values.get("framework") == "edm":
         def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
             return BoundDenoiser(network, diffusion)
     else:
         def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
             return ProcessDenoiser(diffusion, network, model_kwargs=kwargs, null_label=guidance["null_label"])
-    return SigmaSampler(as_denoiser, shape, cfg.seed, sigma_options(cfg, kind), is_ablation(cfg), **guidance)
+    return SigmaSampler(as_denoiser, shape, cfg.seed, sigma_options(cfg, kind), is_ablation(cfg), **guidance, rounded=edm)
 
 
 def settle_sampler(cfg: Any) -> None:
@@ -151,6 +151,10 @@ def what_decides_the_images(cfg: Any, sections: Iterable[str] = ("model", "diffu
         values |= {"sampler": kind, **{name: getattr(cfg, name) for name in _SIGMA}}
     if cfg.values.get("precision"):
         values["precision"] = cfg.precision
+    if cfg.values.get("framework") == "edm":
+        # The published --use_fp16 comes with the checkpoint's config, and --precision wins over it: the settings tell what was done.
+        precision = sampling_precision(cfg)
+        values |= {"precision": precision, "use_fp16": precision == "fp16", "quantisation": "rounded"}
     if cfg.trained_on:
         values["trained_on"] = cfg.trained_on  # decides through the weights; evaluator.py compares it with the reference's
     for section in sections:

@@ -6,20 +6,22 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from . import files
 from .config import Config, adopt_checkpoint_config, config_beside, nearest, published_lambda
 from .diffusion.kinds import LossType, ModelMeanType, ModelVarType
 from .diffusion.loss_weighting import LossWeighting
 from .diffusion.noise_schedule import get_named_beta_schedule
 from .diffusion.respace import SpacedDiffusion, space_timesteps
 from .edm_setup import edm_denoiser
-from .exposure_bias.schedule_file import read_schedule
+from .exposure_bias.schedule_file import check_origin, read_schedule
 from .flags import SECTIONS, str2bool
-from .generation.sample_setup import sampling_precision
+from .generation.sample_setup import sampler_kind, sampling_precision
 from .interop.adm_checkpoint import load_for_sampling
 from .interop.diffusers_models import ddpm_unet
 from .interop.edm_networks import create_edm_denoiser  # noqa: F401 (its known place is here)
@@ -185,7 +187,8 @@ def settle_lambda(cfg: Config) -> None:
     """Turn `--eps_schedule FILE` and `--eps_scaler published` into the eps_scaler and eps_scaler_k that they stand for.
 
     Raises:
-        ValueError: both a schedule and another lambda are given, or the file or the table of published values does not fit.
+        ValueError: both a schedule and another lambda are given, or the file or the table of published values does not fit; a
+            schedule that was calibrated for another checkpoint is a warning.
     """
     if cfg.eps_schedule:
         if cfg.eps_scaler != 1.0 or cfg.eps_scaler_k != 0.0:
@@ -196,6 +199,11 @@ def settle_lambda(cfg: Config) -> None:
         else:
             steps = len(space_timesteps(cfg.diffusion_steps, cfg.timestep_respacing or [cfg.diffusion_steps]))
         cfg.values["eps_scaler"], cfg.values["eps_scaler_k"] = read_schedule(cfg.eps_schedule, steps)
+        for note in check_origin(cfg.eps_schedule, sampler_kind(cfg), {
+                "eta": cfg.eta, "diffusion_steps": cfg.diffusion_steps, "timestep_respacing": cfg.timestep_respacing,
+                "model_sha256": files.sha256(cfg.model_path) if files.exists(cfg.model_path) else "",
+                "clip_denoised": cfg.clip_denoised, "guidance_scale": cfg.guidance_scale}):
+            warnings.warn(note)
     elif cfg.eps_scaler == "published":
         cfg.values["eps_scaler"], cfg.values["eps_scaler_k"] = published_lambda(cfg)
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from guided_diffusion_ip import dist_util, files, script_util
 from guided_diffusion_ip.config import command, parse
-from guided_diffusion_ip.exposure_bias.calibrate import Calibration, calibrate, describe
+from guided_diffusion_ip.exposure_bias.calibrate import (
+    BRACKET, CLIPPED, EDGE, NOISE, SOLVED, Calibration, calibrate, describe)
 from guided_diffusion_ip.exposure_bias.schedule_file import write_schedule
 from guided_diffusion_ip.exposure_bias.setup import open_real_images, what_decides
 from guided_diffusion_ip.generation.sample_setup import make_sampler, say
@@ -39,10 +40,31 @@ def main() -> None:
     say(f"images: {len(real.chosen)} spread over {real.images.text}\n"
         f"calibrating {kind} at {diffusion.num_timesteps} steps with {cfg.model_path}, by {cfg.by}")
     found = calibrate(sampler, model, real, len(real.chosen), cfg.batch_size, dist_util.dev(), cfg.by)
+    say(table(found))
+    require_some_solved(found, out)
     if dist_util.is_main():
         write_schedule(out, describe(found, settings), COMMENT)
-        print(table(found) + f"\nschedule: {out}", flush=True)
+        print(f"schedule: {out}", flush=True)
     dist_util.cleanup()
+
+
+def require_some_solved(found: Calibration, out: str) -> None:
+    """Warn of lambdas that are but the bracket's end.
+
+    Raises:
+        ValueError: the target was met at no step.
+    """
+    tried = len(found.how) - 1  # the last step is never looked at
+    edge, noise, clipped = (found.how.count(how) for how in (EDGE, NOISE, CLIPPED))
+    low, high = BRACKET
+    if SOLVED not in found.how:
+        raise ValueError(
+            f"nothing was solved, and {out} is not written: of {tried} steps {edge} need a lambda outside of {low} to {high}, "
+            f"{noise} show no response above the noise (more --num_images help) and at {clipped} x_0_hat is clipped; is it the "
+            "checkpoint's own data, and enough steps?")
+    if edge:
+        say(f"warning: {edge} of {tried} lambdas are at the edge of {low} to {high}, where they do not meet the target: the "
+            "chain's norm (or variance) is off by more than lambda can make up for; compare FIDs before using them")
 
 
 def table(found: Calibration) -> str:

@@ -355,6 +355,7 @@ def sampled(script, tmp_path, name, *argv, capsys, monkeypatch):
     code, _, err = run(script, *argv, "--num_samples", "6", "--timestep_respacing", "5", "--out_dir", str(tmp_path / name),
                        capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0, err
+    assert "step 5/5" in err, "the bar moves with the steps"
     with np.load(tmp_path / name / "samples_6x8x8x1.npz") as npz:
         return npz["arr_0"], npz["arr_1"] if "arr_1" in npz else None
 

@@ -1,6 +1,8 @@
 """scripts/convert_checkpoint.py and the safetensors files: nothing is lost on any way, and what is wrong is one line."""
 import importlib.util
 import json
+import os
+import re
 import struct
 import sys
 
@@ -16,6 +18,7 @@ from guided_diffusion_ip.interop.edm_networks import create_edm_denoiser
 from guided_diffusion_ip.interop.edm_pickle import edm_flags, read_edm_pickle
 from guided_diffusion_ip.interop.safetensors_file import read_safetensors, write_safetensors
 from launch import ROOT, run
+from test_ddim_checkpoint import official
 
 MODEL = dict(image_size=16, num_channels=32, num_res_blocks=1, attention_resolutions="8", channel_mult="1,2", num_heads=1)
 CONFIG = yaml.safe_dump({"model": MODEL, "diffusion": {"diffusion_steps": 20, "noise_schedule": "cosine"}, "train": {"lr": 0.001}})
@@ -120,7 +123,52 @@ def test_the_config_in_the_header_plays_the_part_of_the_one_beside(tmp_path):
     assert config.config_beside(str(path)) == str(tmp_path / "config.yaml")
 
 
+# ---- the documents ----
+
+DOCUMENTS = "\n".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+
+
+def test_the_documents_name_the_files_that_are_made(tmp_path, convert_here, monkeypatch):
+    """Each --model_path in a folder that a documented command of this script makes."""
+    monkeypatch.chdir(tmp_path)
+    made = {}
+    for source, folder in re.findall(r"convert_checkpoint\.py (\S+\.(?:pkl|ckpt)) ([a-z]\w*)", DOCUMENTS):
+        made.setdefault(folder, []).append(os.path.basename(source))
+    used = {(os.path.dirname(path), os.path.basename(path)) for path in re.findall(r"--model_path (\S+\.pt)\b", DOCUMENTS)
+            if os.path.dirname(path) in made}
+    assert {folder for folder, _ in used} == set(made) and len(made) >= 3, "each command is followed by one that uses its file"
+    for folder, sources in made.items():
+        for source in set(sources):
+            if source.endswith(".pkl"):
+                (tmp_path / source).write_bytes(edm_file(small_denoiser(torch.float32)))
+            else:
+                pytest.importorskip("diffusers")
+                torch.save(official("cifar").state_dict(), source)
+            convert_here(source, folder)
+    for folder, name in used:
+        assert name in os.listdir(folder), (folder, name)
+
+
+def test_the_table_of_documented_names_is_what_is_made(tmp_path, convert_here):
+    rows = re.findall(r"^\| `(\S+?)NAME\.pkl`.*\| a folder: `(\S+?)NAME\.pt`", DOCUMENTS, re.MULTILINE)
+    assert len(rows) == 1
+    (before, after), = rows
+    source = tmp_path / f"{before}some-net.pkl"
+    source.write_bytes(edm_file(small_denoiser(torch.float32)))
+    convert_here(source, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.yaml", f"{after}some-net.pt"]
+
+
 # ---- the script ----
+
+def test_a_pickle_given_to_a_sampling_script_is_sent_to_this_one(tmp_path):
+    source = tmp_path / "edm-small-vp.pkl"
+    source.write_bytes(edm_file(small_denoiser(torch.float32)))
+    done = run([sys.executable, str(ROOT / "scripts" / "image_sample.py"), "--model_path", str(source), "--image_size", "16",
+                "--num_channels", "32", "--num_res_blocks", "1"])
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0
+    assert f"python scripts/convert_checkpoint.py {source} FOLDER" in done.stderr and "damaged" not in done.stderr
+
 
 def test_edm_pickle_to_a_folder_that_makes_the_same_denoiser(tmp_path, convert_here):
     denoiser = small_denoiser(torch.float16)

@@ -1,6 +1,7 @@
 """diffusers' networks behind the adapter: outputs, names, gradients; then training, measuring and latents with our process."""
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from golden_tools import load_seeded_weights, seeded_image, seeded_normal
+from launch import ROOT
 
 pytest.importorskip("diffusers")
 
@@ -294,6 +296,32 @@ def test_a_torchvision_that_does_not_load_is_no_hindrance(tmp_path):
             "print(type(ddpm_unet(8, 3, 32, '1,1', 1, '')).__name__)")
     done = run_python(code, PYTHONPATH=str(tmp_path))
     assert done.stdout == "DiffusersModel\n", done.stderr
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "diffusers.md").read_text(), re.DOTALL)
+# Imported when it is called, since the snippet itself has to import diffusers first.
+TINY_PIPELINE = """
+def tiny_pipeline():
+    from test_diffusers_models import diffusers, small_dit
+    from golden_tools import load_seeded_weights
+    vae = load_seeded_weights(diffusers.AutoencoderKL(
+        block_out_channels=(16, 32), latent_channels=4, norm_num_groups=8, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2))
+    return diffusers.DiTPipeline(small_dit(1000), vae, diffusers.DDIMScheduler())
+"""
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_the_snippets_of_the_document_run_beside_a_torchvision_that_does_not_load(number, tmp_path):
+    """As they stand there, but for the download of three gigabytes."""
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    code = re.sub(r"(diffusers\.)?DiTPipeline\.from_pretrained\([^)]*\)", "tiny_pipeline()", SNIPPETS[number])
+    done = run_python(TINY_PIPELINE + code, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT / "tests"), str(ROOT)]))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_document_has_its_snippets():
+    assert len(SNIPPETS) == 3 and "tiny" not in "".join(SNIPPETS) and "from_pretrained" in SNIPPETS[0]
 
 
 def test_a_missing_library_is_named_with_its_extra():

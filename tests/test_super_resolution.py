@@ -167,6 +167,7 @@ def sample(trained, base, out, *more, capsys, monkeypatch):
     code, said, err = run("super_res_sample", "--model_path", str(trained[0] / "ema_0.5_000004.pt"), "--base_samples", base,
                           "--timestep_respacing", "2", "--out_dir", str(out), *more, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0, err
+    assert "step 2/2" in err, "the bar moves with the steps"
     with np.load(next(Path(out).glob("samples_*.npz"))) as npz:
         return npz["arr_0"], npz["arr_1"], said
 

@@ -43,6 +43,9 @@ def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
 
 def _explain(name: str, error: Exception) -> str:
     text = str(error)
+    if name.lower().endswith(".pkl"):  # as EDM publishes its networks
+        return (f"checkpoint {name}: a pickled program, which is not run; if it is one of EDM's, python "
+                f"scripts/convert_checkpoint.py {name} FOLDER makes a .pt and its config.yaml of it")
     if refused := re.search(r"(?:GLOBAL|class) ([\w.]+)", text):
         return (f"checkpoint {name}: refused, it holds {refused[1]} besides tensors, and reading "
                 f"that could run code; save its state_dict alone with torch.save and load that")

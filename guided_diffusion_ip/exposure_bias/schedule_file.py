@@ -7,19 +7,24 @@
     kb: {k: 0.0005, b: 1.004}        # a line, beside a constant b
     use: lambda                      # which of them counts: lambda, b (with k), or kb; default: the first that is there
 
+    settings: {use_ddim: false, ...} # what it was calibrated for; compared with what it is used for, where it is there
+
 Other keys are for people and are not read.
 """
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
+from ..diffusion.respace import space_timesteps
 from ..files import atomic_file
 
 FORMS = ("lambda", "b", "kb")
+_CHECKED = ("eta", "diffusion_steps", "timestep_respacing", "model_sha256")  # by check_origin, each in its own way
 
 
 def read_schedule(path: str | os.PathLike, num_timesteps: int) -> tuple[float | list[float], float]:
@@ -50,6 +55,46 @@ def read_schedule(path: str | os.PathLike, num_timesteps: int) -> tuple[float | 
             raise ValueError(f"{path}: kb is {line!r}, expected {{k: NUMBER, b: NUMBER}}")
         return _number(path, "kb.b", line["b"]), _number(path, "kb.k", line["k"])
     return _number(path, "b", content["b"]), _number(path, "k", content.get("k", 0.0))
+
+
+def check_origin(path: str | os.PathLike, sampler: str, wanted: Mapping[str, Any]) -> list[str]:
+    """Warnings about what the schedule was calibrated with and is not used with; [] for one that was written by hand.
+
+    Args:
+        sampler: ddpm, ddim, heun or euler.
+        wanted: eta, diffusion_steps, timestep_respacing, model_sha256 ('' if unknown), and whatever else is to be compared.
+
+    Raises:
+        ValueError: it was calibrated for another sampler or respacing, for which its lambdas mean nothing.
+    """
+    made_for = _load(path).get("settings")
+    if not isinstance(made_for, dict):
+        return []
+    again = "calibrate for it (scripts/calibrate_eps.py)"
+    kind = sampler
+    if isinstance(made_for.get("use_ddim"), bool):
+        kind = "ddim" if made_for["use_ddim"] else "ddpm"
+    if kind != sampler:
+        raise ValueError(f"{path} was calibrated for {kind.upper()}, and {sampler.upper()} is asked for: {again}, or sample by "
+                         f"{kind.upper()}")
+    if kind == "ddim" and made_for.get("eta", wanted["eta"]) != wanted["eta"]:
+        raise ValueError(f"{path} was calibrated for DDIM with --eta {made_for['eta']}, and --eta {wanted['eta']:g} is asked for: "
+                         f"{again}")
+    if {"diffusion_steps", "timestep_respacing"} <= set(made_for) and _timesteps(made_for) != _timesteps(wanted):
+        raise ValueError(f"{path} was calibrated for --timestep_respacing {made_for['timestep_respacing'] or 'of all steps'}, which "
+                         f"are other steps than {wanted['timestep_respacing'] or 'all'}: {again}, or sample with those")
+    notes = []
+    if wanted["model_sha256"] and made_for.get("model_sha256", wanted["model_sha256"]) != wanted["model_sha256"]:
+        notes.append(f"{path} was calibrated for another checkpoint ({made_for.get('model_path', '?')}, of another content): its "
+                     "lambdas may be too large or too small for this one")
+    notes += [f"{path} was calibrated with --{name} {made_for[name]}, and {wanted[name]} is asked for: its lambdas may not fit"
+              for name in wanted if name not in _CHECKED and made_for.get(name, wanted[name]) != wanted[name]]
+    return notes
+
+
+def _timesteps(settings: Mapping[str, Any]) -> set[int]:
+    steps = int(settings["diffusion_steps"])
+    return space_timesteps(steps, settings["timestep_respacing"] or [steps])
 
 
 def _load(path: str | os.PathLike) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .. import dist_util, files
 from ..data.npz_io import NpzReader, write_npz
 from ..noise import NormalStream, Stream
+from .progress import ImageBar
 from .run_folder import claim_folder
 from .shards import ShardFolder
 
@@ -77,11 +76,11 @@ class LikelihoodRun:
         pieces = dist_util.broadcast_object(folder.missing(batch_size))
         world = dist_util.get_world_size()
         left = sum(stop - start for start, stop in pieces)
-        with tqdm(total=self.num_images, initial=self.num_images - left, unit="img", desc="likelihood",
-                  disable=None if dist_util.is_main() else True) as bar:
+        with ImageBar("likelihood", self.num_images, self.num_images - left, self.diffusion.num_timesteps) as bar:
             for start, stop in pieces[dist_util.get_rank()::world]:
-                folder.write(start, self._measure(model, range(start, stop), device))
-                bar.update(min((stop - start) * world, self.num_images - bar.n))
+                with bar.batch(model, stop - start) as counted:
+                    arrays = self._measure(counted, range(start, stop), device)
+                folder.write(start, arrays)
         dist_util.barrier()
 
     def _measure(self, model: Callable[..., Tensor], index: Sequence[int], device: torch.device) -> dict[str, np.ndarray]:
@@ -90,8 +89,7 @@ class LikelihoodRun:
         result = self.diffusion.calc_bpd_loop(
             model, images.to(device), clip_denoised=self.clip_denoised,
             model_kwargs={name: value.to(device) for name, value in kwargs.items()},
-            randn_like=NormalStream(self.seed, Stream.LIKELIHOOD, torch.tensor(index)),
-            progress=dist_util.is_main() and sys.stderr.isatty())
+            randn_like=NormalStream(self.seed, Stream.LIKELIHOOD, torch.tensor(index)))
         arrays = {name: result[name].float().cpu().numpy() for name in ("total_bpd", "prior_bpd", *TERMS)}
         bad = [i for i, bpd in zip(index, arrays["total_bpd"]) if not math.isfinite(bpd)]
         if bad:

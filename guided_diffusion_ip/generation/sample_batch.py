@@ -41,6 +41,11 @@ class Sampler:
         """How to_uint8 makes pixels of the images: truncated, as in ADM."""
         return False
 
+    @property
+    def network_calls(self) -> int:
+        """For one batch."""
+        return self.diffusion.num_timesteps
+
     def __call__(
         self, model: Callable[..., Tensor], index: Sequence[int], model_kwargs: dict[str, Any] | None = None,
         device: torch.device | str = "cpu", progress: bool = False,
@@ -75,6 +80,12 @@ class SigmaSampler:
     guidance_scale: float = 1.0
     null_label: int | None = None
     rounded: bool = False
+
+    @property
+    def network_calls(self) -> int:
+        """For one batch: Heun corrects every step but the last."""
+        steps = self.options.get("num_steps", 18)
+        return 2 * steps - 1 if self.options.get("solver", "heun") == "heun" else steps
 
     def __call__(
         self, model: Callable[..., Tensor], index: Sequence[int], model_kwargs: dict[str, Any] | None = None,

@@ -10,18 +10,17 @@ The same command again continues an interrupted run; memory does not grow with t
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .. import dist_util
 from ..data.image_io import save_grid, save_png, to_uint8
 from ..data.npz_io import NpzReader
+from .progress import ImageBar
 from .run_folder import claim_folder
 from .sample_batch import Sampler, SigmaSampler
 from .shards import ShardFolder
@@ -71,17 +70,16 @@ class SampleRun:
         pieces = dist_util.broadcast_object(folder.missing(batch_size))
         mine = pieces[dist_util.get_rank()::dist_util.get_world_size()]
         left = sum(stop - start for start, stop in pieces)
-        with tqdm(total=self.num_samples, initial=self.num_samples - left, unit="img", desc="sampling",
-                  disable=not dist_util.is_main()) as bar:
+        with ImageBar("sampling", self.num_samples, self.num_samples - left, self.sampler.network_calls) as bar:
             for start, stop in mine:
                 index = list(range(start, stop))
                 kwargs = {name: value.to(device) for name, value in self.kwargs_for(index).items()}
-                images = self.sampler(model, index, kwargs, device, progress=dist_util.is_main() and sys.stderr.isatty())
-                arrays = {"arr_0": to_uint8(images, self.sampler.rounded).cpu().numpy()}
+                with bar.batch(model, len(index)) as counted:
+                    images = self.sampler(counted, index, kwargs, device)
+                    arrays = {"arr_0": to_uint8(images, self.sampler.rounded).cpu().numpy()}
                 if "y" in kwargs:
                     arrays["arr_1"] = kwargs["y"].cpu().numpy()
                 folder.write(start, arrays)
-                bar.update(min(len(index) * dist_util.get_world_size(), self.num_samples - bar.n))
         dist_util.barrier()
         if dist_util.is_main():
             folder.merge(self.npz_path)

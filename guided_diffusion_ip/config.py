@@ -2,8 +2,9 @@
 
 Default < config file < command line. A YAML file has the sections of SECTIONS, one named after a script for the flags that
 only it has, `paper` (published numbers: for people and tables, and for `--eps_scaler published`) and, in the config.yaml of a
-training run, `data` (how its images were prepared). A script reads only its own sections; a key that is not a flag of the
-section is an error that names the nearest one. What a run used is saved beside its results as config.yaml in the same form.
+training run, `data` (how its images were prepared, and their classes). A script reads only its own sections; a key that is not a flag of the
+section is an error that names the nearest one. What a run used is saved beside its results as config.yaml in the same form,
+and in the state file of each checkpoint, which is what counts if config.yaml is of another run.
 
 argparse and PyYAML do the parsing. (jsonargparse was tried on paper: flat published flags with two spellings over nested
 sections, of which a script sees only some, would have needed as much code around it.)
@@ -23,7 +24,8 @@ from typing import Any, NoReturn
 import yaml
 
 from . import dist_util, files
-from .flags import NOT_ARCHITECTURE, SCRIPTS, SECTIONS, TRAINING_ONLY
+from .flags import NOT_ARCHITECTURE, NOT_IN_WEIGHTS, NOT_SAVED, OF_A_START, SCRIPTS, SECTIONS, SPEED_ONLY, TRAINING_ONLY
+from .training import checkpoint
 
 
 @dataclass
@@ -36,6 +38,9 @@ class Config:
     paper: dict[str, Any] = field(default_factory=dict)
     config_path: str = ""
     trained_on: str = ""  # how the training images were prepared, from the config.yaml beside a checkpoint
+    classes: list[str] = field(default_factory=list)  # of the training images, likewise; label k is classes[k]
+    adopted: str = ""  # where the settings of model_path come from
+    notes: list[str] = field(default_factory=list)  # what the user should know about them
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -58,16 +63,33 @@ class Config:
         sections = {name: self.section(name) for name in script.sections if name != "edm" or edm}
         if script.extra:
             sections[self.script] = {flag.name: self.values[flag.name] for flag in script.extra}
-        return sections
+        return {section: {name: value for name, value in values.items() if name not in NOT_SAVED}
+                for section, values in sections.items()}
 
     def as_yaml(self) -> str:
         """The merged settings, in the form that --config reads."""
         sections = self.sections()
-        if self.trained_on:
-            sections["data"] = {"preprocessing": self.trained_on}
+        if sections.get("model", {}).get("class_cond") is False:
+            del sections["model"]["num_classes"]  # says nothing, and would count as given where the file is a --config
+        if data := {name: value for name, value in (("preprocessing", self.trained_on), ("classes", self.classes)) if value}:
+            sections["data"] = data
         if self.paper:
             sections["paper"] = self.paper
         return yaml.safe_dump(sections, sort_keys=False)
+
+    def notes_on_origin(self) -> list[str]:
+        """What the user should know about where the settings of model_path come from: from another place than usual, or, where
+        neither a file beside it nor a flag tells, from the defaults."""
+        notes = list(self.notes)
+        if self.adopted or not self.values.get("model_path"):
+            return notes
+        known = [*self.given, *(["num_heads"] if self.values.get("num_head_channels", -1) > 0 else [])]
+        assumed = [f"{name} {self.values[name]}" for name in NOT_IN_WEIGHTS.get(self.values.get("framework", "adm"), ())
+                   if name in self.values and name not in known and (name != "null_class" or self.class_cond)]
+        if assumed:
+            notes.append(f"note: {self.model_path} does not tell how it was trained, and nothing beside it does; assumed: "
+                         f"{', '.join(assumed)} (the defaults; give flags or --config where it was otherwise)")
+        return notes
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -86,13 +108,15 @@ def _where_configs_are(path: str) -> str:
 
 
 def read_yaml(path: str) -> dict[str, dict[str, Any]]:
-    """A config file, or the config in the header of a .safetensors, as {section: {key: value}}.
+    """A config file, or the config in the header of a .safetensors or in a stateNNNNNN.pt, as {section: {key: value}}.
 
     Raises:
         ValueError: missing, not YAML, or with sections that are unknown.
     """
     if not files.exists(path) or os.path.isdir(path):
         raise ValueError(f"config file {path} does not exist (seen from {os.getcwd()}){_where_configs_are(path)}")
+    if _is_state(path):
+        return checkpoint.saved_settings(checkpoint.read_state(path))
     with files.open_binary(path) as file:
         try:
             content = yaml.safe_load(files.safetensors_config(path) if _is_safetensors(path) else file) or {}
@@ -195,20 +219,45 @@ def parse(script: str, description: str, argv: Sequence[str] | None = None) -> C
         word = unknown[0].split("=")[0]
         raise ValueError(f"unknown argument {word}." + nearest(word, known) + " (--help lists all)")
     cfg = Config(script, {flag.name: flag.default for flag in spec.flags()})
-    if namespace.config:
-        content = read_yaml(namespace.config)
-        from_file = values_from_yaml(content, (*spec.sections, script), namespace.config, spec.without)
+    path, ignore = namespace.config, spec.without
+    if not path and "train" in spec.sections and "resume" in namespace.given:
+        path, ignore = _config_of_run(script, namespace.given["resume"][1]), (*spec.without, *OF_A_START)
+    if path:
+        content = read_yaml(path)
+        from_file = values_from_yaml(content, (*spec.sections, script), path, ignore)
         cfg.values.update(from_file)
-        cfg.given.update({name: namespace.config for name in from_file})
-        cfg.paper, cfg.config_path = content.get("paper", {}), namespace.config
+        cfg.given.update({name: path for name in from_file})
+        cfg.paper, cfg.config_path = content.get("paper", {}), path
     for name, (option, value) in namespace.given.items():
         cfg.values[name] = value
         cfg.given[name] = option
     return cfg
 
 
+def _config_of_run(script: str, resume: str) -> str:
+    """Where read_yaml finds the settings of the run that --resume names; '' for auto, and for weights that nothing tells about.
+
+    Raises:
+        ValueError: there is nothing to be continued, or it is the work of another script.
+    """
+    if resume in ("", "auto"):
+        return ""
+    weights = checkpoint.newest(resume) if os.path.isdir(resume) else resume
+    if not weights:
+        raise ValueError(checkpoint.none_in(resume))
+    if not files.exists(weights):
+        raise ValueError(f"--resume {resume}: there is no such file or folder; give a run's folder, a modelNNNNNN.pt, or auto")
+    path = config_beside(weights)
+    content = read_yaml(path) if path else {}
+    other = [name for name in content if name != script and name in SCRIPTS and "train" in SCRIPTS[name].sections]
+    if other and script not in content:
+        raise ValueError(f"--resume {resume}: this run was begun by {other[0]}.py, and {script}.py is another program: continue it "
+                         f"by {other[0]}.py")
+    return path
+
+
 def adopt_checkpoint_config(cfg: Config, path: str) -> None:
-    """Take model and diffusion from the config.yaml beside a checkpoint.
+    """Take model and diffusion from what belongs to a checkpoint: a `path` of config_beside.
 
     Raises:
         ValueError: a flag that was given contradicts the architecture or the process that the checkpoint was trained with.
@@ -220,14 +269,18 @@ def adopt_checkpoint_config(cfg: Config, path: str) -> None:
     if not trained.get("class_cond", cfg.values.get("class_cond")):
         trained.pop("num_classes", None)  # says nothing about a network without classes
     _adopt(cfg, trained, path, "checkpoint")
+    cfg.adopted = path
+    cfg.notes += _note_on_state(path, content)
     cfg.paper = cfg.paper or content.get("paper", {})
     cfg.trained_on = str(content.get("data", {}).get("preprocessing", ""))
+    if cfg.values.get("class_cond"):
+        cfg.classes = _classes_in(content)
 
 
 def adopt_classifier_config(cfg: Config, path: str) -> None:
-    """Take the classifier from the config.yaml beside its checkpoint; after adopt_checkpoint_config for the diffusion model.
+    """Take the classifier from what belongs to its checkpoint; after adopt_checkpoint_config for the diffusion model.
 
-    A config.yaml without a section `classifier` belongs to something else: nothing is taken from it.
+    Settings without a section `classifier` belong to something else: nothing is taken from them.
 
     Raises:
         ValueError: it contradicts a flag that was given, or the diffusion model: other images, classes or noise levels.
@@ -236,6 +289,7 @@ def adopt_classifier_config(cfg: Config, path: str) -> None:
     if "classifier" not in content:
         return
     _adopt(cfg, values_from_yaml(content, ("classifier",), path), path, "classifier")
+    cfg.notes += _note_on_state(path, content)
     both = values_from_yaml(content, ("model", "diffusion"), path)
     if "num_classes" in both and not cfg.class_cond:
         _adopt(cfg, {"num_classes": both["num_classes"]}, path, "classifier")
@@ -243,8 +297,21 @@ def adopt_classifier_config(cfg: Config, path: str) -> None:
         if name in both and both[name] != cfg.values[name]:
             raise ValueError(f"the classifier was trained with {name} {both[name]!r} ({path}), the diffusion model has {name} "
                              f"{cfg.values[name]!r}: guidance needs two that agree in it")
+    classes = _classes_in(content)
+    if cfg.classes and classes:
+        odd = [k for k, (ours, theirs) in enumerate(zip(cfg.classes, classes)) if ours != theirs]
+        if odd:
+            warnings.warn(f"label {odd[0]} is {cfg.classes[odd[0]]!r} for the diffusion model and {classes[odd[0]]!r} for the "
+                          "classifier: guidance needs two that mean the same")
+    cfg.classes = cfg.classes or classes
     if content.get("classifier_train", {}).get("noised") is False:
         warnings.warn("the classifier was trained on clean images (--noised False), but guidance shows it noised ones")
+
+
+def _classes_in(content: dict[str, dict[str, Any]]) -> list[str]:
+    """The names of the training images' classes; [] if they are not known."""
+    classes = content.get("data", {}).get("classes")
+    return [str(name) for name in classes] if isinstance(classes, list) else []
 
 
 def _adopt(cfg: Config, trained: dict[str, Any], path: str, what: str) -> None:
@@ -258,12 +325,64 @@ def _adopt(cfg: Config, trained: dict[str, Any], path: str, what: str) -> None:
             cfg.values[name] = value
 
 
-def config_beside(checkpoint: str) -> str:
-    """What read_yaml finds a checkpoint's config in: its own header (.safetensors), the config.yaml beside it, or '' if neither."""
-    if _is_safetensors(checkpoint) and files.safetensors_config(checkpoint):
-        return checkpoint
-    path = os.path.join(os.path.dirname(checkpoint), "config.yaml")
-    return path if files.exists(path) else ""
+def config_beside(weights: str) -> str:
+    """What read_yaml finds the settings of a checkpoint in: its own header (.safetensors), the config.yaml beside it, or the
+    stateNNNNNN.pt that was saved with it if there is no config.yaml or it is of another run; '' if none of them is there.
+
+    The file itself is read, for its hash, only if config.yaml does not agree with the state of its step.
+    """
+    if _is_safetensors(weights) and files.safetensors_config(weights):
+        return weights
+    path = _config_yaml(weights)
+    usual = path if files.exists(path) else ""
+    states = (checkpoint.saved_settings(state) for _, state in checkpoint.states_near(weights))
+    if usual and not any(_differing(read_yaml(usual), saved, usual) for saved in states):
+        return usual
+    found = checkpoint.state_that_knows(weights) if files.exists(weights) else None
+    if found and (saved := checkpoint.saved_settings(found[2])) and (not usual or _differing(read_yaml(usual), saved, usual)):
+        return found[0]
+    return usual
+
+
+def _config_yaml(weights: str) -> str:
+    return os.path.join(os.path.dirname(weights), "config.yaml")
+
+
+def _differing(content: dict[str, dict[str, Any]], saved: dict[str, dict[str, Any]], path: str) -> dict[str, tuple[Any, Any]]:
+    """{name: (value in `content`, value in `saved`)} where two settings describe another network, process or set of images;
+    {} also if nothing is saved. The sections are given as read_yaml returns them."""
+    if not saved:
+        return {}
+    here, there = (_description(sections, path) for sections in (content, saved))
+    for name in ("preprocessing", "classes"):  # older states do not have them
+        if known := saved.get("data", {}).get(name):
+            here[name], there[name] = content.get("data", {}).get(name), known
+    return {name: (here.get(name), there[name]) for name in there if here.get(name) != there[name]}
+
+
+def _description(content: dict[str, dict[str, Any]], path: str) -> dict[str, Any]:
+    """What a network and its process are: every flag of their sections, and which sections there are."""
+    sections = ("model", "super_res", "classifier", "edm", "diffusion")
+    values = {flag.name: flag.default for section in sections for flag in SECTIONS[section]}
+    values |= values_from_yaml(content, sections, path)
+    if "classifier" not in content and not values["class_cond"]:
+        del values["num_classes"]  # says nothing about a network without classes
+    kinds = {f"section {name}": name in content for name in ("super_res", "classifier")}
+    return {name: value for name, value in (values | kinds).items() if name not in SPEED_ONLY}
+
+
+def _note_on_state(path: str, content: dict[str, dict[str, Any]]) -> list[str]:
+    """One line if `content` is not from the config.yaml that lies beside it."""
+    usual = _config_yaml(path)
+    if not _is_state(path) or not files.exists(usual):
+        return []
+    odd = [f"{name} {saved!r} instead of {here!r}" for name, (here, saved) in _differing(read_yaml(usual), content, usual).items()]
+    return [f"note: {usual} is not of the run that this checkpoint is from; its settings are those saved with it in {path}: "
+            f"{', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''}"]
+
+
+def _is_state(path: str) -> bool:
+    return path.endswith(".pt")
 
 
 def _is_safetensors(path: str) -> bool:
@@ -305,7 +424,7 @@ def _raised_by_us(error: BaseException) -> bool:
 def _verdict(error: BaseException) -> tuple[str, int]:
     """The line that a user gets to see ("": the traceback), and the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 130
+        return f"interrupted: {error}" if str(error) else "interrupted", 130
     ours = isinstance(error, OSError) or isinstance(error, ValueError) and _raised_by_us(error)
     if not ours or os.environ.get("GUIDED_DIFFUSION_IP_TRACEBACK"):
         return "", 1

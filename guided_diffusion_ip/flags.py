@@ -91,7 +91,8 @@ _MODEL = (
     Flag("attention_resolutions", "16,8", "sizes of the feature maps that get attention (shorter side)"),
     Flag("dropout", 0.0, "dropout in the residual blocks", least=0),
     Flag("class_cond", False, "condition on class labels"),
-    Flag("num_classes", 1000, "number of classes if class_cond", least=1),
+    Flag("num_classes", 1000, "number of classes if class_cond; a training that is not told takes as many as its images have",
+         least=1),
     Flag("null_class", False, "one more label, number num_classes, for 'no class'; --class_dropout brings it along"),
     Flag("learn_sigma", False, "predict the variance too"),
     Flag("use_scale_shift_norm", True, "timestep embedding as scale and shift after the norm, instead of a sum"),
@@ -162,10 +163,12 @@ _SAVING = (
     Flag("save_minutes", 0.0, "also save when the last checkpoint is so many minutes old; 0: no", least=0),
     Flag("keep_last", 0, "keep the newest so many checkpoints; 0: all", least=0),
     Flag("keep_every", 0, "keep those at multiples of so many steps in any case; 0: none", least=0),
-    Flag("resume", "", "auto: continue from the newest checkpoint in --out_dir, if there is one; or a modelNNNNNN.pt, or a run's "
-         "folder"),
+    Flag("resume", "", "a run's folder, or a checkpoint's weights in it: continue with that run's own settings, but for flags that "
+         "are given; or auto: from the newest checkpoint in --out_dir, if there is one"),
     Flag("resume_checkpoint", "", "a modelNNNNNN.pt to continue from, with its ema, opt and state files beside it"),
     Flag("init_from", "", "start at step 0 from the weights in this file (published checkpoints too)"),
+    Flag("overwrite", False, "begin a new run in a folder that holds one: its config.yaml and progress files are replaced, its "
+         "checkpoints stay, with their own settings, until the new run comes to their steps"),
 )
 
 # Of image_train and super_res_train; the classifier's script has a validation of its own.
@@ -309,6 +312,19 @@ LOSS_WEIGHT_FLAGS = ("loss_weighting", "p2_k", "p2_gamma", "min_snr_gamma", "wei
 TRAINING_ONLY = ("use_kl", "rescale_learned_sigmas", "input_perturbation", *LOSS_WEIGHT_FLAGS)
 EDM_TRAINING_ONLY = ("edm_loss", "P_mean", "P_std", "augment", "label_dropout")
 SIGMA_FLAGS = tuple(flag.name for flag in _SIGMA_SAMPLING if flag.name != "sampler")  # of heun and euler
+
+# Flags of one start: they are not taken over when a run is continued by --resume FOLDER; NOT_SAVED not even into config.yaml.
+NOT_SAVED = ("overwrite",)
+OF_A_START = ("resume", "resume_checkpoint", "init_from", "out_dir", *NOT_SAVED)
+SPEED_ONLY = ("use_checkpoint", "use_fp16", "classifier_use_fp16")
+
+# What names and shapes of weights do not tell, by framework: without a config beside a checkpoint, flags or defaults say it.
+_PROCESS_NOT_IN_WEIGHTS = ("diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps")
+NOT_IN_WEIGHTS = {
+    "adm": ("image_size", "large_size", "small_size", "null_class", "num_heads", "use_new_attention_order",
+            *_PROCESS_NOT_IN_WEIGHTS),
+    "edm": ("image_size", "precond", "sigma_data"),
+    "ddpm": ("image_size", *_PROCESS_NOT_IN_WEIGHTS)}
 
 # Flags that change training or speed but not what a trained checkpoint is: sampling may be told anything.
 NOT_ARCHITECTURE = {"dropout", "use_checkpoint", "use_fp16", *TRAINING_ONLY, *EDM_TRAINING_ONLY}

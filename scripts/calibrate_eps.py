@@ -37,6 +37,8 @@ def main() -> None:
     if files.is_remote(out) or os.path.isdir(out):
         raise ValueError(f"--out {out}: give the name of a file of this machine, such as eps_schedule.yaml")
     settings = {"by": cfg.by, **what_decides(cfg, real)}
+    for note in cfg.notes_on_origin():
+        say(note)
     say(f"images: {len(real.chosen)} spread over {real.images.text}\n"
         f"calibrating {kind} at {diffusion.num_timesteps} steps with {cfg.model_path}, by {cfg.by}")
     found = calibrate(sampler, model, real, len(real.chosen), cfg.batch_size, dist_util.dev(), cfg.by)

@@ -18,8 +18,8 @@ from guided_diffusion_ip import dist_util, files, script_util
 from guided_diffusion_ip.config import (
     Config, adopt_checkpoint_config, adopt_classifier_config, command, config_beside, parse)
 from guided_diffusion_ip.diffusion.guidance import classifier_gradient
-from guided_diffusion_ip.generation.sample_batch import compiled, draw_labels, parse_class_ids
-from guided_diffusion_ip.generation.sample_checks import check_request
+from guided_diffusion_ip.generation.sample_batch import compiled, draw_labels
+from guided_diffusion_ip.generation.sample_checks import check_request, classes_to_sample
 from guided_diffusion_ip.generation.sample_run import SampleRun
 from guided_diffusion_ip.generation.sample_setup import (
     choose_out_dir, make_sampler, sampler_text, sampling_precision, say, settle_sampler, what_decides_the_images)
@@ -29,7 +29,7 @@ from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 def main() -> None:
     cfg = parse("classifier_sample", __doc__)
     notes = adopt_configs(cfg)
-    class_ids = parse_class_ids(cfg.class_ids, cfg.num_classes)
+    class_ids = classes_to_sample(cfg)
 
     dist_util.setup_dist()
     model, diffusion = script_util.create_model_and_diffusion(
@@ -46,7 +46,7 @@ def main() -> None:
         cfg, ("model", "classifier", "diffusion"), classifier_path=os.path.basename(cfg.classifier_path),
         classifier_sha256=files.sha256(cfg.classifier_path), classifier_scale=cfg.classifier_scale)
     run = SampleRun(sampler, cfg.num_samples, choose_out_dir(cfg, settings), settings,
-                    lambda index: {"y": draw_labels(cfg.seed, index, class_ids)})
+                    lambda index: {"y": draw_labels(cfg.seed, index, class_ids)}, class_names=cfg.classes)
     for note in notes:
         say(note)
     say(f"sampling {cfg.num_samples} images from {cfg.model_path} by {sampler_text(cfg)}, guided by {cfg.classifier_path} "

@@ -21,7 +21,8 @@ from guided_diffusion_ip.config import Config, command, parse
 from guided_diffusion_ip.data.image_datasets import ImageStream
 from guided_diffusion_ip.training.classifier_objective import (
     ClassifierObjective, CleanSampler, Validation, require_same_classes)
-from guided_diffusion_ip.training.run import choose_out_dir, loop_options, open_data, run, settle_batch
+from guided_diffusion_ip.training.run import (
+    choose_out_dir, loop_options, open_data, run, settle_batch, settle_classes)
 from guided_diffusion_ip.training.stopping import Limits
 from guided_diffusion_ip.training.timestep_samplers import create_named_schedule_sampler
 from guided_diffusion_ip.training.train_loop import TrainLoop
@@ -32,6 +33,8 @@ def main() -> None:
     dist_util.setup_dist()
     settle_batch(cfg)
     # Everything that wrong input can break comes before anything is written.
+    out_dir = choose_out_dir(cfg)
+    settle_classes(cfg, out_dir)
     classifier, diffusion = create(cfg)
     messages: list[str] = []
     size = script_util.parse_image_size(cfg.image_size)
@@ -40,7 +43,6 @@ def main() -> None:
     sampler = create_named_schedule_sampler(cfg.schedule_sampler, diffusion) if cfg.noised else CleanSampler()
     classifier.to(device=dist_util.dev(), memory_format=torch.channels_last)
     objective = ClassifierObjective(diffusion, cfg.noised)
-    out_dir = choose_out_dir(cfg)
     loop = TrainLoop(
         model=classifier, diffusion=diffusion, data=data, **loop_options(cfg, classifier, out_dir, messages),
         use_fp16=cfg.classifier_use_fp16, precision=cfg.precision, schedule_sampler=sampler,

@@ -120,6 +120,8 @@ def find_config(cfg: Config) -> tuple[str, dict[str, dict[str, Any]]]:
     content = read_yaml(path)
     if path == cfg.source:
         return files.safetensors_config(path), content
+    if path.endswith(".pt"):  # the settings that were saved with the checkpoint
+        return yaml.safe_dump(content, sort_keys=False), content
     with files.open_binary(path) as file:
         return file.read().decode(), content
 

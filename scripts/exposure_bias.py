@@ -36,6 +36,8 @@ def main() -> None:
                             features=cfg.features, eps_scaler=cfg.eps_scaler, eps_scaler_k=cfg.eps_scaler_k)
     out_dir = files.results_folder(cfg.out_dir, place_beside(cfg.model_path, "exposure_bias", settings))
     run = MeasureRun(measures, sampler, len(real.chosen), real, out_dir, settings)
+    for note in cfg.notes_on_origin():
+        say(note)
     say(f"images: {len(real.chosen)} spread over {real.images.text}\n"
         f"measuring {cfg.measures} with {cfg.model_path}, {sampler_text(cfg)}, into {out_dir}")
     content = run(model, cfg.batch_size, dist_util.dev())

@@ -44,6 +44,8 @@ def main() -> None:
         return data.images(index), data.cond(index)
 
     run = LikelihoodRun(diffusion, count, images_for, out_dir, settings, cfg.seed, cfg.clip_denoised)
+    for note in cfg.notes_on_origin():
+        say(note)
     say(f"images: {data.text}")
     if count < cfg.num_samples:
         say(f"note: {cfg.num_samples} images were asked for, but there are {count}: each is measured once")

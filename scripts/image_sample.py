@@ -37,7 +37,8 @@ def main() -> None:
     settings = what_decides_the_images(cfg, ("model", "edm") if cfg.framework == "edm" else ("model", "diffusion"))
     run = SampleRun(
         sampler, cfg.num_samples, choose_out_dir(cfg, settings), settings,
-        (lambda index: {"y": draw_labels(cfg.seed, index, class_ids)}) if class_ids else lambda index: {})
+        (lambda index: {"y": draw_labels(cfg.seed, index, class_ids)}) if class_ids else lambda index: {},
+        class_names=cfg.classes)
     for note in notes:
         say(note)
     say(f"sampling {cfg.num_samples} images from {cfg.model_path} by {sampler_text(cfg)} into {run.out_dir}")

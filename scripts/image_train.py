@@ -19,7 +19,8 @@ from guided_diffusion_ip.edm_setup import edm_denoiser, edm_process
 from guided_diffusion_ip.generation.sample_batch import Sampler, SigmaSampler
 from guided_diffusion_ip.training.evaluation import make_evaluation
 from guided_diffusion_ip.training.preview import Preview, drawn_classes
-from guided_diffusion_ip.training.run import add_null_class, choose_out_dir, make_loop, open_data, run, settle_batch
+from guided_diffusion_ip.training.run import (
+    add_null_class, choose_out_dir, make_loop, open_data, run, settle_batch, settle_classes)
 
 
 def main() -> None:
@@ -28,15 +29,18 @@ def main() -> None:
     settle_batch(cfg)
     # Everything that wrong input can break comes before anything is written.
     add_null_class(cfg)
+    out_dir = choose_out_dir(cfg)
+    settle_classes(cfg, out_dir)
     model, diffusion = create(cfg)
     messages: list[str] = []
     size = script_util.parse_image_size(cfg.image_size)
     data = open_data(cfg, size, class_cond=cfg.class_cond, log=messages.append, class_dropout=cfg.class_dropout)
-    out_dir, shape = choose_out_dir(cfg), (cfg.in_channels, *size)
+    shape = (cfg.in_channels, *size)
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
     drawn = drawn_classes(cfg.seed, len(data.classes) if cfg.class_cond else 0)
     preview = cfg.sample_interval and Preview(
-        sampler_on_the_way(cfg, model, shape, "sample_respacing"), cfg.sample_count, out_dir, cfg.batch_size, drawn)
+        sampler_on_the_way(cfg, model, shape, "sample_respacing"), cfg.sample_count, out_dir, cfg.batch_size, drawn,
+        data.classes or ())
     evaluation = cfg.eval_interval and make_evaluation(cfg, sampler_on_the_way(cfg, model, shape, "eval_respacing"), drawn)
     loop = make_loop(cfg, model, diffusion, data, preview, out_dir, messages, evaluation)
     run(loop, cfg, out_dir, shape, messages)

@@ -56,7 +56,7 @@ def main() -> None:
         base_count=len(base), base_sha256=base.digest(min(len(base), cfg.num_samples)))  # reads, and so checks, them all
     names = () if isinstance(base.source, NpzSource) else picture_names(base.source.names, cfg.num_samples)
     run = SampleRun(sampler, cfg.num_samples, choose_out_dir(cfg, settings), settings,
-                    lambda index: conditions(base, index), names)
+                    lambda index: conditions(base, index), names, cfg.classes)
     for note in notes + notes_on_base(cfg, base):
         say(note)
     tell(cfg, base, run.out_dir)

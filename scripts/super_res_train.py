@@ -23,7 +23,8 @@ from guided_diffusion_ip.data.super_resolution import SuperResolutionStream, che
 from guided_diffusion_ip.generation.sample_batch import Sampler
 from guided_diffusion_ip.training.evaluation import make_evaluation
 from guided_diffusion_ip.training.preview import Preview
-from guided_diffusion_ip.training.run import add_null_class, choose_out_dir, make_loop, open_data, run, settle_batch
+from guided_diffusion_ip.training.run import (
+    add_null_class, choose_out_dir, make_loop, open_data, run, settle_batch, settle_classes)
 
 
 def main() -> None:
@@ -34,6 +35,8 @@ def main() -> None:
     add_null_class(cfg)
     large, small = (script_util.parse_image_size(size) for size in (cfg.large_size, cfg.small_size))
     check_sizes(large, small)
+    out_dir = choose_out_dir(cfg)
+    settle_classes(cfg, out_dir)
     model, diffusion = create(cfg)
     messages: list[str] = []
     data = SuperResolutionStream(
@@ -41,7 +44,7 @@ def main() -> None:
     messages.append(f"low-resolution images: {small[0]} x {small[1]}, by area averaging")
     count = max(cfg.sample_count if cfg.sample_interval else 0, cfg.eval_samples if cfg.eval_interval else 0)
     examples = data.examples(count) if count else None
-    out_dir, shape = choose_out_dir(cfg), (cfg.in_channels, *large)
+    shape = (cfg.in_channels, *large)
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
 
     def conditions(index: list[int]) -> dict[str, torch.Tensor]:
@@ -52,7 +55,7 @@ def main() -> None:
         return Sampler(create(cfg, timestep_respacing=timestep_respacing, loss_weighting="uniform")[1], shape, cfg.seed)
 
     preview = cfg.sample_interval and Preview(
-        sampler(cfg.sample_respacing), cfg.sample_count, out_dir, cfg.batch_size, conditions)
+        sampler(cfg.sample_respacing), cfg.sample_count, out_dir, cfg.batch_size, conditions, data.classes or ())
     evaluation = cfg.eval_interval and make_evaluation(cfg, sampler(cfg.eval_respacing), conditions)
     loop = make_loop(cfg, model, diffusion, data, preview, out_dir, messages, evaluation)
     if cfg.sample_interval and dist_util.is_main():

@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "exposure_bias": LEAVES | CORE | {"generation"},
     "flags": set(),
     "edm_setup": LEAVES | CORE | {"interop", "flags"},
-    "config": LEAVES | {"flags"},
+    "config": LEAVES | {"flags", "training"},  # training: which settings a checkpoint was saved with
     "script_util": LEAVES | CORE | {"generation", "interop", "training", "exposure_bias", "config", "flags", "edm_setup"},
     "compat": LEAVES | CORE | {"generation", "interop", "training", "exposure_bias", "config", "flags", "script_util"},
     "__init__": set(),

@@ -27,7 +27,7 @@ def check_request(cfg: Any) -> list[str]:
         raise ValueError(f"--eps_scaler published is a constant lambda, but --eps_scaler_k {cfg.eps_scaler_k:g} adds a slope to "
                          "it: leave one of them out")
     _check_classes(cfg)
-    notes = []
+    notes = [*cfg.notes_on_origin(), *_notes_on_classes(cfg)]
     scale = cfg.values.get("classifier_scale", 0)
     if "classifier_scale" in cfg.values and not scale:
         notes.append("note: --classifier_scale 0: the classifier is loaded and checked, but guides nothing; the images are those "
@@ -40,8 +40,25 @@ def check_request(cfg: Any) -> list[str]:
 
 
 def classes_to_sample(cfg: Any) -> list[int] | None:
-    """The classes that --class_ids names, all of them by default; None for a model that knows no classes."""
-    return parse_class_ids(cfg.class_ids, cfg.num_classes) if cfg.class_cond else None
+    """The classes that --class_ids names, by default all that the training images had (all of the network if that is not known);
+    None for a model that knows no classes, unless a classifier guides it."""
+    if not cfg.class_cond and "classifier_path" not in cfg.values:
+        return None
+    if cfg.classes and not cfg.class_ids:
+        return list(range(min(len(cfg.classes), cfg.num_classes)))
+    return parse_class_ids(cfg.class_ids, cfg.num_classes)
+
+
+def _notes_on_classes(cfg: Any) -> list[str]:
+    """Rows of the network that no training image had the label of are as random as at the start."""
+    seen = len(cfg.classes)
+    if not seen or seen >= cfg.num_classes or "base_samples" in cfg.values:
+        return []
+    known = f"the network has rows for {cfg.num_classes} classes, the training images were of {seen}"
+    if not cfg.class_ids:
+        return [f"note: {known}: only these are sampled"]
+    unseen = [k for k in parse_class_ids(cfg.class_ids, cfg.num_classes) if k >= seen]
+    return [f"note: {known}: it has never seen class {unseen[0]}"] if unseen else []
 
 
 def _check_classes(cfg: Any) -> None:

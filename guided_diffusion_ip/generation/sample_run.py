@@ -22,7 +22,7 @@ from ..data.image_io import save_grid, save_png, to_uint8
 from ..data.npz_io import NpzReader
 from .progress import ImageBar
 from .run_folder import claim_folder
-from .sample_batch import Sampler, SigmaSampler
+from .sample_batch import Sampler, SigmaSampler, captions
 from .shards import ShardFolder
 
 GRID_IMAGES = 64
@@ -36,6 +36,7 @@ class SampleRun:
         settings: everything that the images depend on, as plain values; a folder made with others is refused.
         kwargs_for: model_kwargs (labels y, low_res, ...) of the images numbered [N].
         picture_names: of the PNG files, num_samples of them, without extension; () for their numbers.
+        class_names: of the labels y, to be printed below the pictures of grid.png; () for their numbers.
     """
 
     sampler: Sampler | SigmaSampler
@@ -44,6 +45,7 @@ class SampleRun:
     settings: dict[str, Any]
     kwargs_for: Callable[[list[int]], dict[str, Any]] = lambda index: {}
     picture_names: Sequence[str] = ()
+    class_names: Sequence[str] = ()
 
     @property
     def npz_path(self) -> str:
@@ -88,10 +90,10 @@ class SampleRun:
         reader = NpzReader(self.npz_path)
         try:
             first = reader.rows("arr_0", 0, min(GRID_IMAGES, self.num_samples))
-            captions = None
+            names = None
             if "arr_1" in reader.keys:
-                captions = [str(y) for y in reader.rows("arr_1", 0, len(first))]
-            save_grid(first, os.path.join(self.out_dir, "grid.png"), captions=captions)
+                names = captions(reader.rows("arr_1", 0, len(first)).tolist(), self.class_names)
+            save_grid(first, os.path.join(self.out_dir, "grid.png"), captions=names)
             if png:
                 digits = max(6, len(str(self.num_samples - 1)))
                 number = 0

@@ -155,6 +155,8 @@ def what_decides_the_images(cfg: Any, sections: Iterable[str] = ("model", "diffu
         # The published --use_fp16 comes with the checkpoint's config, and --precision wins over it: the settings tell what was done.
         precision = sampling_precision(cfg)
         values |= {"precision": precision, "use_fp16": precision == "fp16", "quantisation": "rounded"}
+    if cfg.classes:
+        values["classes"] = cfg.classes  # label k is classes[k]
     if cfg.trained_on:
         values["trained_on"] = cfg.trained_on  # decides through the weights; evaluator.py compares it with the reference's
     for section in sections:

@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .. import dist_util
 from ..data.image_io import save_grid
-from ..generation.sample_batch import Sampler, draw_images, draw_labels
+from ..generation.sample_batch import Sampler, captions, draw_images, draw_labels
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Preview:
     Args:
         sampler: its process is respaced, or this takes long.
         kwargs_for: model_kwargs (y, low_res, ...) of the pictures numbered [n].
+        class_names: of the labels y, to be printed below the pictures.
     """
 
     sampler: Sampler
@@ -26,13 +27,15 @@ class Preview:
     out_dir: str
     batch_size: int
     kwargs_for: Callable[[list[int]], dict[str, Tensor]] = lambda index: {}
+    class_names: Sequence[str] = ()
 
     def __call__(self, model: Callable[..., Tensor], step: int) -> str:
         """Returns the path of the picture."""
         images = draw_images(self.sampler, model, self.count, self.batch_size, self.kwargs_for)
         path = os.path.join(self.out_dir, f"samples_{step:06d}.png")
         if dist_util.is_main():
-            save_grid(images, path)
+            labels = self.kwargs_for(list(range(self.count))).get("y")
+            save_grid(images, path, captions=None if labels is None else captions(labels.tolist(), self.class_names))
         return path
 
 

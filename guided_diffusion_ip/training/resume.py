@@ -19,14 +19,16 @@ from . import checkpoint
 
 Sections = Mapping[str, Mapping[str, Any]]
 
+# Every flag of a training script is of a fixed section, fixed by itself, free, or may change with a note (tests/test_resume.py
+# lists those).
 _FIXED_SECTIONS = ("model", "super_res", "classifier", "edm", "diffusion")
 _FIXED = {"seed", "schedule_sampler", "ema_rate", "ema_warmup", "class_dropout", "noised", "timestep_respacing"}
 # No effect on what is computed, or handled elsewhere (batch sizes: by the global batch).
 _FREE = {"compile", "use_checkpoint", "use_fp16", "classifier_use_fp16", "batch_size", "global_batch_size", "max_steps",
          "max_images", "max_hours", "log_interval", "save_interval", "save_minutes", "keep_last", "keep_every",
          "sample_interval", "sample_count", "sample_respacing", "resume", "resume_checkpoint", "init_from", "num_workers",
-         "cache_mb", "out_dir", "val_data_dir", "eval_interval", "eval_samples", "eval_ref", "eval_features", "eval_respacing",
-         "iterations", "max_skipped"}
+         "cache_mb", "out_dir", "val_data_dir", "eval_interval", "eval_samples", "eval_ref", "eval_features", "eval_metrics",
+         "eval_respacing", "inception_weights", "iterations", "max_skipped", "overwrite"}
 
 
 def versions() -> dict[str, str]:
@@ -73,6 +75,10 @@ def compare_run(state: Mapping[str, Any], *, seed: int, global_batch: int, world
         before, after = known.get(name), getattr(data, name, None)
         if before is not None and after is not None and before != after:
             notes.append(f"warning: the training data have {name} {after!r}, before it was {before!r}: other images")
+    before, after = known.get("classes") or (), getattr(data, "classes", None) or ()
+    if odd := [k for k, (a, b) in enumerate(zip(before, after)) if a != b]:
+        notes.append(f"warning: label {odd[0]} is class {after[odd[0]]!r} of the training data, before it was {before[odd[0]]!r}: "
+                     "the network has learned it as that")
     odd = {name: (before, versions()[name]) for name, before in (state.get("versions") or {}).items()
            if versions().get(name, before) != before}
     notes += [f"note: {name} {before} before, {after} now: sums may round differently" for name, (before, after) in odd.items()]
@@ -83,7 +89,7 @@ def find(resume: str, resume_checkpoint: str, out_dir: str) -> tuple[str, str]:
     """The model file to continue from ('' for none) and what to tell; a collective.
 
     Args:
-        resume: "auto", a modelNNNNNN.pt, a run's folder, or ''.
+        resume: "auto", the weights of a checkpoint, a run's folder, or ''.
         resume_checkpoint: the published flag: a modelNNNNNN.pt, or ''.
         out_dir: where "auto" looks.
 
@@ -100,7 +106,7 @@ def find(resume: str, resume_checkpoint: str, out_dir: str) -> tuple[str, str]:
     if path and os.path.isdir(path):
         folder, path = path, dist_util.broadcast_object(checkpoint.newest(path))
         if not path:
-            raise ValueError(f"--resume {folder}: there is no complete checkpoint (modelNNNNNN.pt with its stateNNNNNN.pt) in it")
+            raise ValueError(checkpoint.none_in(folder))
     return path, ""
 
 

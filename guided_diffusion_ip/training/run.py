@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import yaml
 from torch import nn
 
 from .. import dist_util, files, logger
 from ..data.image_datasets import ImageStream, load_data
+from ..data.sources import open_source
 from .banner import banner, warn_about_ema
-from .checkpoint import SavePolicy, complete_steps, remove_leftovers
-from .resume import find, init_from
+from .checkpoint import SavePolicy, complete_steps, remove_leftovers, states_near, without_state
+from .resume import compare_settings, find, init_from
 from .stopping import Limits
 from .timestep_samplers import create_named_schedule_sampler
 from .train_loop import TrainLoop
@@ -79,24 +81,83 @@ def open_data(
         num_workers=None if cfg.num_workers < 0 else cfg.num_workers, cache_mb=cfg.cache_mb, log=log,
         num_classes=cfg.num_classes if class_cond else None, class_dropout=class_dropout)
     if class_cond and len(data.classes) < cfg.num_classes:
-        log(f"note: the images have {len(data.classes)} classes, the network {cfg.num_classes}: train with --num_classes "
-            f"{len(data.classes)}, or sample with --class_ids 0-{len(data.classes) - 1}")
+        log(f"note: the images have {len(data.classes)} classes, the network {cfg.num_classes}: sampling draws only those "
+            f"{len(data.classes)} (--num_classes {len(data.classes)} makes a network for them alone)")
     return data
+
+
+def settle_classes(cfg: Any, out_dir: str) -> None:
+    """num_classes, where neither a flag nor a config says it: that of the run to be continued, else as many as the images have.
+    A collective.
+
+    Raises:
+        ValueError: no images, or none with classes; a folder to be continued without a checkpoint.
+    """
+    if "num_classes" in cfg.given or not cfg.values.get("class_cond", True) or not cfg.data_dir:
+        return
+    path, _ = find(cfg.resume, cfg.resume_checkpoint, out_dir)
+    state = next((state for _, state in states_near(path)), None) if path else None
+    if state and (known := state.get("settings", {}).get("model", {}).get("num_classes")):
+        cfg.values["num_classes"] = known
+        return
+    source = open_source(cfg.data_dir, class_cond=True)
+    cfg.values["num_classes"] = len(source.classes)
+    source.close()
 
 
 def choose_out_dir(cfg: Any) -> str:
     """--out_dir, else OPENAI_LOGDIR, else the folder of the --resume checkpoint, else runs/<time>-<name>; the same on all ranks.
 
     Raises:
-        ValueError: --resume auto without a folder to look in.
+        ValueError: --resume auto without a folder to look in, or a folder in which another run would be damaged.
     """
+    if cfg.overwrite and (cfg.resume or cfg.resume_checkpoint):
+        raise ValueError("--overwrite True begins a new run, but "
+                         + (f"--resume {cfg.resume}" if cfg.resume else f"--resume_checkpoint {cfg.resume_checkpoint}")
+                         + " continues one: give one of them")
     if cfg.resume == "auto" and not (cfg.out_dir or os.environ.get("OPENAI_LOGDIR")):
         raise ValueError("--resume auto continues what is in --out_dir: give one (without it, every run has a folder of its own)")
     name = os.path.splitext(os.path.basename(cfg.config_path or os.path.normpath(cfg.data_dir)))[0]
     default = os.path.join("runs", f"{time.strftime('%Y-%m-%d-%H-%M-%S')}-{name}")
     if cfg.resume not in ("", "auto") and not files.is_remote(cfg.resume):
         default = cfg.resume if os.path.isdir(cfg.resume) else os.path.dirname(cfg.resume) or "."
-    return dist_util.broadcast_object(files.results_folder(cfg.out_dir, default))
+    out_dir = dist_util.broadcast_object(files.results_folder(cfg.out_dir, default))
+    # Rank 0 looks, since it also writes. A folder that the environment names is reused, as guided-diffusion's scripts do.
+    ours = cfg.out_dir or not os.environ.get("OPENAI_LOGDIR")
+    if complaint := dist_util.broadcast_object(_why_not(cfg, out_dir) if ours else ""):
+        raise ValueError(complaint)
+    return out_dir
+
+
+def _why_not(cfg: Any, out_dir: str) -> str:
+    """What a run with these settings would damage in a local folder; "" if nothing."""
+    if not os.path.isdir(out_dir):
+        return ""
+    continued = cfg.resume or cfg.resume_checkpoint
+    folder = continued if os.path.isdir(continued) else os.path.dirname(continued) or "."
+    if continued and continued != "auto" and os.path.realpath(folder) == os.path.realpath(out_dir):
+        return ""
+    steps = complete_steps(out_dir)
+    if continued == "auto" and steps:
+        return ""
+    # From here on the run starts at step 0 in this folder, or brings its checkpoint from another one.
+    config, lost = os.path.join(out_dir, "config.yaml"), without_state(out_dir)
+    if cfg.overwrite or continued == "auto":
+        if lost and os.path.exists(config):
+            try:
+                with open(config, encoding="utf-8") as file:
+                    compare_settings(yaml.safe_load(file) or {}, cfg.sections())
+            except ValueError as error:
+                return (f"{out_dir} holds {lost[-1]} without its state file, and only the config.yaml there tells what it is: a "
+                        f"new run would replace that by its own ({error}): move them away, or give another --out_dir")
+        return ""
+    found = [name for name in ("config.yaml", "progress.csv", "progress.json") if os.path.exists(os.path.join(out_dir, name))]
+    if steps or lost:
+        found.append(f"checkpoints up to step {steps[-1]}" if steps else lost[-1])
+    if not found:
+        return ""
+    return (f"{out_dir} holds a run already ({', '.join(found)}): --resume auto continues it, another --out_dir leaves it alone, "
+            "--overwrite True begins a new one in its place")
 
 
 def loop_options(cfg: Any, model: nn.Module, out_dir: str, messages: list[str]) -> dict[str, Any]:
@@ -140,11 +201,19 @@ def make_loop(
 def run(loop: TrainLoop, cfg: Any, out_dir: str, image_shape: tuple[int, int, int], messages: Iterable[str]) -> None:
     """Open the folder, save the settings in it as config.yaml, tell what is about to happen, train.
 
-    The first thing that is written; whatever wrong input can break has been tried by now.
+    The first thing that is written; whatever wrong input can break has been tried by now. Nothing is written if nothing is left
+    to do.
     """
+    if loop.last_step is not None and loop.step >= loop.last_step:
+        limits = [f"--{name} {cfg.values[name]}" for name in ("max_steps", "max_images", "iterations", "lr_anneal_steps")
+                  if cfg.values.get(name)]
+        logger.log(f"{out_dir}: {loop.step} steps are done, and the run's limit is reached ({', '.join(limits)}): nothing is left "
+                   "to do; a larger limit continues it")
+        dist_util.cleanup()
+        return
     logger.configure(out_dir, ["stdout", "log", "csv", "json", "tensorboard"], rank=dist_util.get_rank(), resume_step=loop.step)
     logger.log(f"results go to {out_dir}")
-    cfg.trained_on = getattr(loop.data, "preprocessing", "")
+    cfg.trained_on, cfg.classes = getattr(loop.data, "preprocessing", ""), getattr(loop.data, "classes", None) or []
     if dist_util.is_main():
         remove_leftovers(out_dir)
         with files.atomic_file(os.path.join(out_dir, "config.yaml")) as file:

@@ -30,7 +30,7 @@ def gather(loop: Any, statistics: dict[str, Tensor]) -> tuple[dict[str, dict[str
         "step": loop.step, "images_seen": loop.step * loop.global_batch, "skipped": loop.skipped,
         "skipped_in_a_row": loop.skipped_in_a_row, "seed": loop.seed, "world": loop.world, "global_batch": loop.global_batch,
         "microbatch": loop.microbatch, "precision": loop.precision.mode,
-        "data": {name: getattr(loop.data, name) for name in ("num_images", "preprocessing") if hasattr(loop.data, name)},
+        "data": {name: getattr(loop.data, name) for name in ("num_images", "preprocessing", "classes") if hasattr(loop.data, name)},
         "sampler_type": type(loop.schedule_sampler).__name__, "sampler": loop.schedule_sampler.state_dict(),
         "scaler": loop.precision.state_dict(), "statistics": statistics, "ema_updates": [ema.updates for ema in loop.emas],
         "pending": logger.get_current().state_dict(),
@@ -45,7 +45,12 @@ def restore(loop: Any, path: str) -> list[str]:
     Raises:
         ValueError: a part is missing or damaged, or something has changed that may not.
     """
-    parts, state = checkpoint.load_set(path, [ema.name for ema in loop.emas])
+    try:
+        parts, state = checkpoint.load_set(path, [ema.name for ema in loop.emas])
+    except ValueError as error:
+        asked = loop.settings.get("train", {})  # none if the loop was made in Python
+        flag = next((f"--{name} {asked[name]}: " for name in ("resume", "resume_checkpoint") if asked.get(name)), "")
+        raise ValueError(f"{flag}{error}") from None
     notes = resume.compare_settings(state.get("settings") or {}, loop.settings)
     notes += resume.compare_run(
         state, seed=loop.seed, global_batch=loop.global_batch, world=loop.world, micro=loop.microbatch,

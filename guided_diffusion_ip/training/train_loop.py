@@ -54,7 +54,8 @@ class TrainLoop:
         microbatch: images per forward pass; -1: all. The gradient is that of the whole batch.
         ema_rate: a number, or several separated by commas.
         save_interval: steps between checkpoints; `saving` says more, and replaces it.
-        resume_checkpoint: a modelNNNNNN.pt; its ema, opt and state files must lie beside it.
+        resume_checkpoint: a modelNNNNNN.pt, or these weights under another name; their ema, opt and state files must lie beside
+            them.
         compile: call the network through torch.compile.
         grad_clip: if > 0, gradients whose norm is larger are scaled down to it.
         lr_warmup_steps: if > 0, lr rises linearly over so many steps.
@@ -178,8 +179,8 @@ class TrainLoop:
             with bar, Signals() as self._signals:
                 why = self._run_until_told(bar)
                 if why:
-                    logger.log(f"{why} after step {self.step}: saving; the same command with --resume auto and --out_dir "
-                               f"{logger.get_dir()} continues")
+                    logger.log(f"{why} after step {self.step}: saving; --resume {logger.get_dir()} alone continues, or the same "
+                               f"command with --resume auto --out_dir {logger.get_dir()}")
                 # Within the block: Ctrl-C reaches ranks twice, from the terminal and from their launcher.
                 if self.step != self._saved_step:
                     self.save()

@@ -246,7 +246,7 @@ def create_for_sampling(cfg: Config) -> tuple[nn.Module, Any]:
 def load_model_and_diffusion(cfg: Config) -> tuple[nn.Module, SpacedDiffusion]:
     """The network in --model_path, ready to be called, and the process to sample it by; after setup_dist."""
     model, diffusion = create_for_sampling(cfg)
-    load_for_sampling(model, cfg.model_path, cfg.section("model"), sampling_precision(cfg))
+    load_for_sampling(model, cfg.model_path, cfg.section("model"), sampling_precision(cfg), cfg.given)
     return model, diffusion
 
 

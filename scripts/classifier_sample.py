@@ -36,7 +36,7 @@ def main() -> None:
         **cfg.section("model"), **cfg.sampling_process(), timestep_respacing=cfg.timestep_respacing,
         eps_scaler=cfg.eps_scaler, eps_scaler_k=cfg.eps_scaler_k)
     sampler = make_sampler(cfg, diffusion, script_util.parse_image_size(cfg.image_size))
-    load_for_sampling(model, cfg.model_path, cfg.section("model"), sampling_precision(cfg))
+    load_for_sampling(model, cfg.model_path, cfg.section("model"), sampling_precision(cfg), cfg.given)
     # The classifier is loaded for scale 0 too: a wrong file should not wait for the next scale to be noticed.
     classifier = create_classifier(cfg)
     if cfg.classifier_scale:

@@ -33,7 +33,7 @@ def main() -> None:
     dist_util.setup_dist()
     model, diffusion = script_util.create_model_and_diffusion(
         **cfg.section("model"), **cfg.sampling_process(), timestep_respacing=cfg.timestep_respacing)
-    load_for_sampling(model, cfg.model_path, cfg.section("model"), sampling_precision(cfg))
+    load_for_sampling(model, cfg.model_path, cfg.section("model"), sampling_precision(cfg), cfg.given)
     data = open_image_set(cfg.data_dir, script_util.parse_image_size(cfg.image_size), cfg.in_channels,
                           num_classes=cfg.num_classes if cfg.class_cond else None)
     count = min(cfg.num_samples, len(data))

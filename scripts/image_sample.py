@@ -32,7 +32,7 @@ def main() -> None:
     dist_util.setup_dist()
     model, diffusion = script_util.create_for_sampling(cfg)
     sampler = make_sampler(cfg, diffusion, script_util.parse_image_size(cfg.image_size))
-    load_for_sampling(model, cfg.model_path, cfg.section("model"), sampling_precision(cfg))
+    load_for_sampling(model, cfg.model_path, cfg.section("model"), sampling_precision(cfg), cfg.given)
 
     settings = what_decides_the_images(cfg, ("model", "edm") if cfg.framework == "edm" else ("model", "diffusion"))
     run = SampleRun(

@@ -47,7 +47,8 @@ def main() -> None:
         **cfg.section("model"), **cfg.section("super_res"), **cfg.sampling_process(),
         timestep_respacing=cfg.timestep_respacing, eps_scaler=cfg.eps_scaler, eps_scaler_k=cfg.eps_scaler_k)
     sampler = make_sampler(cfg, diffusion, large)
-    load_for_sampling(model, cfg.model_path, {**cfg.section("model"), **cfg.section("super_res")}, sampling_precision(cfg))
+    load_for_sampling(model, cfg.model_path, {**cfg.section("model"), **cfg.section("super_res")}, sampling_precision(cfg),
+                      cfg.given)
     base = open_image_set(cfg.base_samples, small, cfg.in_channels, exact=not cfg.resize_base, flag="base_samples",
                           num_classes=cfg.num_classes if cfg.class_cond else None)
 

@@ -99,8 +99,8 @@ def test_each_trace_of_a_run_counts(left, images, begun, tmp_path):
 def test_the_other_training_scripts_refuse_too(images, run):
     before = contents(run)
     small = ["--in_channels", "1", "--data_dir", images, "--out_dir", str(run)]
-    for done in (here(CLASSIFY, *small, "--image_size", "8", code=2),
-                 here(UPSAMPLE, *small, "--large_size", "8", "--small_size", "4", code=2)):
+    for done in (here(CLASSIFY, *small, "--image_size", "8", "--iterations", "1", code=2),
+                 here(UPSAMPLE, *small, "--large_size", "8", "--small_size", "4", "--max_steps", "1", code=2)):
         assert one_line(done.stderr) and "holds a run already" in done.stderr
     assert contents(run) == before
 

@@ -2,7 +2,9 @@
 import io
 import os
 import pickle
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -108,8 +110,32 @@ def test_a_bare_checkpoint_is_sampled_by_flags(trained, tmp_path, capsys, monkey
     code, _, err = run("image_sample", *common, *flags(**{**TINY, "num_res_blocks": 2, "num_channels": 64}), capsys=capsys,
                        monkeypatch=monkeypatch)
     assert code == 2 and one_line(err)
-    for needed in ("--num_channels 32 (now 64)", "--num_res_blocks 1 (now 2)", "--class_cond True"):
+    for needed in ("--num_channels 32 ", "--class_cond True --num_classes 3 --num_res_blocks 1 (now 64, False, 1000, 2)"):
         assert needed in err, err
+
+
+def test_the_error_about_a_bare_checkpoint_can_be_copied(trained, tmp_path, capsys, monkeypatch):
+    """Class count, widths, the size of the images and its attention are asked for together, once; what was assumed is told."""
+    bare = tmp_path / "bare.pt"
+    bare.write_bytes((trained[0] / "ema_0.9_000002.pt").read_bytes())
+    common = ["--model_path", str(bare), "--num_samples", "2", "--timestep_respacing", "2", "--out_dir"]
+    tools = dict(capsys=capsys, monkeypatch=monkeypatch)
+    code, _, err = run("image_sample", *common, str(tmp_path / "a"), **tools)
+    assert code == 2 and one_line(err) and "[--image_size 16 --attention_resolutions 8] or" in err, err
+    copied = shlex.split(err[err.index("it needs ") + 9:err.index(" (now")])
+    copied += shlex.split(re.search(r"\[(--image_size 8 [^]]*)\]", err)[1])
+    code, said, err = run("image_sample", *common, str(tmp_path / "a"), *copied, **tools)
+    assert code == 0, err
+    notes = [line for line in said.splitlines() if line.startswith("note:")]
+    assert len(notes) == 1 and "assumed: null_class False, num_heads 4, use_new_attention_order False, diffusion_steps 1000, " \
+        "noise_schedule linear, predict_xstart False, rescale_timesteps False (" in notes[0], said
+    everything = flags(**{**TINY, "noise_schedule": "linear", "num_heads": 4, "num_head_channels": -1, "class_cond": True,
+                          "num_classes": 3, "null_class": False, "use_new_attention_order": False, "diffusion_steps": 1000,
+                          "predict_xstart": False, "rescale_timesteps": False})
+    code, said, err = run("image_sample", *common, str(tmp_path / "b"), *everything, **tools)
+    assert code == 0 and "note:" not in said, said + err
+    with np.load(tmp_path / "a" / "samples_2x8x8x1.npz") as a, np.load(tmp_path / "b" / "samples_2x8x8x1.npz") as b:
+        np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
 
 
 @pytest.mark.parametrize("size, channels", [("8x16", 3), ("16x8", 4)])

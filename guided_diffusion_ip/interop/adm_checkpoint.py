@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -16,24 +17,27 @@ from .safetensors_file import read_safetensors
 State = dict[str, Tensor]
 
 
-def load_network(model: nn.Module, path: str, flags: dict[str, Any]) -> None:
+def load_network(model: nn.Module, path: str, flags: dict[str, Any], given: Container[str] | None = None) -> None:
     """Load the checkpoint at `path` into `model`, which was made from `flags`.
+
+    Args:
+        given: those of the flags that somebody has set, the others being defaults; None: all.
 
     Raises:
         ValueError: the file is missing, damaged or unsafe, or belongs to another architecture; then the flags that differ.
     """
     state = read_safetensors(path)[0] if path.lower().endswith(".safetensors") else dist_util.load_state_dict(path)
-    require_fit(model, state, path, flags)
+    require_fit(model, state, path, flags, given)
     model.load_state_dict(state)
 
 
-def require_fit(model: nn.Module, state: Any, path: str, flags: dict[str, Any]) -> None:
+def require_fit(model: nn.Module, state: Any, path: str, flags: dict[str, Any], given: Container[str] | None = None) -> None:
     """Is `state`, out of the file at `path`, one for `model`, which was made from `flags`? ValueError as load_network."""
     require_state_dict(state, path)
     want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     have = {name: tuple(p.shape) for name, p in state.items()}
     if want != have:
-        raise ValueError(f"{path} is of another architecture: {explain_mismatch(state, flags, want, have)}")
+        raise ValueError(f"{path} is of another architecture: {explain_mismatch(state, flags, want, have, given)}")
 
 
 def require_state_dict(state: Any, path: str) -> None:
@@ -42,9 +46,10 @@ def require_state_dict(state: Any, path: str) -> None:
         raise ValueError(f"{path} is not a state_dict of a network (an opt or state file?): give a model or ema file")
 
 
-def load_for_sampling(model: nn.Module, path: str, flags: dict[str, Any], precision: str = "fp32") -> None:
+def load_for_sampling(model: nn.Module, path: str, flags: dict[str, Any], precision: str = "fp32",
+                      given: Container[str] | None = None) -> None:
     """load_network, then everything that a network needs before it is only called: device, layout, fp32, fp16 or bf16, eval."""
-    load_network(model, path, flags)
+    load_network(model, path, flags, given)
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
     keep_freed_memory(dist_util.dev())
     if precision != "fp32":
@@ -52,8 +57,12 @@ def load_for_sampling(model: nn.Module, path: str, flags: dict[str, Any], precis
     model.eval().requires_grad_(False)
 
 
-def explain_mismatch(state: State, flags: dict[str, Any], want: dict, have: dict) -> str:
-    """'it needs --num_channels 64 (now 128), ...'; the first odd name if no flag explains it."""
+def explain_mismatch(state: State, flags: dict[str, Any], want: dict, have: dict, given: Container[str] | None = None) -> str:
+    """'it needs --num_channels 64 --num_res_blocks 3 (now 128, 2)', to be copied; the first odd name if no flag explains it.
+
+    Where nobody gave the size of the images, which no shape tells, the sizes that it may be are offered, each with the
+    attention_resolutions that belong to it.
+    """
     ours, theirs = flags.get("framework", "adm"), framework_of(state)
     if theirs not in ("", ours):
         return f"it needs --framework {theirs} (now {ours})"
@@ -68,16 +77,39 @@ def explain_mismatch(state: State, flags: dict[str, Any], want: dict, have: dict
     if found.pop("super_resolution", "large_size" in flags) != ("large_size" in flags):
         return ("it is an image model, which sees no low-resolution image: use the image_ scripts" if "large_size" in flags
                 else "it is a super-resolution model: use the super_res_ scripts")
-    if flags.get("class_cond") and "num_classes" in found:
+    if found.get("class_cond"):
         found |= _classes(found["num_classes"], flags)
-    differing = [f"--{name} {value} (now {flags[name]})" for name, value in found.items()
-                 if name in flags and not _same(name, value, flags)]
-    if differing:
-        return "it needs " + ", ".join(differing)
+    size = "large_size" if "large_size" in flags else "image_size"
+    sizes = ""
+    if given is not None and size not in given and found and not is_classifier(state):
+        sizes = _possible_sizes(state, size, found)
+        del found["attention_resolutions"]
+    differing = {name: value for name, value in found.items() if name in flags and not _same(name, value, flags)}
+    needed = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in differing.items())
+    if needed:
+        needed += f" (now {', '.join(str(flags[name]) or 'empty' for name in differing)})"
+    if needed or sizes:
+        return "it needs " + " and ".join(filter(None, [needed, sizes]))
     name = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))[0]
     return (f"{name} is {have.get(name, 'absent')} in the checkpoint and {want.get(name, 'absent')} in the network, which no "
             "single flag explains; is it a U-Net of this family "
             f"({'large_size' if 'large_size' in flags else 'image_size'}, attention_resolutions)?")
+
+
+def _possible_sizes(state: State, flag: str, found: dict[str, Any]) -> str:
+    """'[--image_size 32 --attention_resolutions 16,8] or [...]': of the sizes that have enough levels and attend at 32 pixels at
+    most, as published networks do."""
+    levels = len(found["channel_mult"].split(","))
+    options = []
+    for size in (8, 16, 32, 64, 128, 256, 512):
+        attention = infer_architecture(state, size)["attention_resolutions"]
+        if size >> levels - 1 >= 4 and max(_numbers(attention), default=0) <= 32:
+            options.append(f"[--{flag} {size} --attention_resolutions {shlex.quote(attention)}]")
+    shape = infer_architecture(state, 1 << 20)["attention_resolutions"]
+    shares = ",".join(f"S/{(1 << 20) // number}" for number in _numbers(shape)) or "none"
+    small = " (and --small_size)" if flag == "large_size" else ""
+    return (f"--{flag}{small}, which is not in the file, with the attention that goes with it: {' or '.join(options)}, or any size S "
+            f"with {shares}")
 
 
 def _classes(rows: int, flags: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +132,6 @@ def _same(name: str, value: Any, flags: dict[str, Any]) -> bool:
     if name.endswith("attention_resolutions"):  # sizes that the network does not have are allowed, and change nothing
         reached = {min(_sides(flags)) >> i for i in range(len(_channel_mult(flags)))}
         return reached & set(_numbers(flags[name])) == set(_numbers(value))
-    if name == "num_classes" and "class_cond" in flags:
-        return not flags["class_cond"] or flags[name] == value
     return flags[name] == value
 
 

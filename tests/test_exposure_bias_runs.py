@@ -1,5 +1,7 @@
 """Measuring runs: interrupted, continued, shared by processes; and the scripts as a user runs them."""
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,16 @@ import yaml
 
 import launch
 from golden_tools import seeded_checkpoint
+from guided_diffusion_ip.config import parse
 from guided_diffusion_ip.data.image_set import open_image_set
+from guided_diffusion_ip.exposure_bias.calibrate import EDGE, LAST, SOLVED, Calibration
 from guided_diffusion_ip.exposure_bias.measure_run import MeasureRun, spread_over
 from guided_diffusion_ip.exposure_bias.measures import NAMES, create_measures
 from guided_diffusion_ip.exposure_bias.setup import RealImages
 from guided_diffusion_ip.generation.sample_batch import Sampler
+from guided_diffusion_ip.generation.sample_setup import settle_sampler
 from guided_diffusion_ip.metrics.features import PixelSpace
-from guided_diffusion_ip.script_util import create_model_and_diffusion
+from guided_diffusion_ip.script_util import create_model_and_diffusion, settle_lambda
 from test_likelihood import TINY
 from test_scripts import flags, one_line, run
 
@@ -149,31 +154,140 @@ def test_ddim_a_subset_of_measures_and_the_set_is_covered_evenly(images, checkpo
     assert content["measures"]["variance"]["final_expected"] == pytest.approx(x.var(axis=0, ddof=1).mean(), rel=1e-5)
 
 
-def test_calibrate_then_sample(images, checkpoint, tmp_path, capsys, monkeypatch):
-    schedule = tmp_path / "eps.yaml"
-    code, out, err = run("calibrate_eps", *arguments(images, checkpoint, by="variance", out=schedule), capsys=capsys,
-                         monkeypatch=monkeypatch)
-    assert code == 0, err
+LARGER = {**TINY, "image_size": 16, "attention_resolutions": "8"}
+
+
+@pytest.fixture(scope="module")
+def black_and_white(tmp_path_factory):
+    """300 images of pixels -1 and 1."""
+    path = tmp_path_factory.mktemp("images") / "images.npz"
+    rng = np.random.default_rng(0)
+    np.savez(path, arr_0=255 * rng.integers(0, 2, (300, 16, 16, 1), dtype=np.uint8), arr_1=np.arange(300) % 3)
+    return str(path)
+
+
+def linear_checkpoint(path, factor):
+    """A network whose epsilon is factor times x, brought to mean 0 and variance 1, at every t: lambda acts on all of it.
+
+    The stem puts x and -x on its channels, the decoder's last block takes them from there, and SiLU(a) - SiLU(-a) = a.
+    """
+    model, _ = create_model_and_diffusion(**LARGER)
+    state = model.state_dict()
+    sign = torch.tensor([1.0, -1.0]).repeat(16)
+    for name, value in state.items():
+        if name.endswith(("out_layers.3.weight", "proj_out.weight", "bias")):
+            value.zero_()
+    for name in ("input_blocks.0.0.weight", "output_blocks.3.0.skip_connection.weight", "out.2.weight"):
+        state[name].zero_()
+    state["input_blocks.0.0.weight"][:, 0, 1, 1] = sign
+    state["output_blocks.3.0.skip_connection.weight"][:, 32:, 0, 0] = torch.eye(32)
+    state["out.0.weight"].fill_(1)
+    state["out.2.weight"][0, :, 1, 1] = factor * sign / 16
+    torch.save(state, path)
+    return str(path)
+
+
+def calibrating(images, checkpoint, **changes):
+    return flags(**{**LARGER, "model_path": checkpoint, "data_dir": images, "num_images": 300, "batch_size": 300,
+                    "timestep_respacing": 5, "by": "variance", **changes})
+
+
+@pytest.fixture(scope="module")
+def calibrated(black_and_white, tmp_path_factory):
+    """(checkpoint, schedule, stdout) of a calibration in which one step is solved."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    checkpoint, schedule = linear_checkpoint(folder / "model.pt", 0.9), folder / "eps.yaml"
+    done = launch.run([sys.executable, "scripts/calibrate_eps.py", *calibrating(black_and_white, checkpoint, out=schedule)], 300)
+    assert done.returncode == 0, done.stderr
+    return checkpoint, schedule, done.stdout
+
+
+def test_calibrate_then_sample(calibrated, tmp_path, capsys, monkeypatch):
+    checkpoint, schedule, out = calibrated
     assert f"schedule: {schedule}" in out and "uniform b = " in out
     content = yaml.safe_load(schedule.read_text())
     assert content["steps"] == 5 and len(content["lambda"]) == 5 and content["settings"]["by"] == "variance"
-    assert content["settings"]["num_images"] == COUNT and len(content["how"]) == 5
+    assert content["settings"]["num_images"] == 300 and len(content["how"]) == 5 and content["how"].count("solved") == 1
 
     content["lambda"] = [1.0, 1.01, 1.02, 1.03, 1.04]
-    schedule.write_text(yaml.safe_dump(content))
-    sampling = flags(**TINY, model_path=checkpoint, num_samples=2, timestep_respacing=5)
+    (tmp_path / "eps.yaml").write_text(yaml.safe_dump(content))
+    sampling = flags(**LARGER, model_path=checkpoint, num_samples=2, timestep_respacing=5)
 
     def sample(out_dir, *more):
         code, said, err = run("image_sample", *sampling, *flags(out_dir=out_dir), *more, capsys=capsys, monkeypatch=monkeypatch)
         assert code == 0, err
-        with np.load(out_dir / "samples_2x8x8x1.npz") as npz:
+        assert "warning" not in err
+        with np.load(out_dir / "samples_2x16x16x1.npz") as npz:
             return said, npz["arr_0"], yaml.safe_load((out_dir / "settings.yaml").read_text())["eps_scaler"]
 
-    said, by_file, recorded = sample(tmp_path / "file", "--eps_schedule", str(schedule))
+    said, by_file, recorded = sample(tmp_path / "file", "--eps_schedule", str(tmp_path / "eps.yaml"))
     _, by_hand, _ = sample(tmp_path / "hand", "--eps_scaler", "1.0,1.01,1.02,1.03,1.04")
     _, plain, _ = sample(tmp_path / "plain")
     assert np.array_equal(by_file, by_hand) and not np.array_equal(by_file, plain)
     assert recorded == content["lambda"] and "lambda 1 to 1.04, one per step" in said
+
+
+def test_a_calibration_that_solves_nothing_is_an_error_and_writes_no_schedule(black_and_white, images, checkpoint, tmp_path, capsys,
+                                                                             monkeypatch):
+    wild = linear_checkpoint(tmp_path / "wild.pt", 1.05)
+    out = tmp_path / "eps.yaml"
+    for argv, reason in ((calibrating(black_and_white, wild, out=out), "of 4 steps 1 need a lambda outside of 0.95 to 1.05, 2 show"),
+                         (arguments(images, checkpoint, by="variance", out=out), "0 need a lambda outside of 0.95 to 1.05, 3 show")):
+        code, said, err = run("calibrate_eps", *argv, capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 2 and "error: nothing was solved" in err and reason in err and f"{out} is not written" in err
+        assert "uniform b = " in said and "schedule:" not in said and not out.exists()
+
+
+@pytest.mark.parametrize("how, said", [([LAST, SOLVED, SOLVED], ""), ([LAST, EDGE, SOLVED, SOLVED], "warning: 1 of 3 lambdas are at")])
+def test_lambdas_at_the_edge_are_counted(how, said, capsys):
+    script = runpy.run_path(str(ROOT / "scripts" / "calibrate_eps.py"))
+    numbers = [np.ones(len(how)) for _ in range(5)]
+    script["require_some_solved"](Calibration(*numbers, how), "eps.yaml")
+    printed = capsys.readouterr().out
+    assert printed.startswith(said) and bool(printed) == bool(said)
+
+
+@pytest.mark.parametrize("more, complaint", [
+    (["--use_ddim", "True", "--timestep_respacing", "5"], "was calibrated for DDPM, and DDIM is asked for"),
+    (["--sampler", "heun", "--edm_steps", "5", "--timestep_respacing="], "was calibrated for DDPM, and HEUN is asked for"),
+    (["--timestep_respacing", "ddim5"], "calibrated for --timestep_respacing 5, which are other steps than ddim5"),
+    (["--timestep_respacing", "4"], "made for 5 steps, but sampling has 4")])
+def test_a_schedule_of_another_sampler_is_refused(more, complaint, calibrated):
+    checkpoint, schedule, _ = calibrated
+    with pytest.raises(ValueError, match=complaint):
+        settle(checkpoint, schedule, *more)
+
+
+def test_a_schedule_of_another_eta_is_refused(calibrated, tmp_path):
+    content = yaml.safe_load(calibrated[1].read_text())
+    content["settings"].update(use_ddim=True, eta=0.0, timestep_respacing="ddim5")
+    (tmp_path / "eps.yaml").write_text(yaml.safe_dump(content))
+    ddim = ["--use_ddim", "True", "--timestep_respacing", "ddim5"]
+    settle(calibrated[0], tmp_path / "eps.yaml", *ddim)
+    with pytest.raises(ValueError, match="calibrated for DDIM with --eta 0.0, and --eta 1 is asked for"):
+        settle(calibrated[0], tmp_path / "eps.yaml", *ddim, "--eta", "1")
+    with pytest.raises(ValueError, match="calibrated for DDIM, and DDPM is asked for"):
+        settle(calibrated[0], tmp_path / "eps.yaml", "--timestep_respacing", "ddim5")
+
+
+def test_a_schedule_of_another_checkpoint_or_clip_is_warned_about(calibrated, tmp_path, recwarn):
+    checkpoint, schedule, _ = calibrated
+    settle(checkpoint, schedule, "--timestep_respacing", "5")
+    (tmp_path / "by_hand.yaml").write_text("b: 1.01")
+    settle(linear_checkpoint(tmp_path / "other.pt", 0.95), tmp_path / "by_hand.yaml", "--use_ddim", "True")
+    assert not list(recwarn)
+    settle(str(tmp_path / "other.pt"), schedule, "--timestep_respacing", "5")
+    assert "calibrated for another checkpoint (model.pt, of another content)" in str(recwarn.pop().message)
+    settle(checkpoint, schedule, "--timestep_respacing", "5", "--clip_denoised", "False")
+    assert "calibrated with --clip_denoised True, and False is asked for" in str(recwarn.pop().message)
+
+
+def settle(checkpoint, schedule, *more):
+    """What image_sample does with its flags before it builds anything."""
+    cfg = parse("image_sample", "", [*flags(**LARGER, model_path=checkpoint, eps_schedule=schedule), *more])
+    settle_sampler(cfg)
+    settle_lambda(cfg)
+    assert cfg.eps_scaler != 1
 
 
 @pytest.mark.parametrize("script, change, text", [

@@ -170,10 +170,10 @@ def test_measuring_takes_the_checkpoint_s_settings_too(images, run, tmp_path):
                          ("exposure_bias", ["--num_images", "2", "--measures", "norm", "--plots", "False",
                                             "--out_dir", str(tmp_path / "bias")]),
                          ("calibrate_eps", ["--num_images", "2", "--out", str(tmp_path / "eps.yaml")])):
-        done = here(str(ROOT / "scripts" / f"{script}.py"), *common, *more)
+        # There is nothing to calibrate in a network of two updates: an error, after the note.
+        done = here(str(ROOT / "scripts" / f"{script}.py"), *common, *more, code=2 * (script == "calibrate_eps"))
         assert done.stdout.count("noise_schedule 'cosine' instead of 'linear'") == 1, done.stdout
     saved = [yaml.safe_load((tmp_path / name / "settings.yaml").read_text()) for name in ("nll", "bias")]
-    saved.append(yaml.safe_load((tmp_path / "eps.yaml").read_text())["settings"])
     assert all(one["noise_schedule"] == "cosine" and one["input_perturbation"] == 0.0 for one in saved)
 
 

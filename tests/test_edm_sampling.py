@@ -255,11 +255,12 @@ def test_noise_is_drawn_once_per_step_or_never():
 
 @pytest.mark.parametrize("S_churn, factor", [(2.0, 1.25), (3.2, 1.4), (3.4, math.sqrt(2)), (100.0, math.sqrt(2))])
 def test_the_network_is_asked_at_levels_raised_by_churn_over_steps(S_churn, factor):
-    """sigma (1 + min(S_churn / N, sqrt(2) - 1)) at the N = 8 levels within [S_min, S_max], ends included (Algorithm 2)."""
+    """sigma (1 + min(S_churn / N, sqrt(2) - 1)), N = 8, within [S_min, S_max], ends included (Algorithm 2)."""
     levels = NoiseLevels(8, 0.002, 80.0).sigmas()
     inside = (levels >= levels[5]) & (levels <= levels[2])
     d = Denoiser(wavy)
-    edm_sample(d, latents(), num_steps=8, solver="euler", S_churn=S_churn, S_min=float(levels[5]), S_max=float(levels[2]))
+    edm_sample(d, latents(), num_steps=8, solver="euler", S_churn=S_churn, S_min=float(levels[5]),
+               S_max=float(levels[2]))
     np.testing.assert_allclose(d.sigmas, torch.where(inside, levels * factor, levels), rtol=1e-12)
 
 

@@ -120,8 +120,8 @@ def test_a_row_of_zeros_is_no_class_and_never_class_0(dtype):
 
 def test_a_row_of_zeros_is_sampled_as_the_null_label_bitwise():
     """By a network that has one, guided and not."""
-    model = create_model(8, 32, 1, channel_mult="1", attention_resolutions="", num_heads=1, class_cond=True, num_classes=3,
-                         null_class=True)
+    model = create_model(8, 32, 1, channel_mult="1", attention_resolutions="", class_cond=True,
+                         num_classes=3, null_class=True)
     model = load_seeded_weights(model)
     rows, numbers = torch.eye(4)[[2, 3], :3], torch.tensor([2, 3])
     noise = seeded_normal("adapter/rows", (2, 3, 8, 8))

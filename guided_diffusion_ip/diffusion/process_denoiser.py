@@ -39,7 +39,8 @@ class ProcessDenoiser:
 
     def __init__(
         self, process: GaussianDiffusion, model: Callable[..., Tensor], interpolate: bool = False,
-        model_kwargs: dict[str, Any] | None = None, label_dim: int = 0, null_label: int | None = None,
+        model_kwargs: dict[str, Any] | None = None, label_dim: int = 0,
+        null_label: int | None = None,
     ) -> None:
         sigmas = process.sqrt_recipm1_alphas_cumprod
         sigmas = sigmas[np.isfinite(sigmas)]  # a last beta of 1 leaves no signal to scale by
@@ -73,7 +74,8 @@ class ProcessDenoiser:
 
         Args:
             x: y + sigma n, [N, C, H, W]. sigma: [N] or a number, within sigma_min .. sigma_max.
-            labels: int64 [N], or one-hot [N, classes], a row of zeros being no class; given to the network as y, int64 [N].
+            labels: int64 [N], or one-hot [N, classes], a row of zeros being no class; given to the
+                network as y, int64 [N].
             augment_labels: accepted, as for any denoiser, and not used.
 
         Raises:
@@ -96,16 +98,18 @@ class ProcessDenoiser:
         return self.process.xstart_from_xprev(x_t.to(x.dtype), t, output)
 
     def _numbers(self, rows: Tensor) -> Tensor:
-        """The classes, int64 [N], of one-hot rows [N, classes]; the null label for rows of zeros."""
+        """The classes, int64 [N], of one-hot rows [N, classes]; rows of zeros: the null label."""
         has_class = (rows != 0).any(1)
-        # All steps of a sampler share their labels: the host waits for a GPU once, not at each call.
+        # All steps of a sampler share their labels: the host waits for a GPU once, not each time.
         if self.null_label is None and rows is not self._checked:
             without = len(rows) - int(has_class.sum())
             if without:
-                raise ValueError(f"{without} of {len(rows)} rows of labels are zeros, which stands for no class, and this network "
-                                 "has no label for that: give each image a class, or null_label= of a network trained with one")
+                raise ValueError(f"{without} of {len(rows)} rows of labels are zeros, which stands for "
+                                 "no class, and this network has no label for that: give each image a "
+                                 "class, or null_label= of a network trained with one")
             self._checked = rows
-        return torch.where(has_class, rows.argmax(1), -1 if self.null_label is None else self.null_label)
+        null = -1 if self.null_label is None else self.null_label
+        return torch.where(has_class, rows.argmax(1), null)
 
     def _between_steps(self, sigma: Tensor) -> Callable[..., Tensor]:
         """The network, told a float t as it wants it, [N], that lies between those of the two steps around sigma [N]."""

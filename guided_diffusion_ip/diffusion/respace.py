@@ -16,11 +16,12 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
     Args:
         section_counts: "N": N steps spread evenly from first to last; "a,b,c" (or a sequence): the range is cut in
-            equal sections with a, b, c evenly spread steps in them, the noisy end last; "ddimN": every i-th step from 0
-            (Song et al. 2021), i being the smallest stride that leaves N of them (T/N where N divides T).
+            equal sections with a, b, c evenly spread steps in them, the noisy end last; "ddimN":
+            every i-th step from 0 (Song et al. 2021), i being the smallest stride that leaves N of
+            them (T/N where N divides T).
 
     Raises:
-        ValueError: not of these forms, more steps than there are, or ddimN where no stride leaves N steps.
+        ValueError: not of these forms, more steps than there are, or ddimN where no stride leaves N.
     """
     if isinstance(section_counts, str):
         text = section_counts.strip()
@@ -54,10 +55,11 @@ def _count(text: str, whole: str) -> int:
 
 
 def _every_sth(num_timesteps: int, count: int) -> set[int]:
-    kept = range(0, num_timesteps, -(-num_timesteps // max(count, 1)))  # a smaller stride leaves more than count
+    kept = range(0, num_timesteps, -(-num_timesteps // max(count, 1)))  # smaller strides leave more
     if len(kept) != count:
         possible = {-(-num_timesteps // stride) for stride in range(1, num_timesteps + 1)}
-        near = [max((n for n in possible if n < count), default=0), min((n for n in possible if n > count), default=0)]
+        near = [max((n for n in possible if n < count), default=0),
+                min((n for n in possible if n > count), default=0)]
         raise ValueError(f"ddim{count}: no stride from 0 takes {count} of {num_timesteps} steps; "
                          f"possible near it: {', '.join(f'ddim{n}' for n in near if n)}, "
                          f"or {min(max(count, 1), num_timesteps)} without 'ddim'")

@@ -6,7 +6,8 @@ import yaml
 
 import launch
 from guided_diffusion_ip import dist_util
-from guided_diffusion_ip.exposure_bias.calibrate import CLIPPED, EDGE, LAST, NOISE, SOLVED, Calibration, calibrate, describe
+from guided_diffusion_ip.exposure_bias.calibrate import (
+    CLIPPED, EDGE, LAST, NOISE, SOLVED, STATISTICS, Calibration, calibrate, describe)
 from guided_diffusion_ip.exposure_bias.schedule_file import read_schedule, write_schedule
 from guided_diffusion_ip.generation.sample_batch import Sampler
 from guided_diffusion_ip.script_util import create_gaussian_diffusion
@@ -87,11 +88,76 @@ def test_what_lambda_cannot_do_is_inherited():
     assert (blind.lambdas == 1).all() and blind.fit() == {"b": 1.0, "line_k": 0.0, "line_b": 1.0}
 
 
+def variance_ratio(process, *lambdas):
+    """Variance after the first steps over that of training inputs, for an exact epsilon divided by these lambdas; and the
+    share of the data in the latter."""
+    variance = 1.0
+    for t, lam in zip(range(STEPS - 1, 0, -1), lambdas):
+        ab, before = process.alphas_cumprod[t], process.alphas_cumprod[t - 1]
+        x0_slope = (1 - np.sqrt(1 - ab) * eps_slope(process)[t] / lam) / np.sqrt(ab)
+        a = process.posterior_mean_coef1[t] * x0_slope + process.posterior_mean_coef2[t]
+        variance = a**2 * variance + np.exp(process.fixed_large_log_variance[t])
+    wanted = before * S**2 + 1 - before
+    return variance / wanted, before * S**2 / wanted
+
+
+@pytest.mark.parametrize("errors", [4.2, 5.8])
+def test_the_ratio_must_move_by_five_standard_errors(errors):
+    """As many chains as make the first step's response so many standard errors, which Gaussians have in closed form."""
+    process, t = exact_chain(), STEPS - 1
+    (low, share), (high, _) = (variance_ratio(process, lam) for lam in (0.95, 1.05))
+    of_one = max(low, high) * np.sqrt(2) * np.hypot(1, share)  # standard error from one number
+    n = round((errors * of_one / (high - low)) ** 2 / 4)
+    found = calibrate(Sampler(process, (1, 2, 2), clip_denoised=False), network(process, 1.0), images_for(2), n, n, CPU,
+                      "variance")
+    assert found.response[t] == pytest.approx(high - low, rel=0.1)
+    assert (found.how[t] == NOISE) == np.isnan(found.error[t]) == (errors < 5)
+    if errors > 5:
+        assert found.error[t] == pytest.approx(0.1 / errors, rel=0.1)
+
+
 def test_an_answer_outside_the_bracket_stops_at_its_edge():
     process = exact_chain()
     found = calibrate(Sampler(process, (1, 32, 32), clip_denoised=False), network(process, 1.12), images_for(32), 100, 50, CPU,
                       "variance")
-    assert EDGE in found.how and found.lambdas.max() == 1.05
+    t = max(t for t in range(STEPS) if found.how[t] == EDGE)
+    assert found.lambdas.max() == found.lambdas[t] == 1.05
+    before = [1 / 1.12] * (STEPS - 1 - t)  # lambda = 1 until then: the response was below noise
+    assert found.how[t + 1:] == [NOISE] * len(before)
+    ratio = variance_ratio(process, *before, 1.05 / 1.12)[0]
+    assert found.ratio[t] == pytest.approx(ratio, abs=0.01) and ratio < 0.98
+
+
+@pytest.mark.parametrize("by", ["norm", "variance"])
+def test_the_statistics_and_their_standard_errors(by):
+    """Means over three chains, with n - 1 in what they scatter by."""
+    process = exact_chain()
+    rows = torch.tensor([[3.0, 4.0], [0.0, 1.0], [8.0, 6.0]]).view(3, 1, 1, 2)
+    got = STATISTICS[by]().of(process, rows, rows, 4)
+    squares = np.array([(3 - 11 / 3) ** 2 + (4 - 11 / 3) ** 2, (11 / 3) ** 2 + (1 - 11 / 3) ** 2,
+                        (8 - 11 / 3) ** 2 + (6 - 11 / 3) ** 2]) / 2
+    each = np.array([5.0, 1.0, 10.0]) if by == "norm" else squares
+    assert got.value == pytest.approx(each.sum() / (3 if by == "norm" else 2))
+    assert got.error == pytest.approx(each.std(ddof=1) / np.sqrt(3))
+
+
+@pytest.mark.parametrize("by", ["norm", "variance"])
+def test_a_network_that_predicts_x_0_gets_the_lambda_of_its_implied_epsilon(by):
+    found = []
+    for x_0 in (False, True):
+        process = exact_chain(5, predict_xstart=x_0)
+        ab = torch.ones(1000)
+        ab[process.timestep_map] = torch.from_numpy(process.alphas_cumprod).float()
+        eps = network(process)
+
+        def model(x, t):
+            a = ab[t].view(-1, 1, 1, 1)
+            return (x - (1 - a).sqrt() * eps(x, t)) / a.sqrt() if x_0 else eps(x, t)
+
+        found.append(calibrate(Sampler(process, (1, 16, 16), clip_denoised=False), model, images_for(16), 100, 100, CPU, by))
+    assert SOLVED in found[0].how and found[0].how == found[1].how
+    np.testing.assert_allclose(found[1].lambdas, found[0].lambdas, atol=1e-3)
+    np.testing.assert_allclose(found[1].response[1:], found[0].response[1:], rtol=0.01)
 
 
 @pytest.mark.parametrize("n, by, text", [(1, "norm", "too few"), (4, "fid", "--by fid: allowed are norm, variance")])

@@ -2,12 +2,16 @@
 
 Data N(0, s^2): x_t has variance V_t = ab s^2 + 1 - ab, and E[epsilon | x_t] = sqrt(1 - ab) / V_t * x_t.
 """
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 from guided_diffusion_ip.diffusion import (
     GaussianDiffusion, LossType, ModelMeanType, ModelVarType, SpacedDiffusion, get_named_beta_schedule, space_timesteps)
+from guided_diffusion_ip.diffusion.epsilon_scaling import lambda_schedule
+from guided_diffusion_ip.diffusion.noise_schedule import NoiseSchedule
 from guided_diffusion_ip.script_util import create_gaussian_diffusion
 
 S = 0.5
@@ -289,3 +293,73 @@ def test_bound_is_zero_for_the_true_posterior_and_prior_for_a_long_chain():
     assert result["prior_bpd"].abs().max() < 1e-4
     assert result["vb"][:, :-1].abs().max() < 1e-5, "a network that knows x_0 pays nothing for t > 0"
     assert result["vb"].shape == (4, 1000)
+
+
+# ---- where the limits are ----
+
+def spaced(*timesteps):
+    return SpacedDiffusion(timesteps, betas=get_named_beta_schedule("linear", 100),
+                           model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_SMALL,
+                           loss_type=LossType.MSE)
+
+
+@pytest.mark.parametrize("timesteps", [(), (-1, 5), (0, 100), (100,)])
+def test_steps_that_the_process_does_not_have(timesteps):
+    with pytest.raises(ValueError, match=r"must lie in 0 \.\. 99"):
+        spaced(*timesteps)
+
+
+def test_the_first_and_the_last_step_may_be_kept():
+    assert spaced(99, 0).timestep_map == [0, 99]
+
+
+@pytest.mark.parametrize("betas", [[], [[0.1]], 0.1, [0.0], [-0.1, 0.1], [0.1, 1.0001], [np.nan]])
+def test_betas_that_are_none(betas):
+    with pytest.raises(ValueError, match=r"one-dimensional sequence of numbers in \(0, 1\]"):
+        NoiseSchedule(betas)
+
+
+def test_a_last_beta_of_one_leaves_no_signal():
+    schedule = NoiseSchedule([0.5, 1.0])
+    assert schedule.alphas_cumprod.tolist() == [0.5, 0.0] and np.isinf(schedule.sqrt_recip_alphas_cumprod[1])
+    assert schedule.snr.tolist() == [1.0, 0.0]
+
+
+def test_the_linear_schedule_needs_21_steps():
+    assert get_named_beta_schedule("linear", 21)[-1] == pytest.approx(0.02 * 1000 / 21)
+    with pytest.raises(ValueError, match="at least 21 diffusion steps, got 20"):
+        get_named_beta_schedule("linear", 20)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("value", [0.0, -0.5, np.nan, np.inf, -np.inf])
+def test_every_lambda_must_be_positive_and_finite(at, value):
+    with pytest.raises(ValueError, match=r"lambda\(t\) > 0 at every step"):
+        lambda_schedule([value if t == at else 1.0 for t in range(3)], 0.0, 3)
+
+
+def test_a_line_is_positive_down_to_its_lower_end():
+    np.testing.assert_allclose(lambda_schedule(1.0, -0.33, 4), [1, 0.67, 0.34, 0.01])
+    with pytest.raises(ValueError, match=r"lambda\(3\) = -0.02"):
+        lambda_schedule(1.0, -0.34, 4)
+
+
+@pytest.mark.parametrize("gain, lam, clip, warns", [
+    (1100, 1.01, False, True), (900, 1.01, False, False), (1100, 1.0, False, False), (1100, 1.01, True, False)])
+def test_unclipped_scaling_is_warned_of_where_the_first_step_multiplies_epsilon_by_a_thousand(gain, lam, clip, warns):
+    process = GaussianDiffusion(betas=[0.1, 1 - 1 / (0.9 * (1 + gain**2))], model_mean_type=ModelMeanType.EPSILON,
+                                model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE, eps_scaler=lam)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        process.p_sample_loop(lambda x, t: x, (1, 1, 2, 2), clip_denoised=clip)
+    assert [f"by {gain}" in str(one.message) for one in caught] == [True] * warns
+
+
+@pytest.mark.parametrize("mean_type", list(ModelMeanType))
+@pytest.mark.parametrize("gamma", [0.0, 0.1])
+def test_gamma_is_warned_of_where_the_network_does_not_predict_epsilon(mean_type, gamma):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(mean_type, input_perturbation=gamma)
+    assert len(caught) == (gamma > 0 and mean_type is not ModelMeanType.EPSILON)
+    assert all(f"with {mean_type.name} targets" in str(one.message) for one in caught)

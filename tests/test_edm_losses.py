@@ -52,6 +52,12 @@ def test_distribution_of_vp_noise_levels():
     assert sigma[-1] == pytest.approx(math.sqrt(math.exp(10.05) - 1), rel=1e-3)
 
 
+def test_a_vp_schedule_may_rise_slowly_and_from_nothing():
+    # sigma^2 = exp(t^2 / 4) - 1
+    t = 1e-5 + quantiles() * (1 - 1e-5)
+    torch.testing.assert_close(VPLoss(beta_d=0.5, beta_min=0.0).sigma(quantiles()), (t**2 / 4).expm1().sqrt())
+
+
 def test_distribution_of_ve_noise_levels():
     log_sigma = VELoss().sigma(quantiles()).log().numpy()
     assert stats.kstest(log_sigma, stats.uniform(math.log(0.02), math.log(5000)).cdf).statistic < 1e-4
@@ -178,6 +184,8 @@ def test_augmented_images_are_the_targets_and_labels_reach_the_denoiser():
 
 @pytest.mark.parametrize("make, message", [
     (lambda: EDMLoss(P_std=0.0), "P_std"), (lambda: EDMLoss(sigma_data=-1.0), "sigma_data"), (lambda: VPLoss(beta_d=0.0), "beta_d"),
+    (lambda: EDMLoss(P_std=math.inf), "P_std"), (lambda: VPLoss(beta_min=-0.1), "beta_min"), (lambda: VPLoss(epsilon_t=0.0), "epsilon_t"),
+    (lambda: VELoss(sigma_min=0.0), "sigma_min"), (lambda: VELoss(sigma_min=3.0, sigma_max=3.0), "sigma_min"),
     (lambda: VPLoss(epsilon_t=1.0), "epsilon_t"), (lambda: VELoss(sigma_min=3.0, sigma_max=2.0), "sigma_min"),
     (lambda: EDMProcess(EDMLoss(), input_perturbation=-0.1), "gamma"),
     (lambda: EDMProcess(EDMLoss(), num_timesteps=0), "num_timesteps"),

@@ -293,6 +293,12 @@ def test_levels_run_from_the_highest_to_the_lowest(discretization):
         assert low <= sigmas[-1] < 0.01 and 75 < sigmas[0] <= high
 
 
+@pytest.mark.parametrize("discretization", ["edm", "vp", "ve"])
+def test_two_levels_are_the_ends(discretization):
+    np.testing.assert_allclose(NoiseLevels(2, 0.01, 50.0, discretization).sigmas(), [50.0, 0.01], rtol=1e-9)
+    assert NoiseLevels(1, 0.01, 50.0, discretization).sigmas().tolist() == pytest.approx([50.0])
+
+
 def test_ranges_are_limited_to_what_the_model_knows():
     d = Denoiser(exact, sigma_min=0.03, sigma_max=20.0)
     edm_sample(d, latents(), num_steps=5)

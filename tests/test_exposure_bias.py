@@ -11,9 +11,10 @@ import torch
 
 from guided_diffusion_ip.diffusion import ModelMeanType, ModelVarType
 from guided_diffusion_ip.exposure_bias.measures import NAMES, create_measures, measure
-from guided_diffusion_ip.exposure_bias.walks import Batch, with_lambdas
+from guided_diffusion_ip.exposure_bias.walks import CHAIN, Batch, Walk, noised, step_noise, walk, with_lambdas
 from guided_diffusion_ip.generation.sample_batch import Sampler
 from guided_diffusion_ip.metrics.features import PixelSpace
+from guided_diffusion_ip.noise import Stream, normal
 from test_closed_forms import S, eps_slope, exact_network, make
 
 T, N, SIDE = 25, 400, 16
@@ -159,6 +160,32 @@ def test_accumulation_has_a_closed_form(lam):
             kept, noise = a[t] * kept, a[t] ** 2 * noise
         assert not found["noise_free"][row, length:].any()
         assert found["noise_free_final"][row] == found["noise_free"][row, 0]
+
+
+def test_one_step_alone_can_be_accumulated():
+    """From q(x_0 | x_0) one step to x_0_hat, and the real images beside it."""
+    s, n, side = 0.2, 3000, 2
+    process, _, how = setting("small", "plain")
+    found = measure(["accumulation"], how, exact_network(process, s=s), gaussian_batches(n, side, s, 1000), (1,),
+                    PixelSpace())["accumulation"]
+    ab, (a, v, x0) = process.alphas_cumprod[0], linear_steps(process, s=s)
+    final = a[0] ** 2 * (ab * s**2 + 1 - ab)
+    assert found["frechet"] == pytest.approx(side**2 * (math.sqrt(final) - s) ** 2 / 4, abs=2e-4)
+    wrong = math.sqrt((x0[0] * math.sqrt(ab) - 1) ** 2 * s**2 + x0[0] ** 2 * (1 - ab))
+    assert found["noise_free_final"] == pytest.approx(wrong * math.sqrt(2 / math.pi), rel=0.03)
+
+
+def test_noise_has_the_address_of_its_image_and_step():
+    process, index, x = make(steps=T), [5, 2], torch.full((2, 1, 4, 4), 0.3)
+    how, batch = Sampler(process, (1, 4, 4), seed=3), Batch(index, x, {})
+    draw = lambda stream, t: normal(3, stream, index, t, (1, 4, 4))  # noqa: E731
+    torch.testing.assert_close(noised(how, batch, 7), process.q_sample(x, torch.full((2,), 7), draw(Stream.MEASURE_INPUT, 7)))
+    assert torch.equal(step_noise(how, index, 7)(x), draw(Stream.MEASURE_STEP, 7))
+    first = next(walk(Walk(CHAIN, T), how, exact_network(process), batch))
+    assert torch.equal(first.x, draw(Stream.MEASURE_STEP, T)) and first.t == T - 1
+    rest = process.p_sample(exact_network(process), first.x, torch.full((2,), T - 1),
+                            randn_like=lambda x: draw(Stream.MEASURE_STEP, T - 1))["sample"]
+    assert torch.equal(first.sample, rest)
 
 
 @pytest.mark.parametrize("kind", [ModelMeanType.START_X, ModelMeanType.PREVIOUS_X])

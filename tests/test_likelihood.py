@@ -11,6 +11,7 @@ import torch
 import launch
 from golden_tools import seeded_checkpoint
 from guided_diffusion_ip.data.image_set import open_image_set
+from guided_diffusion_ip.diffusion.losses import discretized_gaussian_log_likelihood
 from guided_diffusion_ip.generation.likelihood_run import LikelihoodRun
 from guided_diffusion_ip.noise import NormalStream, Stream
 from guided_diffusion_ip.script_util import create_gaussian_diffusion, create_model_and_diffusion
@@ -62,6 +63,16 @@ def test_a_network_that_knows_x_0_pays_for_the_last_step_only():
     chance = torch.where(x.abs() > 0.999, (1 + inside) / 2, inside)
     torch.testing.assert_close(result["vb"][:, -1], -chance.log2().mean((1, 2, 3)), atol=2e-3, rtol=0.02)
     torch.testing.assert_close(result["total_bpd"], result["vb"].sum(1) + result["prior_bpd"])
+
+
+@pytest.mark.parametrize("mean", [-1.3, -1.0, -0.3, 0.0, 0.7, 1.0])
+@pytest.mark.parametrize("log_scale", [-6.0, -2.0, 0.0])
+def test_the_256_levels_have_probability_1_together(mean, log_scale):
+    """The outermost cells reach to infinity, so that nothing is left over wherever the Gaussian lies."""
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    log_p = discretized_gaussian_log_likelihood(levels, means=torch.full_like(levels, mean),
+                                                log_scales=torch.full_like(levels, log_scale))
+    assert float(log_p.exp().sum()) == pytest.approx(1, abs=1e-9)
 
 
 def test_gaussian_data_have_a_closed_form():

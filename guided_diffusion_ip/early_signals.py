@@ -1,8 +1,9 @@
-"""Signals that come before training can answer them: while Python imports PyTorch, ranks meet, data are opened.
+"""Signals that come before training can answer them: while Python imports PyTorch, ranks meet, ...
 
-Without this, a SIGUSR1 (Slurm's --signal) or SIGTERM in the first seconds of a training script kills it. A script calls
-`note_signals()` before it imports anything else; `training.stopping.Signals` takes over from there, and training ends before its
-first step. Python itself takes some hundredths of a second to come to a script's first line: nothing can be done about those.
+Without this, a SIGUSR1 (Slurm's --signal) or SIGTERM in the first seconds of a training script kills
+it. A script calls `note_signals()` before it imports anything else; `training.stopping.Signals`
+takes over from there, and training ends before its first step. Python itself takes some hundredths
+of a second to come to a script's first line: nothing can be done about those.
 
 Ctrl-C is not noted: it ends a script that has nothing to save at once.
 """
@@ -29,15 +30,15 @@ def note(number: int, _: Any) -> None:
 
 
 def after_training(number: int) -> signal.Handlers:
-    """What becomes of a noted signal when nothing is left to save: SIGTERM ends the process, SIGUSR1 is ignored.
+    """When nothing is left to save, SIGTERM ends the process, and SIGUSR1 is ignored.
 
-    By the system, because Python forgets its own handlers when it ends, which takes a while with PyTorch.
+    By the system: Python forgets its own handlers when it ends, which takes a while with PyTorch.
     """
     return signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN
 
 
 def end_if_terminated() -> None:
-    """Where this process may wait for others for long, and has nothing to lose, a noted SIGTERM ends it as it usually does."""
+    """For long waits with nothing to lose: a noted SIGTERM ends the process as it usually does."""
     if "SIGTERM" in received:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)

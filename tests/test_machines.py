@@ -1,6 +1,6 @@
-"""Two machines: network namespaces of their own, joined by one cable. (Linux, root and `ip`; skipped where one is missing.)
+"""Two machines: network namespaces of their own, joined by one cable. (Needs Linux, root and `ip`.)
 
-As Debian installs them, each machine's own name is 127.0.1.1 to itself, which the other cannot reach.
+As Debian does it, each machine's own name is 127.0.1.1 to itself, which the other cannot reach.
 """
 import os
 import pathlib
@@ -18,7 +18,7 @@ import launch
 from test_distributed import TRAIN
 
 TALK = """
-import time, torch, torch.distributed as dist
+import sys, time, torch, torch.distributed as dist
 from guided_diffusion_ip import dist_util
 from guided_diffusion_ip.config import command
 
@@ -29,8 +29,11 @@ def main():
 """
 
 
+PYTHON = [sys.executable, "-c", TALK + "command(main)"]
+
+
 class Machines:
-    """Two of them, 10.99.0.1 (fd99::1) and 10.99.0.2 (fd99::2); names as seen from each are machine0 and machine1."""
+    """Two of them: machine0 is 10.99.0.1 and fd99::1, machine1 10.99.0.2 and fd99::2."""
 
     def __init__(self):
         self.names = [f"gdip{os.getpid()}m{i}" for i in range(2)]
@@ -40,9 +43,12 @@ class Machines:
         for i, (name, etc) in enumerate(zip(self.names, self.etc)):
             ip("netns", "add", name)
             etc.mkdir(parents=True)
-            other = f"10.99.0.{2 - i} machine{1 - i}\n"
-            (etc / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {os.uname().nodename} machine{i}\n{other}")
-        ip("link", "add", "cable", "netns", self.names[0], "type", "veth", "peer", "name", "cable", "netns", self.names[1])
+            (etc / "hosts").write_text(f"127.0.0.1 localhost\n"
+                                       f"127.0.1.1 {os.uname().nodename} machine{i}\n"
+                                       f"10.99.0.{2 - i} machine{1 - i}\n")
+        first, second = self.names
+        ip("link", "add", "cable", "netns", first, "type", "veth", "peer", "name", "cable",
+           "netns", second)
         for i, name in enumerate(self.names):
             ip("-n", name, "address", "add", f"10.99.0.{i + 1}/24", "dev", "cable")
             ip("-n", name, "address", "add", f"fd99::{i + 1}/64", "dev", "cable", "nodad")
@@ -57,7 +63,8 @@ class Machines:
     def run(self, commands, timeout=90, meanwhile=lambda: None):
         """One command on each machine, each with an environment; both CompletedProcess."""
         def on(name, command, env):
-            return launch.run(["ip", "netns", "exec", name, *command], timeout, CUDA_VISIBLE_DEVICES="", **env)
+            command = ["ip", "netns", "exec", name, *command]
+            return launch.run(command, timeout, CUDA_VISIBLE_DEVICES="", **env)
 
         with ThreadPoolExecutor(2) as pool:
             done = [pool.submit(on, name, *each) for name, each in zip(self.names, commands)]
@@ -85,47 +92,59 @@ def machines():
 
 
 def by_hand(rank, address="10.99.0.1", **env):
-    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": address, "MASTER_PORT": "29500", **env}
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": address,
+            "MASTER_PORT": "29500", **env}
 
 
 def slurm_task(rank):
-    env = {"JOB_ID": 7, "STEP_ID": 0, "STEP_NUM_TASKS": 2, "PROCID": rank, "LOCALID": 0, "NODEID": rank,
-           "STEP_TASKS_PER_NODE": "1(x2)", "STEP_NODELIST": "machine[0-1]"}
+    env = {"JOB_ID": 7, "STEP_ID": 0, "STEP_NUM_TASKS": 2, "PROCID": rank, "LOCALID": 0,
+           "NODEID": rank, "STEP_TASKS_PER_NODE": "1(x2)", "STEP_NODELIST": "machine[0-1]"}
     return {f"SLURM_{key}": str(value) for key, value in env.items()}
 
 
 @pytest.mark.slow
 def test_torchrun_trains_on_two_machines(machines, tmp_path):
-    np.savez(tmp_path / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8))
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images)
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "10.99.0.1",
-               "--master_port", "29500", "--no_python", "--node_rank"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
+               "--master_addr", "10.99.0.1", "--master_port", "29500", "--no_python", "--node_rank"]
     work = [sys.executable, str(script), str(tmp_path / "images.npz"), str(tmp_path), "4", "-1"]
     for done in machines.run([([*command, str(rank), *work], {}) for rank in range(2)]):
         assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)["weights"] for rank in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"]))
 
 
 @pytest.mark.parametrize("name, env", [
-    ("torchrun", by_hand), ("slurm", slurm_task), ("torchrun", lambda rank: by_hand(rank, "fd99::1")),
-    ("torchrun", lambda rank: by_hand(rank, GLOO_SOCKET_IFNAME="cable"))], ids=["address", "names", "IPv6", "by user"])
+    pytest.param("torchrun", by_hand, id="address"), pytest.param("slurm", slurm_task, id="names"),
+    pytest.param("torchrun", lambda rank: by_hand(rank, "fd99::1"), id="IPv6", marks=pytest.mark.slow),
+    pytest.param("torchrun", lambda rank: by_hand(rank, GLOO_SOCKET_IFNAME="cable"), id="by user",
+                 marks=pytest.mark.slow)])
 def test_two_machines_find_the_way_to_each_other(machines, name, env):
-    for done in machines.run([([sys.executable, "-c", TALK + "command(main)"], env(rank)) for rank in range(2)]):
+    for done in machines.run([(PYTHON, env(rank)) for rank in range(2)]):
         assert done.returncode == 0 and done.stdout == f"{name} [0, 1]\n", done.stderr
 
 
+@pytest.mark.slow
 def test_an_interface_that_the_user_names_is_taken(machines):
     """A wrong one fails, with advice that names it; the right one would have been found."""
-    for done in machines.run([([sys.executable, "-c", TALK + "command(main)"], by_hand(rank, GLOO_SOCKET_IFNAME="lo"))
-                              for rank in range(2)]):
+    wrong = {"GLOO_SOCKET_IFNAME": "lo"}
+    for done in machines.run([(PYTHON, by_hand(rank, **wrong)) for rank in range(2)]):
         assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
-        assert "GLOO_SOCKET_IFNAME" in done.stderr and "exchange of data" in done.stderr, done.stderr
+        assert "GLOO_SOCKET_IFNAME (here: lo)" in done.stderr, done.stderr
+        assert "their first exchange of data failed" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_cut_cable_ends_both_ranks(machines, tmp_path):
-    code = TALK + "    for _ in range(1200): dist.all_reduce(torch.ones(3)); time.sleep(0.05); open(mark, 'w').close()\n"
+    code = TALK + """
+    for _ in range(1200):
+        dist.all_reduce(torch.ones(3))
+        time.sleep(0.05)
+        open(sys.argv[1], "w").close()
+"""
     marks = [tmp_path / str(rank) for rank in range(2)]
 
     def cut():
@@ -135,11 +154,13 @@ def test_a_cut_cable_ends_both_ranks(machines, tmp_path):
         ip("-n", machines.names[1], "link", "set", "cable", "down")
 
     try:
-        ended = machines.run([([sys.executable, "-c", f"mark = {str(mark)!r}\n{code}command(main)"],
-                               by_hand(rank, GUIDED_DIFFUSION_IP_TIMEOUT="5")) for rank, mark in enumerate(marks)],
-                             meanwhile=cut)
+        ended = machines.run([([sys.executable, "-c", code + "command(main)", str(mark)],
+                               by_hand(rank, GUIDED_DIFFUSION_IP_TIMEOUT="5"))
+                              for rank, mark in enumerate(marks)], meanwhile=cut)
     finally:
         ip("-n", machines.names[1], "link", "set", "cable", "up")
     for rank, done in enumerate(ended):
-        assert marks[rank].exists() and done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-        assert f"rank {1 - rank} of 2 " in done.stderr and f"this is rank {rank}" in done.stderr, done.stderr
+        assert marks[rank].exists() and done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        assert f"rank {1 - rank} of 2 " in done.stderr, done.stderr
+        assert f"this is rank {rank}" in done.stderr, done.stderr

@@ -176,11 +176,11 @@ def test_signals_save_and_end_well(number, images, tmp_path):
 
 
 def wait_until_signals_are_noted(process):
-    """Before that, Python itself has not come to the script's first line. After it, importing PyTorch takes seconds."""
+    """Before it, Python has not come to the script's first line; after it, imports take seconds."""
     bits = 1 << signal.SIGUSR1 - 1 | 1 << signal.SIGTERM - 1
     while process.poll() is None:
-        status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
-        if int(status["SigCgt"], 16) & bits == bits:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        if int(status.split("SigCgt:")[1].split()[0], 16) & bits == bits:
             break
         if "libtorch" in Path(f"/proc/{process.pid}/maps").read_text():
             break
@@ -192,12 +192,12 @@ def wait_until_signals_are_noted(process):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_before_pytorch_is_imported_loses_nothing(number, images, tmp_path):
     process = alone(images, tmp_path / "run", ["--max_steps", "100000"])
-    with contextlib.suppress(AssertionError):  # without a handler it is killed, as is to be seen below
+    with contextlib.suppress(AssertionError):  # without a handler it is killed: to be seen below
         wait_until_signals_are_noted(process)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and f"{number.name}: stopped after step 0" in out and "--resume auto" in out, (
-        process.returncode, out)
+    assert process.returncode == 0, (process.returncode, out)
+    assert f"{number.name}: stopped after step 0" in out and "--resume auto" in out, out
     train(images, tmp_path / "run", "--max_steps", "2", "--resume", "auto")
     train(images, tmp_path / "whole", "--max_steps", "2")
     assert_same_run(tmp_path / "whole", tmp_path / "run", 2, ("model", "ema_0.9_", "opt"))
@@ -218,8 +218,8 @@ def test_a_warning_after_training_has_ended_is_no_failure(images, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into Linux's /proc")
 @pytest.mark.parametrize("name", ["image_train", "super_res_train", "classifier_train"])
 def test_training_scripts_note_signals_first(name):
-    process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / f"{name}.py")], stderr=subprocess.DEVNULL,
-                               env=launch.clean_env())
+    process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / f"{name}.py")],
+                               stderr=subprocess.DEVNULL, env=launch.clean_env())
     try:
         wait_until_signals_are_noted(process)
     finally:
@@ -228,11 +228,12 @@ def test_training_scripts_note_signals_first(name):
 
 
 def test_a_signal_does_not_wait_for_ranks_that_are_missing(images, tmp_path):
-    """SIGTERM ends a rank that waits for others at once: nothing has begun. SIGUSR1 is noted for later."""
+    """SIGTERM ends a rank that waits for others: nothing has begun. SIGUSR1 is noted for later."""
     process = subprocess.Popen(
-        [sys.executable, TRAIN, *command(images, tmp_path / "run")], stderr=subprocess.PIPE, text=True,
-        env={**launch.clean_env(), "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(launch.free_port()), "GUIDED_DIFFUSION_IP_START_TIMEOUT": "25"})
+        [sys.executable, TRAIN, *command(images, tmp_path / "run")], stderr=subprocess.PIPE,
+        text=True, env={**launch.clean_env(), "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port()),
+                        "GUIDED_DIFFUSION_IP_START_TIMEOUT": "25"})
     for line in process.stderr:
         if "has been waiting for rank 1" in line:
             process.send_signal(signal.SIGUSR1)

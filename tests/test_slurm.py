@@ -1,6 +1,6 @@
-"""A real Slurm of one node: its daemons on loopback, all their files in a temporary folder. (Debian: slurmctld, slurmd, munge.)
+"""A real Slurm of one node: its daemons on loopback, all their files in a temporary folder.
 
-Minutes long, because Slurm counts time limits in minutes. docs/launching.md says how to start the same by hand.
+Minutes long, because Slurm counts time limits in minutes. docs/launching.md says what it needs.
 """
 import contextlib
 import getpass
@@ -23,8 +23,9 @@ from test_resume import FLAGS, TRAIN, same
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 FOUND = {name: shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in PROGRAMS}
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not all(FOUND.values()), reason=(
-    f"not installed: {', '.join(name for name in PROGRAMS if not FOUND[name])} (Debian: slurmctld, slurmd, slurm-client, munge)"))]
+MISSING = ", ".join(name for name in PROGRAMS if not FOUND[name])
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=(
+    f"not installed: {MISSING} (Debian's packages are munge, slurmctld, slurmd, slurm-client)"))]
 
 SETTINGS = """
 ClusterName=one
@@ -57,21 +58,24 @@ PartitionName=all Nodes=ALL Default=YES
 class Slurm:
     def __init__(self, folder):
         self.folder, self.daemons = folder, []
-        self.env = {**launch.clean_env(), "SLURM_CONF": str(folder / "slurm.conf"), "CUDA_VISIBLE_DEVICES": ""}
+        self.env = {**launch.clean_env(), "SLURM_CONF": str(folder / "slurm.conf"),
+                    "CUDA_VISIBLE_DEVICES": ""}
 
     def start(self):
         for name in ("state", "spool"):
             (self.folder / name).mkdir()
         ports = {name: launch.free_port() for name in ("ctld_port", "d_port")}
+        host = socket.gethostname().split(".")[0]
         (self.folder / "slurm.conf").write_text(
-            SETTINGS.format(host=socket.gethostname().split(".")[0], user=getpass.getuser(), folder=self.folder, **ports))
+            SETTINGS.format(host=host, user=getpass.getuser(), folder=self.folder, **ports))
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log",
-                 "seed-file": "munge.seed"}
-        self._daemon("munged", "--foreground", "--force", *(f"--{key}={self.folder / name}" for key, name in files.items()))
+        files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid",
+                 "log-file": "munge.log", "seed-file": "munge.seed"}
+        self._daemon("munged", "--foreground", "--force",
+                     *(f"--{option}={self.folder / name}" for option, name in files.items()))
         self._until(lambda: (self.folder / "munge.socket").exists())
         self._daemon("slurmctld", "-D")
         self._daemon("slurmd", "-D")
@@ -79,12 +83,14 @@ class Slurm:
 
     def _daemon(self, name, *args):
         with open(self.folder / f"{name}.out", "w") as out:
-            self.daemons.append(subprocess.Popen([FOUND[name], *args], env=self.env, stdout=out, stderr=out, start_new_session=True))
+            self.daemons.append(subprocess.Popen([FOUND[name], *args], env=self.env, stdout=out,
+                                                 stderr=out, start_new_session=True))
 
     def _until(self, condition, seconds=60):
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end and all(daemon.poll() is None for daemon in self.daemons), self.logs()
+            alive = all(daemon.poll() is None for daemon in self.daemons)
+            assert alive and time.monotonic() < end, self.logs()
             time.sleep(0.2)
 
     def stop(self):
@@ -100,11 +106,14 @@ class Slurm:
                 daemon.wait()
 
     def logs(self):
-        return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in self.folder.glob("*.[lo][ou][gt]"))
+        texts = (f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}"
+                 for path in self.folder.glob("*.*") if path.suffix in (".log", ".out"))
+        return "\n".join(texts)
 
     def __call__(self, *command, timeout=60):
         """What a command of Slurm's prints; it must end well."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True,
+                              timeout=timeout)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout
 
@@ -121,21 +130,24 @@ def slurm(tmp_path_factory):
 
 @pytest.fixture
 def command(tmp_path):
-    np.savez(tmp_path / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (24, 10, 10, 1), dtype=np.uint8))
-    return [sys.executable, TRAIN, *FLAGS, "--data_dir", str(tmp_path / "images.npz"), "--batch_size", "2", "--ema_rate", "0.9",
-            "--dropout", "0.1", "--schedule_sampler", "loss-second-moment", "--num_workers", "1", "--save_interval", "1000000",
-            "--log_interval", "100"]
+    images = np.random.default_rng(0).integers(0, 256, (24, 10, 10, 1), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    return [sys.executable, TRAIN, *FLAGS, "--data_dir", str(tmp_path / "images.npz"),
+            "--batch_size", "2", "--ema_rate", "0.9", "--dropout", "0.1", "--schedule_sampler",
+            "loss-second-moment", "--num_workers", "1", "--save_interval", "1000000"]
 
 
 def test_its_daemons_listen_on_loopback_only(slurm):
-    sockets = {os.readlink(link) for daemon in slurm.daemons for link in Path(f"/proc/{daemon.pid}/fd").iterdir()}
-    places = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    listening = [place[1] for place in places if place[3] == "0A" and f"socket:[{place[9]}]" in sockets]
-    assert len(listening) == 2 and all(address.startswith("0100007F:") for address in listening), listening
+    sockets = {os.readlink(link) for daemon in slurm.daemons
+               for link in Path(f"/proc/{daemon.pid}/fd").iterdir()}
+    rows = [line.split() for name in ("tcp", "tcp6")
+            for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    places = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
+    assert len(places) == 2 and all(place.startswith("0100007F:") for place in places), places
 
 
-def test_a_job_that_is_told_of_its_time_limit_saves_and_goes_on_as_if_nothing_had_been(slurm, command, tmp_path):
-    """The recipe of docs/training.md. The first start has no end of its own; those after it make 20 steps more."""
+def test_a_job_is_told_of_its_limit_and_goes_on_bit_for_bit(slurm, command, tmp_path):
+    """The recipe of docs/training.md. The first start has no end; those after it make 20 steps."""
     run, job, out = tmp_path / "run", tmp_path / "train.sbatch", tmp_path / "job.txt"
     (tmp_path / "steps").write_text("1000000")
     job.write_text(f"""#!/bin/bash
@@ -159,5 +171,6 @@ fi
     assert f"training ended after {last} steps" in slurm(
         "srun", "-n", "2", *command, "--out_dir", str(whole), "--max_steps", str(last), timeout=400)
     for name in ("model", "ema_0.9_", "opt"):
-        one, two = (torch.load(folder / f"{name}{last:06d}.pt", weights_only=True) for folder in (whole, run))
+        one, two = (torch.load(folder / f"{name}{last:06d}.pt", weights_only=True)
+                    for folder in (whole, run))
         assert same(one, two), f"{name} differs"

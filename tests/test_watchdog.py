@@ -241,22 +241,22 @@ def test_ranks_that_end_seconds_apart_are_quiet(ranks):
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_rank_that_works_is_waited_for_beyond_the_limit_of_collectives(ranks, late):
-    """As at the end of sampling, where one rank has a batch more than the others, or joins files alone."""
+    """As at the end of sampling, where one rank has a batch more, or joins files alone."""
     run = ranks(2, f"""
         for _ in range(3): dist_util.barrier()
         if rank == {late}: time.sleep(8)
         dist_util.barrier()
         print("together", flush=True)
         dist_util.barrier()
-    """, "from guided_diffusion_ip.dist_util import rendezvous\nrendezvous._COLLECTIVE_S = 1.0\ncommand(main)",
-                GUIDED_DIFFUSION_IP_TIMEOUT="5")
+    """, "dist_util.rendezvous._COLLECTIVE_S = 1.0\ncommand(main)", GUIDED_DIFFUSION_IP_TIMEOUT="5")
     time.sleep(6.5)  # the limit is the larger of the two
     assert "together" not in run.logs[1 - late].read_text()
     assert run.end(0, 1, within=20) == [(0, "here\ntogether\n")] * 2
 
 
 @pytest.mark.parametrize("lost, body, words", [
-    (0, "die()", "is gone"), (1, "die()", "is gone"), (1, "raise ValueError('no room')", "failed: no room"),
+    (0, "die()", "is gone"), (1, "die()", "is gone"),
+    (1, "raise ValueError('no room')", "failed: no room"),
     (1, "return", "has ended as if all was done"), (0, "return", "has ended as if all was done")])
 def test_a_rank_that_is_not_coming_any_more_ends_the_wait(ranks, lost, body, words):
     run = ranks(3, f"if rank == {lost}:\n    time.sleep(0.5)\n    {body}\ndist_util.barrier()")

@@ -22,7 +22,7 @@ _BUCKET_BYTES = 32 << 20
 
 
 def barrier() -> None:
-    """Waits until all ranks are here, for as long as they live: one may work for hours when the others are done.
+    """Waits until all ranks are here, for as long as they live: one may work for hours.
 
     Raises:
         dist.DistError: a rank is gone, has failed or has ended.

@@ -1,7 +1,8 @@
 """Which network interface leads to the other machines.
 
-gloo binds to whatever this machine's name stands for, unless GLOO_SOCKET_IFNAME names an interface. Between machines that can
-be an address that the others cannot reach (Debian's 127.0.1.1, a second network), on one machine a look-up that fails.
+gloo binds to whatever this machine's name stands for, unless GLOO_SOCKET_IFNAME names an interface.
+Between machines that can be an address that the others cannot reach (Debian's 127.0.1.1, a second
+network), on one machine a look-up that fails.
 """
 from __future__ import annotations
 
@@ -14,31 +15,36 @@ import struct
 from collections.abc import Iterable
 
 _SIOCGIFCONF = 0x8912  # Linux: the IPv4 addresses of all interfaces, secondary ones too
-_IFREQ_BYTES = 40  # an entry of its answer: name [16], address family [2], port [2], address [4], unused
+_IFREQ_BYTES = 40  # an entry of its answer: name [16], family [2], port [2], address [4], unused
 
 
 def choose_gloo_interface(host: str, port: int, seen: Iterable[str]) -> None:
-    """Sets GLOO_SOCKET_IFNAME, unless the user has, to the interface on the way to host:port, where the ranks meet.
+    """Sets GLOO_SOCKET_IFNAME, unless the user has, to the interface on the way to host:port.
 
     Args:
-        seen: what `route` says to each rank about host. To host itself its name may be 127.0.1.1; where the others reach it
-            then decides.
+        host: where the ranks meet.
+        seen: what `route` says to each rank about host. To host itself its name may be 127.0.1.1;
+            where the others reach it then decides.
 
-    Leaves it to gloo where nothing is found (other systems than Linux, an address behind a translation).
+    Leaves it to gloo where nothing is found (other systems than Linux, an address behind a
+    translation).
     """
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
     own = "127.0.0.1" if host.startswith("127.") else route(host, port)[1]
     if is_loopback(own):
         own = next((address for address in seen if not is_loopback(address)), own)
-    # On a machine of its own kind lo may have another name, or be missing: then gloo looks by itself.
+    # lo may be missing, or have another name (macOS): then gloo looks by itself.
     name = interface_with(own) or ("lo" if is_loopback(own) else "")
     if name in (known for _, known in socket.if_nameindex()):
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def route(host: str, port: int) -> tuple[str, str]:
-    """What host stands for here, and this machine's own address on the way to it. Sends nothing. ("", "") if unknown."""
+    """What host stands for here, and this machine's own address on the way to it; ("", "") if unknown.
+
+    Sends nothing.
+    """
     with contextlib.suppress(OSError):
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -53,7 +59,10 @@ def is_loopback(address: str) -> bool:
 
 
 def interface_with(address: str) -> str:
-    """The name of the interface that holds an IPv4 or IPv6 address; "" if none does, or on other systems than Linux."""
+    """The name of the interface that holds an IPv4 or IPv6 address.
+
+    "" if none does, and on other systems than Linux.
+    """
     with contextlib.suppress(OSError, ValueError, ImportError):
         wanted = ipaddress.ip_address(address.partition("%")[0]).packed
         if len(wanted) == 4:

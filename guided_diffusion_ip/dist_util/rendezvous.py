@@ -27,8 +27,8 @@ _COLLECTIVE_S = 1800.0
 _START_S = 300.0
 _FIRST_WORD_S = 10.0  # of waiting in silence
 
-# A group is connected within the limit of the start, and has the longer one of collectives from then on. Where a PyTorch has
-# no such function, it has the longer one for both.
+# A group is connected within the limit of the start, and has the longer one of collectives from then
+# on. Where a PyTorch has no such function, the longer one holds for both.
 _set_limit: Callable[..., None] | None = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
 
 # Outlives cleanup(): a second setup_dist() must find the other ranks again, and MPI is asked once.
@@ -39,7 +39,7 @@ _control: dist.ProcessGroup | None = None
 
 
 def setup_dist(timeout_s: float | None = None) -> None:
-    """Creates the process group (NCCL with CUDA where PyTorch has it, else gloo), for a single process too.
+    """Creates the process group, for a single process too: NCCL where there is CUDA and it, else gloo.
 
     Where a group exists already, does nothing. The GPU is `cuda:{local_rank}` among the visible
     ones; CUDA_VISIBLE_DEVICES is left alone. `timeout_s` limits the wait for the other ranks and
@@ -51,9 +51,10 @@ def setup_dist(timeout_s: float | None = None) -> None:
     minutes, or that variable where it is more: ranks that are alive may have reason to wait.
 
     Raises:
-        ValueError: contradictory environment, one of the two variables no number of seconds, more local processes than visible GPUs, mpi4py missing or of another MPI than mpiexec,
-            or a port that is taken.
-        TimeoutError: ranks are missing; it names them.
+        ValueError: contradictory environment, one of the two variables no number of seconds, more
+            local processes than visible GPUs, mpi4py missing or of another MPI than mpiexec, or a
+            port that is taken.
+        TimeoutError: ranks are missing; it names them. Or they cannot exchange data.
     """
     global _meeting, _setups, _device
     if timeout_s is None:
@@ -104,11 +105,11 @@ def _open_groups(info: LaunchInfo, store: dist.Store, timeout_s: float, limit: t
     except RuntimeError as error:
         if info.world == 1:
             raise
-        gloo = os.environ.get("GLOO_SOCKET_IFNAME")
+        name = os.environ.get("GLOO_SOCKET_IFNAME")
         raise TimeoutError(f"all {info.world} ranks joined, but their first exchange of data "
                            f"failed within {timeout_s:g} s ({_first_line(error)}). Set "
-                           f"GLOO_SOCKET_IFNAME ({f'here: {gloo}' if gloo else 'not set'}) on each machine to the "
-                           f"network interface that leads to the others. With NCCL, try "
+                           f"GLOO_SOCKET_IFNAME ({f'here: {name}' if name else 'not set'}) on each "
+                           f"machine to the interface that leads to the others. With NCCL, try "
                            f"NCCL_P2P_DISABLE=1, or NCCL_SOCKET_IFNAME=<network interface>; "
                            f"NCCL_DEBUG=INFO shows where it stops.") from None
     for group in (dist.group.WORLD, _control):
@@ -128,15 +129,16 @@ def _start_limit(env: Env) -> float:
     except ValueError:
         limit = math.nan
     if not 0 < limit < math.inf:
-        raise ValueError(f"environment variable GUIDED_DIFFUSION_IP_START_TIMEOUT is {text!r}, must be a number of seconds "
-                         f"above 0: how long ranks wait for each other at the start (unset: {_START_S:g})")
+        raise ValueError(f"environment variable GUIDED_DIFFUSION_IP_START_TIMEOUT is {text!r}, must "
+                         f"be a number of seconds above 0: how long ranks wait for each other at the "
+                         f"start (unset: {_START_S:g})")
     return limit
 
 
 def control_group() -> dist.ProcessGroup | None:
-    """The gloo group for what is agreed on between hosts; None for the process group itself, where that is of gloo."""
+    """The gloo group for what hosts agree on; None: the process group, which is of gloo itself."""
     global _control
-    if _control is None and dist.get_backend() != "gloo":  # a process group that somebody else has made
+    if _control is None and dist.get_backend() != "gloo":  # somebody else made the process group
         _control = dist.new_group(backend="gloo")
     return _control
 
@@ -288,7 +290,7 @@ def _tcp_store(info: LaunchInfo, host: str, port: int, serve: bool,
 
 
 def _await_store(info: LaunchInfo, host: str, port: int, timeout_s: float) -> None:
-    """Until somebody listens at host:port. (PyTorch's own wait is deaf to Ctrl-C, and says in C++ what it thinks of it.)"""
+    """Until somebody listens at host:port. (PyTorch's own wait is deaf to Ctrl-C, and not quiet.)"""
     wait = _Wait(info, host, timeout_s)
     while True:
         try:
@@ -301,8 +303,10 @@ def _await_store(info: LaunchInfo, host: str, port: int, timeout_s: float) -> No
 
 def _check_in(info: LaunchInfo, store: dist.Store, host: str,
               timeout_s: float) -> tuple[list[str], list[str]]:
-    """Each rank signs in and waits for all. Returns the GPU name each brought, and the address under which it knows
-    `host`, in rank order."""
+    """Each rank signs in and waits for all.
+
+    Returns: in rank order, the GPU name each brought, and the address that `host` has for it.
+    """
     keys = [f"rank{rank}" for rank in range(info.world)]
 
     def absent() -> list[int]:
@@ -314,10 +318,10 @@ def _check_in(info: LaunchInfo, store: dist.Store, host: str,
     wait = _Wait(info, host, timeout_s)
     try:
         store.set(keys[info.rank], f"{_card_name()}\n{route(host, 0)[0]}")
-        # One key to look for, not one for each rank; a rank that was started again has counted twice.
+        # One key to look for, not one for each rank. A rank that was started again counts twice.
         if store.add("signed in", 1) >= info.world and not absent():
             store.set("all", "")
-        while not store.check(["all"]):  # its own wait warns whenever it ends, and Python answers no signals meanwhile
+        while not store.check(["all"]):  # store.wait warns when it ends, and lets no signal through
             wait.go_on(absent, is_first_here)
             time.sleep(0.1)
         cards, seen = zip(*(store.get(key).decode().split("\n") for key in keys))
@@ -334,7 +338,7 @@ class _Wait:
         self._start, self._speak_at = time.monotonic(), _FIRST_WORD_S
 
     def go_on(self, absent: Callable[[], list[int]], speaks: Callable[[list[int]], bool]) -> None:
-        """Called now and then; says who is awaited after 10 s, 20 s, 40 s, ..., if it is this rank that speaks.
+        """Called now and then; after 10 s, 20 s, 40 s, ... says who is awaited, if this rank speaks.
 
         Raises:
             TimeoutError: it has been long enough.
@@ -347,15 +351,17 @@ class _Wait:
             self._speak_at *= 2
             missing = absent()
             if missing and speaks(missing):
-                print(f"rank {self._info.rank} has been waiting for {_ranks(missing)} of {self._info.world} at {self._host} "
-                      f"for {passed:.0f} s (the limit is {self._timeout_s:g} s: GUIDED_DIFFUSION_IP_START_TIMEOUT)",
+                print(f"rank {self._info.rank} has been waiting for {_ranks(missing)} of "
+                      f"{self._info.world} at {self._host} for {passed:.0f} s (the limit is "
+                      f"{self._timeout_s:g} s: GUIDED_DIFFUSION_IP_START_TIMEOUT)",
                       file=sys.stderr, flush=True)
 
 
 def _missing(info: LaunchInfo, absent: list[int], host: str, timeout_s: float) -> TimeoutError:
-    return TimeoutError(f"{_ranks(absent)} of {info.world} did not answer at {host} within {timeout_s:g} s "
+    ranks = _ranks(absent)
+    return TimeoutError(f"{ranks} of {info.world} did not answer at {host} within {timeout_s:g} s "
                         f"(launcher: {info.launcher}; this is rank {info.rank}). See the output of "
-                        f"{_ranks(absent)}; start the same command on every machine; between machines, let "
+                        f"{ranks}; start the same command on every machine; between machines, let "
                         f"TCP connections through. GUIDED_DIFFUSION_IP_START_TIMEOUT sets the limit.")
 
 
@@ -365,7 +371,7 @@ def _ranks(numbers: list[int]) -> str:
 
 
 def _first_collective(timeout_s: float) -> None:
-    """Fails in finite time where ranks can meet but not exchange data. They learn whether all are watched."""
+    """Fails in finite time where ranks can meet but not exchange data; tells whether all are watched."""
     me = watchdog.current()
     watched = torch.full((1,), int(me is not None), device=_device)
     work = dist.all_reduce(watched, async_op=True)

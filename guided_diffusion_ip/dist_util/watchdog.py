@@ -102,7 +102,7 @@ class Watchdog:
         self.left: set[int] = set()  # said goodbye
         self.silent: list[int] = []
         self.watches_all = False  # every rank has a watchdog; set by the rendezvous, on all alike
-        self._calls = self._met = 0  # of wait_for_all: this rank's, and those that every rank has made
+        self._calls = self._met = 0  # of wait_for_all: by this rank, by every rank
         self._lines: dict[int, _Line] = {}
         self._selector = selectors.DefaultSelector()
         self._lock = threading.RLock()
@@ -149,7 +149,7 @@ class Watchdog:
             self._calls += 1
             self._beat()
             while self._met < self._calls:
-                # Of a rank that has left rank 0 makes a failure, unless it is rank 0 and had left before anybody waited.
+                # Rank 0 calls a rank that has left a failure, but itself may have left before.
                 lost = self.gone or self.left & {0}
                 if self.failure or lost:
                     raise dist.DistError(self._sentence(lost))
@@ -285,8 +285,8 @@ class _Hub(Watchdog):
         for rank in self.left:
             if calls[rank] < max(calls):  # somebody waits for it
                 self.failure = self.failure or (rank, _LEFT)
-        news = {"failure": self.failure, "gone": list(self.gone), "left": list(self.left), "silent": self.silent,
-                "met": self._met}
+        news = {"failure": self.failure, "gone": list(self.gone), "left": list(self.left),
+                "silent": self.silent, "met": self._met}
         for line in self._lines.values():
             line.send(news)
 
@@ -319,7 +319,7 @@ class _Spoke(Watchdog):
     def _beat(self) -> None:
         if self._hub.silence_s > _QUIET_S:
             self.silent = [0]
-        self._hub.send({"calls": self._calls})  # again and again: what does not fit into the line is not sent
+        self._hub.send({"calls": self._calls})  # every time: what does not fit into the line is lost
 
     def _say_goodbye(self) -> None:
         self._hub.send({"left": True})

@@ -31,7 +31,8 @@ class Limits:
 class Signals:
     """In its block, the first signal of SIGNALS is noted in `received` instead of breaking into the middle of an update.
 
-    One that a script noted before it came here counts (early_signals.py). A second Ctrl-C breaks. Does nothing outside the main thread, where Python takes no signals.
+    One that a script noted before it came here counts (early_signals.py). A second Ctrl-C breaks.
+    Does nothing outside the main thread, where Python takes no signals.
     """
 
     received: str = ""
@@ -52,7 +53,9 @@ class Signals:
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, early_signals.after_training(number) if handler is early_signals.note else handler)
+            if handler is early_signals.note:
+                handler = early_signals.after_training(number)
+            signal.signal(number, handler)
         self._before.clear()
 
 

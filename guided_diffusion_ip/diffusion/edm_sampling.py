@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .edm_schedules import NoiseLevels, Path, check_choice, default_range, make_path
 from .epsilon_scaling import lambda_schedule
+from .sampling import warn_if_training
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
@@ -111,6 +112,7 @@ def ablation_sample_progressive(
     Raises:
         ValueError: an argument out of range, before anything is computed.
     """
+    warn_if_training(denoiser)
     check_choice("solver", solver, SOLVERS)
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha must be above 0 and at most 1, got {alpha:g}: 1 is Heun's method")

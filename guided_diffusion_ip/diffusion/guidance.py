@@ -102,4 +102,5 @@ def classifier_free(model: Callable[..., Tensor], scale: float, null_label: int 
         prediction, without = output[:, :channels], without[:, :channels]
         return torch.cat([without + scale * (prediction - without), output[:, channels:]], dim=1)
 
+    guided.model = model  # for whoever looks into wrapped networks
     return guided

@@ -11,6 +11,7 @@ once per step that uses noise, in this order. `noise.NormalStream` gives each im
 """
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,7 @@ def _chain(
     """Apply `step` from t = T-1 to 0, starting from `noise` [N, C, H, W] or a fresh draw of `shape`."""
     if noise is not None and tuple(noise.shape) != tuple(shape):
         raise ValueError(f"noise has shape {tuple(noise.shape)}, but samples of shape {tuple(shape)} were asked for")
+    warn_if_training(model)
     if process.scales_epsilon and not options.get("clip_denoised", True):
         warn_if_unclipped(process)
     device = torch.device(device) if device is not None else _device_of(model)
@@ -138,6 +140,23 @@ def _chain(
             out = step(model, x, t, randn_like=randn_like, **options)
         yield out
         x = out["sample"]
+
+
+def warn_if_training(model: Any) -> None:
+    """Warn of a network in training mode whose dropout is active: its samples are worse, and differ from call to call.
+
+    Args:
+        model: a module, or what holds one as `model` or `call` (denoisers, guidance); others cannot be looked into.
+    """
+    network = model if isinstance(model, torch.nn.Module) else getattr(model, "model", getattr(model, "call", None))
+    if not isinstance(network, torch.nn.Module):
+        return
+    for part in network.modules():
+        rate = part.p if isinstance(part, torch.nn.modules.dropout._DropoutNd) else getattr(part, "label_dropout", 0)
+        if part.training and rate:
+            warnings.warn("sampling from a network in training mode, in which dropout is active: call model.eval() first",
+                          stacklevel=3)
+            return
 
 
 def _last(steps: Iterator[Step]) -> Tensor:

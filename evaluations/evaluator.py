@@ -15,7 +15,7 @@ import os
 from guided_diffusion_ip import dist_util, files
 from guided_diffusion_ip.config import Config, command, parse
 from guided_diffusion_ip.evaluation.evaluate import TITLES, Result, evaluate, parse_metrics, unavailable
-from guided_diffusion_ip.evaluation.images import ImageFile, open_images
+from guided_diffusion_ip.evaluation.images import ImageFile, check_sizes, open_images
 from guided_diffusion_ip.evaluation.reference import (
     StoredStatistics, compare_features, has_images, has_statistics, read_statistics)
 from guided_diffusion_ip.evaluation.report import (
@@ -37,6 +37,8 @@ def main() -> None:
     notes = check_order(cfg)
     with_images = has_images(cfg.ref)
     reference = open_images(cfg.ref, "reference", size) if with_images else None
+    if reference is not None:
+        check_sizes(reference, samples, has_statistics(cfg.ref))
     if cfg.json and not os.path.isdir(os.path.dirname(os.path.abspath(cfg.json))):
         raise ValueError(f"--json {cfg.json}: its folder does not exist")
 
@@ -82,7 +84,7 @@ def differences(reference: ImageFile | None, stored: StoredStatistics | None, sa
     """What the two sides do not have in common, in words."""
     notes = compare_features(stored, space)
     if reference is not None and reference.shape != samples.shape:
-        notes.append(f"reference images are {reference.shape}, samples {samples.shape} (height, width, channels)")
+        notes.append(f"reference images have {reference.shape[2]} channels, samples {samples.shape[2]}")
     prepared = reference.preprocessing if reference is not None else stored.preprocessing
     trained_on = made_with.get("trained_on", "") or samples.preprocessing
     if prepared and trained_on and prepared != trained_on:

@@ -269,8 +269,7 @@ _FEATURES = (
     Flag("device", "auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda")),
     Flag("precision", "fp32", "number format of the feature network; bf16 is faster and changes FID slightly",
          choices=("fp32", "bf16")),
-    Flag("image_size", "", "scale and crop the images of folders and zips as training does, to this size; default: as they are",
-         size_or_none),
+    Flag("image_size", "", "scale and crop all images as training does, to this size; default: as they are", size_or_none),
 )
 _EVALUATE = (
     Flag("ref", "", "reference: an npz with arr_0 (images), with mu, sigma, mu_s, sigma_s (statistics) or both; a folder; a zip"),
@@ -379,8 +378,7 @@ SCRIPTS = {
         Flag("data", "", "an npz with arr_0, or a folder or zip of images"),
         Flag("out", "", "what to write: a folder of pictures, one NAME.png with a grid, or NAME.npz"),
         Flag("count", 0, "only the first so many images; 0: all", least=0),
-        Flag("image_size", "", "scale and crop the images of folders and zips to this size; default: as they are",
-             size_or_none),
+        Flag("image_size", "", "scale and crop all images as training does, to this size; default: as they are", size_or_none),
         Flag("channels", 0, "of NAME.npz: 1 (grey), 3 or 4; 0: 1 if the first pictures are grey, else 3", choices=(0, 1, 3, 4)),
         Flag("classes", True, "pictures of labelled images go to a folder per class, and NAME.npz gets their labels"),
         Flag("overwrite", False, "replace a file that is there")),

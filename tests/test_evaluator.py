@@ -11,7 +11,9 @@ import yaml
 from PIL import Image
 
 import launch
+from guided_diffusion_ip.data.image_io import center_crop_arr
 from guided_diffusion_ip.evaluation.evaluate import parse_metrics
+from guided_diffusion_ip.evaluation.images import open_images
 from guided_diffusion_ip.evaluation.report import published_values
 from guided_diffusion_ip.metrics import frechet_distance, precision_recall
 
@@ -64,6 +66,8 @@ def test_numbers_are_those_of_the_arrays_and_the_json_tells_how(sets, tmp_path):
     assert (said["metrics"]["prec"]["value"], said["metrics"]["recall"]["value"]) == precision_recall(*rows)
     assert said["metrics"]["fid"]["samples"] == 300 and said["metrics"]["fid"]["reference"] == 400
     assert said["samples"]["sha256"] and said["versions"]["torch"] and said["features"]["name"] == "pixels"
+    assert "FID: Frechet distance between covariances of 192 dimensions" in out, "what takes long is said while it lasts"
+    out = "".join(line for line in out.splitlines(True) if not line.startswith("FID: Frechet"))
     assert "sFID left out" in out and "Frechet distance" in out and not re.search(r"\bFID\b", out.replace("sFID", ""))
 
 
@@ -166,7 +170,7 @@ BAD = {
     "another type": (dict(arr_0=np.zeros((8, 8, 8, 3), np.int32)), "expected uint8"),
     "grey without channels": (dict(arr_0=np.zeros((8, 8, 8), np.uint8)), "expected uint8 [N, H, W, 3]"),
     "other keys": (dict(images=np.zeros((8, 8, 8, 3), np.uint8)), "images may be what is meant"),
-    "another size": (dict(arr_0=np.zeros((8, 16, 16, 3), np.uint8)), "of one size"),
+    "another size": (dict(arr_0=np.zeros((8, 16, 16, 3), np.uint8)), "samples 16 x 16 (height x width)"),
     "no images": (dict(arr_0=np.zeros((0, 8, 8, 3), np.uint8)), "no images"),
     "too few": (dict(arr_0=smooth(3, 0)), "at least 4"),
     "mu alone": (dict(arr_0=smooth(8, 0), mu=np.zeros(192)), "swapped|order is REF SAMPLES"),
@@ -228,6 +232,53 @@ def test_pictures_of_different_sizes_need_image_size(sets, tmp_path):
     complains("--image_size", sets / "ref.npz", folder)
     out = evaluate(sets / "ref.npz", folder, "--image_size", "8")
     assert "5" in out
+
+
+def test_two_sides_of_different_sizes_are_an_error_that_names_the_flag_and_its_value(sets, tmp_path):
+    np.savez(tmp_path / "large.npz", arr_0=smooth(400, 0, 16))
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(smooth(6, 0, 16)):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{i}.png")
+    np.savez(tmp_path / "wide.npz", arr_0=smooth(20, 0)[:, :4])
+    complains("give --image_size 8 ", tmp_path / "large.npz", sets / "samples.npz")
+    complains("give --image_size 8 ", tmp_path / "folder", sets / "samples.npz")
+    complains("give --image_size 8 ", sets / "ref.npz", tmp_path / "folder")
+    complains("give --image_size 4x8 ", sets / "ref.npz", tmp_path / "wide.npz")
+    # With the flag, both sides are scaled as training scales them, npz files too.
+    evaluate(tmp_path / "large.npz", sets / "samples.npz", "--image_size", "8", "--json", tmp_path / "a.json")
+    small = np.stack([center_crop_arr(Image.fromarray(image), 8) for image in smooth(400, 0, 16)])
+    np.savez(tmp_path / "small.npz", arr_0=small, preprocessing=np.array(["images > crop=center resize=box+bicubic 8x8x3"]))
+    evaluate(tmp_path / "small.npz", sets / "samples.npz", "--json", tmp_path / "b.json")
+    assert numbers(tmp_path / "a.json") == numbers(tmp_path / "b.json")
+    a, b = (json.loads((tmp_path / f"{name}.json").read_text())["reference"] for name in "ab")
+    assert (a["image_shape"], a["preprocessing"]) == (b["image_shape"], b["preprocessing"])
+
+
+def test_images_with_statistics_are_not_scaled_away_from_them(sets, tmp_path):
+    done = run(MAKE, save(tmp_path / "large.npz", arr_0=smooth(30, 0, 16)), "--out", tmp_path / "stats.npz", "--features", "pixels",
+               "--keep_images", "10")
+    assert done.returncode == 0, done.stderr
+    complains("give --image_size 16 ", tmp_path / "stats.npz", sets / "samples.npz")
+    complains("statistics (mu) of 16 x 16 images, which cannot be scaled to 8 x 8", tmp_path / "stats.npz", sets / "samples.npz",
+              "--image_size", "8")
+    evaluate(tmp_path / "stats.npz", sets / "samples.npz", "--image_size", "16")
+
+
+def test_pixels_of_large_images_are_refused_at_once_with_what_to_do(tmp_path):
+    save(tmp_path / "a.npz", arr_0=smooth(10, 0, 64))
+    save(tmp_path / "b.npz", arr_0=smooth(120, 1, 64))
+    complains("use inception or an ONNX model as features, or smaller images (evaluations: --image_size 32)",
+              tmp_path / "a.npz", tmp_path / "b.npz")
+    evaluate(tmp_path / "a.npz", tmp_path / "b.npz", "--image_size", "4")
+
+
+def test_grey_npz_files_are_scaled(tmp_path):
+    grey = smooth(5, 0, 16, channels=1)
+    np.savez(tmp_path / "grey.npz", arr_0=grey)
+    images = open_images(tmp_path / "grey.npz", "samples", (8, 4))
+    assert images.shape == (8, 4, 1) and images.rows(1, 1).shape == (0, 8, 4, 1)
+    expected = np.stack([center_crop_arr(Image.fromarray(image[..., 0]), (8, 4)) for image in grey])
+    assert np.array_equal(np.concatenate(list(images.batches(0, 5, 2)))[..., 0], expected)
 
 
 def test_npz_to_png_and_back(sets, tmp_path):

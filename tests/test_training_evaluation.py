@@ -110,7 +110,7 @@ def test_a_stored_reference_is_what_is_compared_with(evaluated, images, tmp_path
 @pytest.mark.parametrize("more, words", [
     (["--eval_metrics", "sfid"], "--eval_metrics sfid"), (["--eval_metrics", "fud"], "fud"),
     (["--eval_ref", "nowhere.npz"], "nowhere.npz"), (["--eval_features", "inception", "--inception_weights", "no.pth"], "no.pth"),
-    (["--eval_features", "no.onnx"], "no.onnx")])
+    (["--eval_features", "no.onnx"], "no.onnx"), (["--image_size", "72"], "72x72x1 have 5184 pixel values")])
 def test_what_cannot_be_measured_is_said_before_anything_is_written(more, words, images, tmp_path):
     out = tmp_path / "run"
     done = here(*command(images, out, "--eval_interval", "1", "--max_steps", "1", *more), code=2)

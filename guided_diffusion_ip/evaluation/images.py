@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from PIL import Image
 
 from ..data.npz_io import NpzReader
 from ..data.preprocessing import of_loader, recorded
@@ -53,7 +54,7 @@ def open_images(path: str | os.PathLike, what: str, image_size: tuple[int, int] 
 
     Args:
         what: "reference" or "samples", for messages.
-        image_size: (H, W) to which the images of a folder or zip are scaled and cropped as for training; None: as they are.
+        image_size: (H, W) to which the images are scaled and cropped as for training; None: as they are.
 
     Raises:
         ValueError: nothing usable there; says what was found and what is expected.
@@ -67,13 +68,36 @@ def open_images(path: str | os.PathLike, what: str, image_size: tuple[int, int] 
     if path.lower().endswith(".npy"):
         raise ValueError(f"{what}: {path} is a .npy file; expected .npz: numpy.savez({path[:-4]!r}, arr_0=numpy.load(...))")
     NpzReader(path).close()  # a file of another kind is an error here, with its name
-    return _Npz(path, what)
+    return _Npz(path, what, image_size)
+
+
+def check_sizes(reference: ImageFile, samples: ImageFile, fixed: bool = False) -> None:
+    """Are the images of both sides of one height and width?
+
+    Inception would take them as they are, and measure how they were scaled.
+
+    Args:
+        fixed: the reference cannot be scaled, because it has statistics too.
+
+    Raises:
+        ValueError: they are not; names the flag that scales.
+    """
+    if reference.shape[:2] != samples.shape[:2]:
+        keep_reference = fixed or reference.kind == "npz" != samples.kind  # npz files mostly have the size of the model
+        raise ValueError(f"reference images are {reference.shape[0]} x {reference.shape[1]}, samples {samples.shape[0]} x "
+                         f"{samples.shape[1]} (height x width), and would differ by their scaling alone: give --image_size "
+                         f"{size_text((reference if keep_reference else samples).shape)} to scale and crop as training does")
+
+
+def size_text(shape: tuple[int, ...]) -> str:
+    """(64, 64, 3) as --image_size takes it: 64, or HEIGHTxWIDTH."""
+    return str(shape[0]) if shape[0] == shape[1] else f"{shape[0]}x{shape[1]}"
 
 
 class _Npz(ImageFile):
     kind = "npz"
 
-    def __init__(self, path: str, what: str) -> None:
+    def __init__(self, path: str, what: str, image_size: tuple[int, int] | None = None) -> None:
         self.path, self.preprocessing = path, recorded(path)
         self._reader = NpzReader(path)
         self._name = f"{what}: {path}"
@@ -88,6 +112,14 @@ class _Npz(ImageFile):
         if shape[0] == 0:
             raise ValueError(f"{found}: there are no images; {wanted}")
         self.n, self.shape = shape[0], shape[1:]
+        self._scaled = image_size is not None and image_size != shape[1:3]
+        if self._scaled:
+            if "mu" in self._reader.keys:
+                raise ValueError(f"{self._name} holds statistics (mu) of {shape[1]} x {shape[2]} images, which cannot be scaled to "
+                                 f"{image_size[0]} x {image_size[1]}: make it again from its images with "
+                                 f"evaluations/make_reference.py --image_size, or give --image_size {size_text(shape)}")
+            self.shape = (*image_size, shape[3])
+            self.preprocessing = of_loader(self.preprocessing, image_size, shape[3], stored_size=shape[1:])
         self._floats = dtype.kind == "f"
         if dtype != np.uint8 and not self._floats:
             raise ValueError(f"{found}; {wanted}: save x.astype(numpy.uint8)")
@@ -124,7 +156,12 @@ class _Npz(ImageFile):
                 raise ValueError(f"{self._name}: arr_0 is {pixels.dtype} with values in rows {start} to {stop - 1} that are "
                                  "not whole numbers from 0 to 255; expected uint8")
             pixels = whole.astype(np.uint8)
-        return pixels
+        if not self._scaled:
+            return pixels
+        scaled = np.empty((len(pixels), *self.shape), np.uint8)
+        for k, row in enumerate(pixels):
+            scaled[k] = render(Image.fromarray(row[..., 0] if row.shape[2] == 1 else row), self.shape[:2])
+        return scaled
 
 
 class _Pictures(ImageFile):

@@ -18,17 +18,25 @@ from PIL import Image
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
+from guided_diffusion_ip.data import dataset_prep
+from guided_diffusion_ip.data.image_datasets import load_data
+from guided_diffusion_ip.data.image_io import to_uint8
+from guided_diffusion_ip.data.image_set import open_image_set
 from guided_diffusion_ip.data.lmdb_source import LmdbSource
 from guided_diffusion_ip.data.npz_io import NpzReader, merge_npz, write_npz
+from guided_diffusion_ip.data.packed import pack_images
 from guided_diffusion_ip.data.parts import Parts
 from guided_diffusion_ip.data.sources import open_source
 from guided_diffusion_ip.diffusion import *
+from guided_diffusion_ip.evaluation.evaluate import evaluate
 from guided_diffusion_ip.evaluation.images import open_images
+from guided_diffusion_ip.evaluation.report import describe_set
 from guided_diffusion_ip.exposure_bias.measure_run import PartialSums
 from guided_diffusion_ip.exposure_bias.report_data import collect
 from guided_diffusion_ip.generation.likelihood_run import LikelihoodRun
 from guided_diffusion_ip.generation.sample_batch import Sampler
 from guided_diffusion_ip.generation.sample_run import SampleRun
+from guided_diffusion_ip.metrics.features import open_features
 
 N = 200
 images = np.random.default_rng(0).integers(0, 256, (N, 4, 4, 3), dtype=np.uint8)
@@ -125,8 +133,52 @@ def report():
     assert len(collect(["runs"])) == N
 
 
+def evaluation():
+    os.mkdir("pictures")
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(f"pictures/{i:03d}.png")
+    write_npz("images.npz", {"arr_0": images})
+    space = open_features("pixels", device="cpu")
+    sides = [open_images(path, "samples") for path in ("pictures", "images.npz")]
+    found = evaluate(sides[0], None, sides[1], space, metrics=["fid", "prec", "kid"], batch_size=7, say=lambda text: None)
+    assert found.metrics["fid"].value < 1e-6 and found.metrics["prec"].value == 1
+    assert describe_set("pictures", sides[0], "")["images"] == N
+
+
+def image_sets_and_training_batches():
+    os.makedirs("pictures/a")
+    with zipfile.ZipFile("pictures.zip", "w") as zipped:
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(f"pictures/a/{i:03d}.png")
+            zipped.write(f"pictures/a/{i:03d}.png", f"a/{i:03d}.png")
+    for path in ("pictures", "pictures.zip"):
+        own = open_image_set(path, (4, 4), 3)
+        assert np.array_equal(own.pixels(range(N)), images) and own.digest(N)
+        for workers in (0, 2):
+            pack_images("packed.npz", open_source(path, class_cond=False), (4, 4), 3, workers=workers)
+            with np.load("packed.npz") as npz:
+                assert np.array_equal(npz["arr_0"], images)
+            stream = load_data(data_dir=path, batch_size=5, image_size=4, random_flip=False, deterministic=True,
+                               num_workers=workers, cache_mb=0)
+            seen = torch.cat([next(stream)[0] for _ in range(N // 5)])
+            stream.close()
+            assert np.array_equal(to_uint8(seen + 0.5 / 127.5).numpy(), images)
+
+
+def preparation():
+    class Rows:  # as many pieces as render_npz makes of a set
+        names = [str(i) for i in range(N)]
+        image = staticmethod(lambda i, channels: Image.fromarray(images[i]))
+        __len__ = staticmethod(lambda: N)
+    dataset_prep._MOST_PARTS = N
+    dataset_prep.render_npz(".", Rows(), lambda image, name: np.asarray(image), (4, 4), "line 4x4x3")
+    dataset_prep.write_reference(".", N // 2, "line 4x4x3")
+    with np.load("train.npz") as npz:
+        assert np.array_equal(npz["arr_0"], images)
+
+
 results = {}
-for case in (merge, parts, sampling, likelihood, measures, folder_and_zip, one_npz_after_another, lmdb, report):
+for case in (evaluation, image_sets_and_training_batches, preparation, merge, parts, sampling, likelihood, measures, folder_and_zip, one_npz_after_another, lmdb, report):
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
@@ -149,7 +201,8 @@ def results():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", ["merge", "parts", "sampling", "likelihood", "measures", "folder_and_zip",
+@pytest.mark.parametrize("case", ["evaluation", "image_sets_and_training_batches", "preparation",
+                                  "merge", "parts", "sampling", "likelihood", "measures", "folder_and_zip",
                                   "one_npz_after_another", "lmdb", "report"])
 def test_hundreds_of_files_by_a_process_that_may_open_64(results, case):
     if results[case].startswith("skip"):

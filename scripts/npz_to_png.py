@@ -4,7 +4,8 @@
     python scripts/npz_to_png.py samples.npz --out grid.png --count 64  # one picture of the first 64
     python scripts/npz_to_png.py pictures --out images.npz --image_size 64   # a folder or zip -> a file for fast training
 
-With labels (arr_1), pictures go to a folder per class (--classes False: not), and a grid has them as captions.
+With labels (arr_1), pictures go to a folder per class (--classes False: not), and a grid has them as captions: by their names,
+where the npz (`classes`) or the settings.yaml beside it has some, else by their numbers.
 
 Training on NAME.npz gives what training on the pictures would give, bit for bit, but reads decoded pixels: they are mapped into
 memory, once for all processes. Pictures are decoded on all cores and need not fit in memory; the file appears when it is whole.
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from guided_diffusion_ip.config import command, parse
@@ -22,8 +22,10 @@ from guided_diffusion_ip.data.dataset_prep import write_image_folder
 from guided_diffusion_ip.data.image_io import save_grid
 from guided_diffusion_ip.data.npz_io import NpzReader
 from guided_diffusion_ip.data.packed import open_with_classes, pack_images
-from guided_diffusion_ip.data.sources import open_source
+from guided_diffusion_ip.data.sources import CLASSES, open_source
 from guided_diffusion_ip.evaluation.images import ImageFile, open_images
+from guided_diffusion_ip.evaluation.report import settings_beside
+from guided_diffusion_ip.generation.sample_batch import captions
 from guided_diffusion_ip.script_util import parse_image_size
 
 
@@ -43,24 +45,25 @@ def main() -> None:
         channels = cfg.channels or images.shape[2]
         _, *shape = pack_images(cfg.out, source, size, channels, count, grey=not cfg.channels and channels == 1)
     elif cfg.out.lower().endswith(".png"):
-        labels = read_labels(images, count)
-        save_grid(images.rows(0, count), cfg.out, captions=None if labels is None else [str(y) for y in labels])
+        save_grid(images.rows(0, count), cfg.out, captions=read_classes(images, count))
     else:
-        labels = read_labels(images, count) if cfg.classes else None
-        names = [None] * count if labels is None else [str(y) for y in labels]
+        names = (read_classes(images, count) if cfg.classes else None) or [None] * count
         pictures = ((images.rows(i, i + 1)[0], names[i]) for i in tqdm(range(count), unit="img", disable=None))
         write_image_folder(cfg.out, pictures, digits=6, preprocessing=images.preprocessing)
     print(f"{cfg.out}: {count} of {images.n} images, {' x '.join(map(str, shape))}")
 
 
-def read_labels(images: ImageFile, count: int) -> np.ndarray | None:
-    """arr_1 of the first `count` images, if the file has it."""
+def read_classes(images: ImageFile, count: int) -> list[str] | None:
+    """What the classes of the first `count` images are called, or their numbers as text; None if the file has no labels."""
     if images.kind != "npz":
         return None
     with NpzReader(images.path) as reader:
         if "arr_1" not in reader.keys or reader.shape("arr_1") != (images.n,):
             return None
-        return reader.rows("arr_1", 0, count)
+        names = settings_beside(images.path).get(CLASSES, [])
+        if CLASSES in reader.keys and reader.dtype(CLASSES).kind == "U" and len(reader.shape(CLASSES)) == 1:
+            names = reader.rows(CLASSES, 0, *reader.shape(CLASSES)).tolist()
+        return captions(reader.rows("arr_1", 0, count).tolist(), [str(name) for name in names])
 
 
 if __name__ == "__main__":

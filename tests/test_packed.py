@@ -14,6 +14,7 @@ from PIL import Image
 from guided_diffusion_ip.benchmark import loader
 from guided_diffusion_ip.data import packed
 from guided_diffusion_ip.data.image_datasets import load_data
+from guided_diffusion_ip.data.image_io import save_grid
 from guided_diffusion_ip.data.packed import open_with_classes, pack_images
 from guided_diffusion_ip.data.preprocessing import recorded
 from guided_diffusion_ip.data.sources import open_source
@@ -74,6 +75,23 @@ def test_the_command_makes_what_trains_like_the_folder(folder, tmp_path, npz_to_
             stream.close()
     code, said = npz_to_png(folder, "--out", out, "--image_size", "8")
     assert code == 2 and "is there already" in said
+
+
+def test_pictures_are_sorted_and_captioned_by_the_names_of_their_classes(folder, tmp_path, npz_to_png):
+    assert npz_to_png(folder, "--out", tmp_path / "set.npz")[0] == 0
+    assert npz_to_png(tmp_path / "set.npz", "--out", tmp_path / "pictures")[0] == 0
+    assert sorted(os.listdir(tmp_path / "pictures")) == ["ant", "bee"]
+    assert npz_to_png(tmp_path / "pictures", "--out", tmp_path / "again.npz")[0] == 0
+    # Samples have their names in settings.yaml; a label without a name keeps its number.
+    run = tmp_path / "run"
+    run.mkdir()
+    np.savez(run / "samples.npz", arr_0=pictures()[:4], arr_1=np.array([1, 0, 2, 1]))
+    (run / "settings.yaml").write_text("classes: [ant, bee]\n")
+    assert npz_to_png(run / "samples.npz", "--out", run / "pictures")[0] == 0
+    assert sorted(os.listdir(run / "pictures")) == ["2", "ant", "bee"] and len(os.listdir(run / "pictures" / "bee")) == 2
+    assert npz_to_png(run / "samples.npz", "--out", run / "grid.png")[0] == 0
+    save_grid(pictures()[:4], run / "expected.png", captions=["bee", "ant", "2", "bee"])
+    assert (run / "grid.png").read_bytes() == (run / "expected.png").read_bytes()
 
 
 def test_workers_make_the_same_file_as_this_process(folder, tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def draw_labels(seed: int, index: Sequence[int], class_ids: Sequence[int], devic
 
 def captions(labels: Sequence[int], class_names: Sequence[str]) -> list[str]:
     """The names of the labels' classes; their numbers where there are no names."""
-    return [class_names[y] if y < len(class_names) else str(y) for y in labels]
+    return [class_names[y] if 0 <= y < len(class_names) else str(y) for y in labels]
 
 
 def parse_class_ids(text: str, num_classes: int) -> list[int]:

@@ -250,7 +250,8 @@ _SAMPLE = (
     Flag("eps_schedule", "", "a YAML with lambda(t), instead of --eps_scaler; scripts/calibrate_eps.py makes one"),
     Flag("guidance_scale", 1.0, "classifier-free guidance: 1 = off, larger = more typical of the class, 0 = without class; "
          "needs a network trained with --class_dropout", least=0),
-    Flag("class_ids", "", "classes to sample if class_cond, such as 0-9 or 3,5; default: all"),
+    Flag("class_ids", "", "classes to sample if class_cond, such as 0-9 or 3,5, or by name; default: all that the training images "
+         "had"),
     Flag("seed", 0, "image i depends on (seed, i) only", least=0),
     Flag("precision", "", "number format of the network's arithmetic: fp32, fp16 (GPU) or bf16; default fp32, or what "
          "--use_fp16 says", choices=("", "fp32", "fp16", "bf16")),

@@ -15,6 +15,8 @@ import torch
 
 import launch
 from guided_diffusion_ip import logger
+from guided_diffusion_ip.flags import SCRIPTS
+from guided_diffusion_ip.training import resume
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.script_util import create_model_and_diffusion
 from guided_diffusion_ip.training.checkpoint import SavePolicy, complete_steps, newest
@@ -277,6 +279,29 @@ def test_what_may_not_change_is_an_error_with_both_values(flag, value, words, im
     assert done.returncode == 2 and any(word in done.stderr for word in words.split("|")), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert complete_steps(str(run)) == [1]
+
+
+# Those that may change, with a note.
+NOTED = {"data_dir", "microbatch", "lr", "weight_decay", "lr_warmup_steps", "lr_anneal_steps", "anneal_lr", "grad_clip", "precision",
+         "fp16_scale_growth", "random_flip", "random_crop"}
+
+
+@pytest.mark.parametrize("script", ["image_train", "super_res_train", "classifier_train"])
+def test_of_every_flag_it_is_known_whether_it_may_change(script):
+    """Each is of one kind and no other; what is listed exists."""
+    spec = SCRIPTS[script]
+    fixed = {flag.name for name in resume._FIXED_SECTIONS if name in spec.sections for flag in spec.of_section(name)}
+    fixed -= resume._FREE  # speed, in section model
+    others = {flag.name for flag in spec.flags()} - fixed
+    kinds = (resume._FIXED, resume._FREE, NOTED)
+    wrong = {name: count for name in others if (count := sum(name in kind for kind in kinds)) != 1}
+    assert not wrong, "neither fixed, free nor noted, or several of these"
+    assert not fixed & (resume._FIXED | NOTED)
+
+
+def test_no_kind_lists_a_flag_that_is_none():
+    known = {flag.name for name in ("image_train", "super_res_train", "classifier_train") for flag in SCRIPTS[name].flags()}
+    assert (resume._FIXED | resume._FREE | NOTED) <= known
 
 
 def test_what_may_change_is_told(images, tmp_path):

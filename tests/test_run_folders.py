@@ -2,7 +2,6 @@
 import hashlib
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,8 @@ from test_training_evaluation import CLASSIFY, SAMPLE, here
 
 import launch
 from guided_diffusion_ip.config import adopt_checkpoint_config, config_beside, parse
+from guided_diffusion_ip.data.image_io import save_grid
+from guided_diffusion_ip.generation.sample_batch import draw_labels
 from guided_diffusion_ip.training.checkpoint import complete_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,3 +217,198 @@ def test_weights_that_only_config_yaml_describes_keep_it(how, images, run):
     done = train(images, run, *how, noise_schedule="linear", code=2)
     assert one_line(done.stderr) and "without its state file" in done.stderr and contents(run) == before
     train(images, run, *how)  # the same settings
+
+
+# ---- continued by the folder's name alone ----
+
+def weights(folder, step):
+    return [torch.load(Path(folder) / name.format(step), weights_only=True) for name in ("model{:06d}.pt", "ema_0.5_{:06d}.pt")]
+
+
+def assert_same(a, b):
+    assert all(torch.equal(x[name], y[name]) for x, y in zip(a, b) for name in x)
+
+
+@pytest.fixture(scope="module")
+def four(images, tmp_path_factory):
+    """The weights of an uninterrupted run of four steps."""
+    out = tmp_path_factory.mktemp("runs") / "four"
+    train(images, out, "--max_steps", "4")
+    return weights(out, 4)
+
+
+@pytest.mark.parametrize("what", ["", "model000002.pt"])
+def test_resume_alone_brings_the_run_s_own_settings(what, run, four):
+    """All but the limit, which is given, comes from the run: data, batch size, network, averages, output folder."""
+    done = here(TRAIN, "--resume", str(run / what), "--max_steps", "4")
+    assert "2 steps done" in done.stdout and "note: max" not in done.stdout
+    assert_same(weights(run, 4), four)
+    saved = yaml.safe_load((run / "config.yaml").read_text())["train"]
+    assert saved["max_steps"] == 4 and saved["batch_size"] == 4 and saved["out_dir"] == ""
+
+
+def test_a_run_that_is_at_its_limit_says_so(run):
+    before = contents(run)
+    done = here(TRAIN, "--resume", str(run))
+    assert "2 steps are done" in done.stdout and "--max_steps 2" in done.stdout and contents(run) == before
+
+
+def test_resume_goes_on_to_the_run_s_own_limit(images, tmp_path, four):
+    train(images, tmp_path / "run", "--max_steps", "4", "--save_interval", "2")
+    for path in (tmp_path / "run").glob("*000004.pt"):
+        path.unlink()  # it has been killed
+    here(TRAIN, "--resume", str(tmp_path / "run"))
+    assert_same(weights(tmp_path / "run", 4), four)
+
+
+def test_resume_of_an_older_checkpoint_of_an_overwritten_folder_takes_its_own_settings(images, run, tmp_path, four):
+    train(images, run, "--overwrite", "True", "--max_steps", "1", noise_schedule="linear")
+    here(TRAIN, "--resume", str(run / "model000002.pt"), "--max_steps", "4", "--out_dir", str(tmp_path / "out"))
+    assert_same(weights(tmp_path / "out", 4), four)
+
+
+def test_the_command_line_wins_and_what_may_not_change_is_refused(images, run):
+    done = here(TRAIN, "--resume", str(run), "--max_steps", "3", "--lr", "0.01", "--log_interval", "1")
+    assert "lr was 0.0001 before, is 0.01" in done.stdout
+    done = here(TRAIN, "--resume", str(run), "--max_steps", "4", "--noise_schedule", "linear", code=2)
+    assert one_line(done.stderr) and "noise_schedule is 'linear'" in done.stderr
+
+
+def test_flags_of_the_first_start_are_not_repeated(images, run, tmp_path):
+    """A run that was begun from other weights does not begin from them again."""
+    out = tmp_path / "tuned"
+    train(images, out, "--init_from", str(run / "model000002.pt"), "--max_steps", "1")
+    here(TRAIN, "--resume", str(out), "--max_steps", "2")
+    assert complete_steps(str(out)) == [1, 2]
+
+
+@pytest.mark.parametrize("path, words", [
+    ("nowhere", "there is no such file or folder"), ("empty", "there is no complete checkpoint"),
+    ("killed", "--resume auto --out_dir {} begins at step 0")])
+def test_nothing_to_continue(path, words, begun, tmp_path):
+    for name in ("empty", "killed"):
+        (tmp_path / name).mkdir()
+    shutil.copy(begun / "config.yaml", tmp_path / "killed")
+    done = here(TRAIN, "--resume", str(tmp_path / path), code=2)
+    assert one_line(done.stderr) and words.format(tmp_path / path) in done.stderr and f"--resume {tmp_path / path}" in done.stderr
+
+
+def test_a_run_is_continued_by_the_script_that_began_it(run):
+    done = here(CLASSIFY, "--resume", str(run), code=2)
+    assert one_line(done.stderr) and "continue it by image_train.py" in done.stderr
+
+
+# ---- files under other names ----
+
+@pytest.mark.parametrize("renamed", [
+    {"model000002.pt": "best.pt"},
+    {"model000002.pt": "best.pt", "ema_0.5_000002.pt": "best_ema.pt", "opt000002.pt": "moments.pt", "state000002.pt": "rest.pt"}])
+def test_a_renamed_checkpoint_is_known_by_its_content(renamed, run, four):
+    for old, new in renamed.items():
+        (run / old).rename(run / new)
+    done = here(TRAIN, "--resume", str(run / "best.pt"), "--max_steps", "4")
+    assert "best.pt: 2 steps done" in done.stdout
+    assert_same(weights(run, 4), four)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--resume_checkpoint"])
+@pytest.mark.parametrize("name, words", [
+    ("lonely/best.pt", "no state file beside it knows it by its content"),
+    ("ema_0.5_000002.pt", "holds ema_0.5 of step 2, not the weights"), ("none.pt", "there is no such file"),
+    ("lonely/model000002.pt", "opt000002.pt")])
+def test_what_cannot_be_identified_is_explained_by_the_flag_s_name(flag, name, words, images, run):
+    (run / "lonely").mkdir()
+    for copy in ("best.pt", "model000002.pt"):
+        shutil.copy(run / "model000002.pt", run / "lonely" / copy)
+    out = run.parent / "out"
+    done = train(images, out, flag, str(run / name), code=2)
+    assert one_line(done.stderr) and words in done.stderr and done.stderr.startswith(f"error: {flag} {run / name}"), done.stderr
+    assert not out.exists()
+
+
+# ---- classes ----
+
+@pytest.fixture(scope="module")
+def two_classes(images, tmp_path_factory):
+    """A run that was not told how many classes there are."""
+    out = tmp_path_factory.mktemp("runs") / "classes"
+    train(images, out, "--class_cond", "True", "--sample_interval", "2", "--sample_count", "4", "--sample_respacing", "2")
+    return out
+
+
+def test_as_many_classes_as_the_images_have(two_classes):
+    assert torch.load(two_classes / "model000002.pt", weights_only=True)["label_emb.weight"].shape[0] == 2
+    saved = yaml.safe_load((two_classes / "config.yaml").read_text())
+    assert saved["model"]["num_classes"] == 2 and saved["data"]["classes"] == ["cat", "dog"]
+    assert torch.load(two_classes / "state000002.pt", weights_only=True)["data"]["classes"] == ["cat", "dog"]
+
+
+def test_names_go_below_the_pictures_and_into_settings(two_classes, tmp_path):
+    sample(two_classes / "model000002.pt", tmp_path / "named", "--num_samples", "2", "--class_ids", "dog")
+    settings = yaml.safe_load((tmp_path / "named" / "settings.yaml").read_text())
+    assert settings["classes"] == ["cat", "dog"]
+    with np.load(tmp_path / "named" / "samples_2x8x8x1.npz") as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert labels.tolist() == [1, 1]
+    save_grid(images, tmp_path / "wanted.png", captions=["dog", "dog"])
+    assert (tmp_path / "named" / "grid.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
+    shown = np.asarray(Image.open(two_classes / "samples_000002.png"))
+    labels = draw_labels(0, list(range(4)), [0, 1]).tolist()
+    save_grid(np.zeros((4, 8, 8, 1), np.uint8), tmp_path / "names.png", captions=[("cat", "dog")[y] for y in labels])
+    below = np.asarray(Image.open(tmp_path / "names.png"))
+    assert below.shape == shown.shape and (below[66:78] == shown[66:78]).all(), "the names between the rows of a preview"
+
+
+def test_a_name_that_no_class_has(two_classes, tmp_path):
+    done = sample(two_classes / "model000002.pt", tmp_path / "out", "--class_ids", "0,cow", code=2)
+    assert one_line(done.stderr) and "or names of its classes (cat, dog)" in done.stderr
+
+
+def test_the_config_and_the_command_line_say_how_many_classes(images, tmp_path):
+    for name, more in (("flag", ["--num_classes", "5"]), ("file", ["--config", str(tmp_path / "c.yaml")])):
+        (tmp_path / "c.yaml").write_text("model: {num_classes: 5}\n")
+        train(images, tmp_path / name, "--class_cond", "True", *more, "--max_steps", "1")
+        assert torch.load(tmp_path / name / "model000001.pt", weights_only=True)["label_emb.weight"].shape[0] == 5
+    done = sample(tmp_path / "flag" / "model000001.pt", tmp_path / "samples", "--num_samples", "32", "--batch_size", "32")
+    assert "note: the network has rows for 5 classes, the training images were of 2: only these are sampled" in done.stdout
+    with np.load(tmp_path / "samples" / "samples_32x8x8x1.npz") as file:
+        assert set(file["arr_1"].tolist()) == {0, 1}
+    done = sample(tmp_path / "flag" / "model000001.pt", tmp_path / "fourth", "--class_ids", "1,3")
+    assert "it has never seen class 3" in done.stdout
+
+
+@pytest.mark.parametrize("how", ["auto", "alone"])
+def test_a_run_begun_with_the_old_default_of_1000_goes_on(how, images, tmp_path):
+    """Earlier versions gave a network 1000 rows where nobody said how many: the same command still continues it, exactly."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    told = ["--class_cond", "True", "--num_classes", "1000"]
+    train(images, whole, *told)
+    train(images, parts, *told, "--max_steps", "1")
+    if how == "auto":
+        train(images, parts, "--class_cond", "True", "--resume", "auto")
+    else:
+        here(TRAIN, "--resume", str(parts), "--max_steps", "2")
+    assert_same(weights(whole, 2), weights(parts, 2))
+
+
+def test_a_classifier_counts_its_classes_too(images, run, tmp_path):
+    """Also with the config of an unconditional model, in which num_classes means nothing."""
+    assert "num_classes" not in yaml.safe_load((run / "config.yaml").read_text())["model"]
+    here(CLASSIFY, "--config", str(run / "config.yaml"), "--data_dir", images, "--classifier_width", "32", "--classifier_depth",
+         "1", "--classifier_attention_resolutions", "4", "--iterations", "1", "--out_dir", str(tmp_path / "classifier"))
+    state = torch.load(tmp_path / "classifier" / "model000001.pt", weights_only=True)
+    assert state["out.2.c_proj.weight"].shape[0] == 2
+    guided = here(str(ROOT / "scripts" / "classifier_sample.py"), "--model_path", str(run / "model000002.pt"), "--classifier_path",
+                  str(tmp_path / "classifier" / "model000001.pt"), "--num_samples", "2", "--timestep_respacing", "2", "--out_dir",
+                  str(tmp_path / "samples"))
+    assert guided.returncode == 0
+    assert yaml.safe_load((tmp_path / "samples" / "settings.yaml").read_text())["classes"] == ["cat", "dog"]
+
+
+def test_other_classes_than_before_are_pointed_out(images, two_classes, tmp_path):
+    run = Path(shutil.copytree(two_classes, tmp_path / "run"))
+    others = tmp_path / "others"
+    shutil.copytree(images, others)
+    (others / "cat").rename(others / "cow")
+    done = here(TRAIN, "--resume", str(run), "--max_steps", "3", "--data_dir", str(others))
+    assert "warning: label 0 is class 'cow' of the training data, before it was 'cat'" in done.stdout

@@ -5,8 +5,10 @@ import pickle
 import re
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -182,6 +184,21 @@ def test_an_interrupted_sampling_run_continues(trained, tmp_path):
     with np.load(tmp_path / "a" / name) as a, np.load(tmp_path / "b" / name) as b:
         np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
         np.testing.assert_array_equal(a["arr_1"], b["arr_1"])
+
+
+def test_an_interrupted_sampling_run_says_how_to_go_on(trained, tmp_path):
+    out, _ = trained
+    process = subprocess.Popen(
+        [sys.executable, "scripts/image_sample.py", "--model_path", str(out / "model000002.pt"), "--num_samples", "4000",
+         "--batch_size", "4", "--timestep_respacing", "10", "--out_dir", str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    while process.poll() is None and not list(tmp_path.glob("shards/shard-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=120)[1]
+    done = 4 * len(list(tmp_path.glob("shards/shard-*")))
+    assert process.returncode == 130 and 0 < done < 4000
+    assert err.splitlines()[-1] == f"interrupted: the same command continues; {done} of 4000 images are done"
 
 
 def one_line(err):

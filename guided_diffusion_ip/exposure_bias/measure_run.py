@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .. import dist_util
 from ..data.npz_io import NpzReader, write_npz
 from ..files import atomic_file
-from ..generation.run_folder import claim_folder
+from ..generation.run_folder import claim_folder, resumable
 from ..generation.sample_batch import Sampler
 from ..generation.shards import left_when_listed
 from .measures import Figures, Sums, figures_of, observe, walks_of
@@ -78,8 +78,9 @@ class MeasureRun:
         mine = todo[len(todo) * rank // world:len(todo) * (rank + 1) // world]
         sums: dict[str, Sums] = {}
         done: list[int] = []
-        with tqdm(total=calls * self.num_images, initial=calls * (self.num_images - len(todo)), unit="call", unit_scale=True,
-                  desc="measuring", disable=None if dist_util.is_main() else True) as bar:
+        with resumable(self.num_images, lambda: len(partial.missing(self.num_images))), tqdm(
+                total=calls * self.num_images, initial=calls * (self.num_images - len(todo)), unit="call", unit_scale=True,
+                desc="measuring", disable=None if dist_util.is_main() else True) as bar:
             for first in range(0, len(mine), batch_size):
                 index = mine[first:first + batch_size]
                 images, kwargs = self.images_for(index)

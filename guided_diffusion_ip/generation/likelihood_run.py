@@ -27,7 +27,7 @@ from .. import dist_util, files
 from ..data.npz_io import NpzReader, write_npz
 from ..noise import NormalStream, Stream
 from .progress import ImageBar
-from .run_folder import claim_folder
+from .run_folder import claim_folder, resumable
 from .shards import ShardFolder
 
 TERMS = ("vb", "mse", "xstart_mse")
@@ -76,7 +76,8 @@ class LikelihoodRun:
         pieces = dist_util.broadcast_object(folder.missing(batch_size))
         world = dist_util.get_world_size()
         left = sum(stop - start for start, stop in pieces)
-        with ImageBar("likelihood", self.num_images, self.num_images - left, self.diffusion.num_timesteps) as bar:
+        with resumable(self.num_images, lambda: folder.left), \
+                ImageBar("likelihood", self.num_images, self.num_images - left, self.diffusion.num_timesteps) as bar:
             for start, stop in pieces[dist_util.get_rank()::world]:
                 with bar.batch(model, stop - start) as counted:
                     arrays = self._measure(counted, range(start, stop), device)

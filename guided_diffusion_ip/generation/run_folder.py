@@ -1,7 +1,9 @@
 """The folder of a run that may be interrupted and continued: it says what it was made with, and refuses anything else."""
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
@@ -32,6 +34,15 @@ def claim_folder(out_dir: str, settings: dict[str, Any], holds: str) -> None:
     complaint = dist_util.broadcast_object(complaint)
     if complaint:
         raise ValueError(f"{out_dir} holds {holds} made with {complaint}: give another --out_dir, or remove it")
+
+
+@contextlib.contextmanager
+def resumable(total: int, missing: Callable[[], int]) -> Iterator[None]:
+    """Ctrl-C within the block says how to go on, and how many of `total` images are done."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the same command continues; {total - missing()} of {total} images are done") from None
 
 
 def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -144,8 +144,8 @@ def captions(labels: Sequence[int], class_names: Sequence[str]) -> list[str]:
     return [class_names[y] if 0 <= y < len(class_names) else str(y) for y in labels]
 
 
-def parse_class_ids(text: str, num_classes: int) -> list[int]:
-    """[0, 1, 2, 7] from "0-2,7"; all classes from "".
+def parse_class_ids(text: str, num_classes: int, class_names: Sequence[str] = ()) -> list[int]:
+    """[0, 1, 2, 7] from "0-2,7"; all classes from "". What is no number may be the name of a class; label k is class_names[k].
 
     Raises:
         ValueError: not of this form, or not below num_classes.
@@ -154,7 +154,12 @@ def parse_class_ids(text: str, num_classes: int) -> list[int]:
     for part in filter(None, (p.strip() for p in text.split(","))):
         ends = part.split("-")
         if len(ends) > 2 or not all(e.strip().isdigit() for e in ends):
-            raise ValueError(f"class_ids {text!r} is not understood: use numbers and ranges, such as 0-9 or 3,5")
+            if part in class_names:
+                ids.append(class_names.index(part))
+                continue
+            known = f", or names of its classes ({', '.join(class_names[:4])}{', ...' * (len(class_names) > 4)})"
+            raise ValueError(f"class_ids {text!r} is not understood: use numbers and ranges, such as 0-9 or 3,5"
+                             + (known if class_names else ""))
         if int(ends[0]) > int(ends[-1]):
             raise ValueError(f"class_ids {text!r} has a range that runs backwards: use {ends[-1].strip()}-{ends[0].strip()}")
         ids.extend(range(int(ends[0]), int(ends[-1]) + 1))

@@ -46,7 +46,7 @@ def classes_to_sample(cfg: Any) -> list[int] | None:
         return None
     if cfg.classes and not cfg.class_ids:
         return list(range(min(len(cfg.classes), cfg.num_classes)))
-    return parse_class_ids(cfg.class_ids, cfg.num_classes)
+    return parse_class_ids(cfg.class_ids, cfg.num_classes, cfg.classes)
 
 
 def _notes_on_classes(cfg: Any) -> list[str]:
@@ -57,7 +57,7 @@ def _notes_on_classes(cfg: Any) -> list[str]:
     known = f"the network has rows for {cfg.num_classes} classes, the training images were of {seen}"
     if not cfg.class_ids:
         return [f"note: {known}: only these are sampled"]
-    unseen = [k for k in parse_class_ids(cfg.class_ids, cfg.num_classes) if k >= seen]
+    unseen = [k for k in parse_class_ids(cfg.class_ids, cfg.num_classes, cfg.classes) if k >= seen]
     return [f"note: {known}: it has never seen class {unseen[0]}"] if unseen else []
 
 

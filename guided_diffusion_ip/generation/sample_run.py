@@ -21,7 +21,7 @@ from .. import dist_util
 from ..data.image_io import save_grid, save_png, to_uint8
 from ..data.npz_io import NpzReader
 from .progress import ImageBar
-from .run_folder import claim_folder
+from .run_folder import claim_folder, resumable
 from .sample_batch import Sampler, SigmaSampler, captions
 from .shards import ShardFolder
 
@@ -72,7 +72,8 @@ class SampleRun:
         pieces = dist_util.broadcast_object(folder.missing(batch_size))
         mine = pieces[dist_util.get_rank()::dist_util.get_world_size()]
         left = sum(stop - start for start, stop in pieces)
-        with ImageBar("sampling", self.num_samples, self.num_samples - left, self.sampler.network_calls) as bar:
+        with resumable(self.num_samples, lambda: folder.left), \
+                ImageBar("sampling", self.num_samples, self.num_samples - left, self.sampler.network_calls) as bar:
             for start, stop in mine:
                 index = list(range(start, stop))
                 kwargs = {name: value.to(device) for name, value in self.kwargs_for(index).items()}

@@ -51,6 +51,11 @@ class ShardFolder:
             end = max(end, stop)
         return gaps
 
+    @property
+    def left(self) -> int:
+        """How many images are to be made."""
+        return sum(stop - start for start, stop in self.missing(self.num_samples))
+
     def write(self, start: int, arrays: dict[str, np.ndarray]) -> None:
         """Store what belongs to the images numbered from start: arrays of n rows each, such as arr_0 uint8 [n, H, W, C]."""
         stop = start + len(next(iter(arrays.values())))

@@ -108,8 +108,8 @@ def _possible_sizes(state: State, flag: str, found: dict[str, Any]) -> str:
     shape = infer_architecture(state, 1 << 20)["attention_resolutions"]
     shares = ",".join(f"S/{(1 << 20) // number}" for number in _numbers(shape)) or "none"
     small = " (and --small_size)" if flag == "large_size" else ""
-    return (f"--{flag}{small}, which is not in the file, with the attention that goes with it: {' or '.join(options)}, or any size S "
-            f"with {shares}")
+    return (f"--{flag}{small}, which is not in the file, with the attention that goes with it: {' or '.join(options)}, or any size "
+            f"S with {shares}")
 
 
 def _classes(rows: int, flags: dict[str, Any]) -> dict[str, Any]:

@@ -125,3 +125,13 @@ def test_devices_and_builds_that_cannot_do_it_are_one_clear_error(name, capabili
         check_device(mode, torch.device("cuda", 0))
     assert "\n" not in str(error.value)
     check_device(mode, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("mode", ["fp32", "fp16", "bf16"])
+def test_amd_devices_are_left_to_their_pytorch(mode, monkeypatch):
+    """Their code is named gfx..., and a capability such as 9.4 has another meaning."""
+    monkeypatch.setattr(torch.version, "hip", "6.2.41133")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["gfx90a", "gfx942"])
+    check_device(mode, torch.device("cuda", 0))

@@ -22,7 +22,7 @@ def check_device(mode: str, device: torch.device) -> None:
     Raises:
         ValueError: bf16 on a GPU without bf16 units, or a GPU that the installed PyTorch has no code for.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip:  # ROCm names code and capabilities by other rules
         return
     name = torch.cuda.get_device_name(device)
     major, minor = torch.cuda.get_device_capability(device)

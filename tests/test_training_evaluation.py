@@ -17,6 +17,7 @@ from test_resume import FLAGS, TRAIN, make_loop, rows
 
 import launch
 from guided_diffusion_ip import logger
+from guided_diffusion_ip.diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion_ip.metrics.manifold import precision_recall
 from guided_diffusion_ip.training.checkpoint import complete_steps
 from guided_diffusion_ip.training.precision import DTYPES
@@ -116,6 +117,23 @@ def test_what_cannot_be_measured_is_said_before_anything_is_written(more, words,
     done = here(*command(images, out, "--eval_interval", "1", "--max_steps", "1", *more), code=2)
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not out.exists()
+
+
+def test_samples_with_a_nan_are_told_and_training_goes_on(images, tmp_path):
+    """From half-precision sampling, say: weights and losses are fine."""
+    forward = GaussianDiffusion.p_sample
+
+    def spoil(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out["sample"][1:2] = float("nan")
+        return out
+
+    with mock.patch.object(GaussianDiffusion, "p_sample", spoil):
+        done = here(*command(images, tmp_path, "--eval_interval", "1", "--max_steps", "2", "--sample_interval", "2",
+                             "--sample_count", "4", "--sample_respacing", "2"))
+    for line in ("step 1: not evaluated", "step 2: not evaluated", "step 2: no picture of samples"):
+        assert f"warning: {line}: " in done.stdout and "images contain NaN" in done.stdout
+    assert complete_steps(str(tmp_path)) == [2] and not column(tmp_path, "fid@12") and not list(tmp_path.glob("*.png"))
 
 
 def settled(images, folder, steps, resume=""):

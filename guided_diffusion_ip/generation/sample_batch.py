@@ -115,21 +115,33 @@ def compiled(network: torch.nn.Module, device: torch.device) -> Callable[..., Te
     return call
 
 
+class ImagesWithNaN(ValueError):
+    """Some of the images that were drawn are none."""
+
+
 def draw_images(sampler: Sampler | SigmaSampler, model: Callable[..., Tensor], count: int, batch_size: int,
                 kwargs_for: Callable[[list[int]], dict[str, Tensor]]) -> np.ndarray:
     """Images 0 .. count - 1 as uint8 [count, H, W, C], on every rank; a collective: the ranks share the work.
 
     Args:
         kwargs_for: model_kwargs of the images numbered [n].
+
+    Raises:
+        ImagesWithNaN: there are some; on every rank, whichever drew them.
     """
     rank, world, device = dist_util.get_rank(), dist_util.get_world_size(), dist_util.dev()
     mine = range(count * rank // world, count * (rank + 1) // world)
     channels, height, width = sampler.image_shape
-    flat = [np.empty((0, height * width * channels), np.uint8)]
+    flat, bad = [np.empty((0, height * width * channels), np.uint8)], 0
     for start in range(0, len(mine), batch_size):
         index = list(mine[start:start + batch_size])
         kwargs = {name: value.to(device) for name, value in kwargs_for(index).items()}
-        flat.append(to_uint8(sampler(model, index, kwargs, device), sampler.rounded).flatten(1).cpu().numpy())
+        images = sampler(model, index, kwargs, device)
+        broken = images.isnan().flatten(1).any(1)
+        bad += int(broken.sum())
+        flat.append(to_uint8(images[~broken], sampler.rounded).flatten(1).cpu().numpy())
+    if bad := sum(dist_util.all_gather_objects(bad)):
+        raise ImagesWithNaN(f"{bad} of {count} images contain NaN: the model has diverged, or overflows in half precision")
     return dist_util.all_gather_rows(np.concatenate(flat)).reshape(count, height, width, channels)
 
 

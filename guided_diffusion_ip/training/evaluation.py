@@ -15,14 +15,14 @@ from ..evaluation.evaluate import evaluate, parse_metrics, unavailable
 from ..evaluation.images import ArrayImages, ImageFile, Subset, open_images
 from ..evaluation.reference import has_images, has_statistics, read_statistics
 from ..evaluation.set_features import SetFeatures, extract
-from ..generation.sample_batch import Sampler, SigmaSampler, draw_images
+from ..generation.sample_batch import ImagesWithNaN, Sampler, SigmaSampler, draw_images
 from ..metrics.features import FeatureSpace, open_features
 
 _MOST_REFERENCE_IMAGES = 50_000  # as in published tables
 
 
 class Evaluation:
-    """Called as evaluation(network, step): {"fid@1000": ...}, the same on all ranks. A collective.
+    """Called as evaluation(network, step): {"fid@1000": ...}, the same on all ranks; {} if samples have a NaN. A collective.
 
     The reference is measured once, in the first call.
 
@@ -57,7 +57,11 @@ class Evaluation:
         if self._known is None and self._images is not None and (keep or self._stored is None):
             self._known = extract(self._images, self.space, batch_size=self.batch_size, keep_rows=keep, what="reference",
                                   spatial="sfid" in self.metrics)
-        images = draw_images(self.sampler, model, self.count, self.batch_size, self.kwargs_for)
+        try:
+            images = draw_images(self.sampler, model, self.count, self.batch_size, self.kwargs_for)
+        except ImagesWithNaN as error:
+            self._say(f"warning: step {step}: not evaluated: {error}; training goes on")
+            return {}
         result = evaluate(self._known, self._stored, ArrayImages(images), self.space, metrics=self.metrics,
                           batch_size=self.batch_size, say=lambda text: None)
         numbers = {f"{name}@{self.count}": metric.value for name, metric in result.metrics.items()}

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .. import dist_util
+from .. import dist_util, logger
 from ..data.image_io import save_grid
-from ..generation.sample_batch import Sampler, captions, draw_images, draw_labels
+from ..generation.sample_batch import ImagesWithNaN, Sampler, captions, draw_images, draw_labels
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,25 @@ class Preview:
     class_names: Sequence[str] = ()
 
     def __call__(self, model: Callable[..., Tensor], step: int) -> str:
-        """Returns the path of the picture."""
-        images = draw_images(self.sampler, model, self.count, self.batch_size, self.kwargs_for)
+        """Returns the path of the picture; '' if there is none, which is no reason for training to end: the log says why."""
         path = os.path.join(self.out_dir, f"samples_{step:06d}.png")
-        if dist_util.is_main():
-            labels = self.kwargs_for(list(range(self.count))).get("y")
-            save_grid(images, path, captions=None if labels is None else captions(labels.tolist(), self.class_names))
+        try:
+            images = draw_images(self.sampler, model, self.count, self.batch_size, self.kwargs_for)
+        except ImagesWithNaN as error:  # on all ranks alike
+            return _no_picture(step, error)
+        try:
+            if dist_util.is_main():
+                labels = self.kwargs_for(list(range(self.count))).get("y")
+                names = None if labels is None else captions(labels.tolist(), self.class_names)
+                save_grid(images, path, captions=names)
+        except OSError as error:  # on rank 0; nobody waits for it
+            return _no_picture(step, error)
         return path
+
+
+def _no_picture(step: int, why: Exception) -> str:
+    logger.log(f"warning: step {step}: no picture of samples: {why}; training goes on")
+    return ""
 
 
 def drawn_classes(seed: int, classes: int) -> Callable[[list[int]], dict[str, Tensor]]:

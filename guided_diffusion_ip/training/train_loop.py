@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,10 @@ Losses = dict[str, Tensor]
 # xi(x) draws the input perturbation's noise, shaped like x.
 Objective = Callable[[Callable[..., Tensor], Tensor, Tensor, dict[str, Tensor], Tensor, Callable[[Tensor], Tensor]], Losses]
 
+# Whether DDP sends buffers from rank 0 before each forward pass; from PyTorch 2.13 on the older name is deprecated.
+_BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+            else "broadcast_buffers")
+
 
 class TrainLoop:
     """Trains a network on an endless iterator of (images [N, C, H, W] in [-1, 1], {"y": labels [N]} or {}).
@@ -65,7 +70,8 @@ class TrainLoop:
         seed: of t, epsilon, xi and dropout.
         ema_warmup: let the averages forget their start: rate min(rate, (1 + n) / (10 + n)) in update n.
         max_skipped: so many steps in a row without finite gradients end the run.
-        preview: called as preview(network, step) every sample_interval updates, with the first EMA's weights.
+        preview: called as preview(network, step) every sample_interval updates, with the first EMA's weights; what it returns,
+            the path of a picture, is logged.
         objective: what is minimised, see Objective; by default the process's training_losses.
         validate: called as validate(network, step) every eval_interval updates, without gradients, on every rank; its
             {name: number} join the next log line, as means if several came before it.
@@ -129,7 +135,7 @@ class TrainLoop:
         self.ddp_model = torch.compile(model) if compile else model
         if self.world > 1:
             self.ddp_model = DistributedDataParallel(
-                self.ddp_model, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False)
+                self.ddp_model, device_ids=[self.device] if self.device.type == "cuda" else None, **{_BUFFERS: False})
         self._clock = Clock(self.limits.max_hours, self.saving.minutes)
         self._signals = Signals()
         self._told = [False] * 3  # on all ranks alike: some rank has been told to stop, is out of time, should save
@@ -229,8 +235,8 @@ class TrainLoop:
         if self.step % self.log_interval == 0 or self.step in (1, self.last_step):
             self.log_step()
         if self.sample_interval and self.preview and self.step % self.sample_interval == 0:
-            path = self._with_averages(self.preview)
-            logger.log(f"step {self.step}: samples in {path}")
+            if path := self._with_averages(self.preview):
+                logger.log(f"step {self.step}: samples in {path}")
         if save_due or self.step % self.saving.interval == 0:
             self.save()
             if os.environ.get("DIFFUSION_TRAINING_TEST"):

@@ -15,8 +15,9 @@ from test_training_evaluation import here
 
 import launch
 from guided_diffusion_ip import files
+from guided_diffusion_ip.dist_util import load_state_dict
 from guided_diffusion_ip.training import checkpoint
-from guided_diffusion_ip.training.checkpoint import SavePolicy, complete_steps, load_set, save_set
+from guided_diffusion_ip.training.checkpoint import SavePolicy, check_set, complete_steps, save_set
 
 
 def assert_only_complete_sets(folder, steps):
@@ -26,6 +27,11 @@ def assert_only_complete_sets(folder, steps):
     assert {name for name in os.listdir(folder) if ".pt" in name} == parts
     for step in steps:
         load_set(os.path.join(folder, f"model{step:06d}.pt"), ["ema_0.9"])
+
+
+def load_set(path, ema_names):
+    paths, state = check_set(path, ema_names)
+    return {part: load_state_dict(path) for part, path in paths.items()}, state
 
 
 def assert_save_failed(returncode, err, folder, why, step, last):

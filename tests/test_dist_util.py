@@ -200,6 +200,17 @@ TALK = """
     assert du.broadcast_object(rank) == 0  # others may be spoken of meanwhile
     assert (second().tolist(), first().tolist()) == ([[0, 1], [1, 1]], [[0, 0], [1, 0]])
 
+    strided = torch.arange(6.0).view(1, 3, 2, 1).to(memory_format=torch.channels_last)
+    content = {"a": [torch.tensor(rank == 0), torch.zeros(0)], 3: (strided, torch.tensor([1.5]).bfloat16(), "text"), "none": None}
+    got = du.from_main(lambda: content if rank == 0 else 1 / 0, "cpu")
+    assert got["a"][0] and got["a"][1].shape == (0,) and got["none"] is None and got[3][2] == "text"
+    assert torch.equal(got[3][0], strided) and got[3][0].stride() == strided.stride() and got[3][1].dtype == torch.bfloat16
+    for fails in (ValueError("no such thing"), FileNotFoundError(2, "No such file", "x.pt")):
+        def fail(): raise fails
+        try: du.from_main(fail)
+        except (ValueError, OSError) as error: assert str(error) == str(fails) and type(error) in (type(fails), ValueError)
+        else: raise AssertionError("an error of rank 0 went unnoticed")
+
     torch.manual_seed(rank)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8),
                               torch.nn.Linear(5, 5).half())

@@ -63,18 +63,20 @@ class TrainLoop(train_loop.TrainLoop):
         return self.diffusion.training_losses(model, images, t, model_kwargs=cond, **noise)
 
     def _resume(self, path: str) -> list[str]:
-        """Continue from a whole set of ours exactly; from other checkpoints, with as much as lies beside them."""
+        """Continue from a whole set of ours exactly; from other checkpoints, with as much as lies beside them (for rank 0)."""
         step, folder = parse_resume_step_from_filename(path), os.path.dirname(path)
         beside = {part: os.path.join(folder, checkpoint_name(part, step)) for part in ("opt", "state")}
-        if os.path.basename(path) == checkpoint_name("model", step) and exists(beside["state"]):
+        there = dist_util.from_main(lambda: {part: exists(file) for part, file in beside.items()})
+        if os.path.basename(path) == checkpoint_name("model", step) and there["state"]:
             return super()._resume(path)
-        self.model.load_state_dict(dist_util.load_state_dict(path))
+        self.model.load_state_dict(dist_util.load_state_dict_once(path, self.device))
         fresh = ["timestep sampler"] if self.schedule_sampler.state_dict() else []
         for ema in self.emas:
-            averaged = find_ema_checkpoint(path, step, ema.rate)
-            ema.load_state_dict(dist_util.load_state_dict(averaged) if averaged else self.model.state_dict(), step)
+            averaged = dist_util.broadcast_object(find_ema_checkpoint(path, step, ema.rate))
+            weights = dist_util.load_state_dict_once(averaged, self.device) if averaged else self.model.state_dict()
+            ema.load_state_dict(weights, step)
             fresh += [] if averaged else [f"average of rate {ema.rate}"]
-        if not self._adopt_optimizer(beside["opt"]):
+        if not (there["opt"] and self._adopt_optimizer(beside["opt"])):
             fresh.append("optimizer")
         self.step = step
         if hasattr(self.data, "seek"):
@@ -82,10 +84,9 @@ class TrainLoop(train_loop.TrainLoop):
         return [f"continuing from {path}: {step} steps done" + (f"; starting afresh: {', '.join(fresh)}" if fresh else "")]
 
     def _adopt_optimizer(self, path: str) -> bool:
-        if not exists(path):
-            return False
+        saved = dist_util.load_state_dict_once(path, self.device)
         try:
-            run_state.restore_optimizer(self.opt, dist_util.load_state_dict(path))
+            run_state.restore_optimizer(self.opt, saved)
         except ValueError:  # guided_diffusion's fp16 training kept all weights in two long vectors
             return False
         return True

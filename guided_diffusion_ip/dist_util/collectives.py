@@ -4,9 +4,10 @@ Every function here must be called on all ranks.
 """
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -53,6 +54,50 @@ def broadcast_object(obj: T) -> T:
     box = [obj]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_main(work: Callable[[], T], device: torch.device | str = "cpu") -> T:
+    """What work() returns on rank 0, on every rank; the others do not call it.
+
+    Tensors in dicts, lists and tuples travel by themselves, in pieces, and arrive on `device` of
+    the other ranks; rank 0 has its own. Everything else must be small.
+
+    Raises:
+        ValueError, OSError: work() has raised it; ValueError with the same text on other ranks.
+    """
+    if get_world_size() == 1:
+        return work()
+    result, error = None, None
+    if get_rank() == 0:
+        try:
+            result = work()
+        except (ValueError, OSError) as raised:  # others are mistakes of ours: the watchdog reports them
+            error = raised
+    complaint = broadcast_object(None if error is None else str(error))
+    if error is not None:
+        raise error
+    if complaint is not None:
+        raise ValueError(complaint)
+    outline = broadcast_object(_with_tensors(result, lambda x: torch.empty_like(x, device="meta")))
+    if get_rank() > 0:
+        result = _with_tensors(outline, lambda x: torch.empty_like(x, device=device))
+    tensors: list[Tensor] = []
+    _with_tensors(result, tensors.append)
+    sync_params(tensors)
+    return result
+
+
+def _with_tensors(content: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A copy of nested dicts, lists and tuples, with change(x) in place of each tensor x."""
+    if isinstance(content, Tensor):
+        return change(content)
+    if isinstance(content, dict):
+        changed = copy.copy(content)  # an OrderedDict may have attributes, as state_dicts do
+        changed.update((key, _with_tensors(value, change)) for key, value in content.items())
+        return changed
+    if type(content) in (list, tuple):
+        return type(content)(_with_tensors(value, change) for value in content)
+    return content
 
 
 def all_gather_objects(obj: T) -> list[T]:
@@ -135,7 +180,7 @@ def sync_params(params: Iterable[Tensor]) -> None:
     for bucket in _buckets(params):
         flat = torch.cat([p.reshape(-1) for p in bucket])
         sent = flat.to(_wire(flat))
-        dist.broadcast(sent, src=0)
+        dist.broadcast(sent.view(torch.uint8), src=0)  # not all backends know all types
         parts = sent.to(flat.device).split([p.numel() for p in bucket])
         for p, part in zip(bucket, parts):
             p.copy_(part.view(p.shape))

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from ..files import is_remote, open_binary
+from .collectives import from_main
 
 
 def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
     """What torch.save() wrote to a local or remote path: tensors and plain containers only.
 
     Every rank reads the file by itself: no collective is inside, so one rank may call it alone.
+    (Whole runs of several processes have load_state_dict_once.)
 
     Raises:
         ValueError: the file is missing, damaged or no checkpoint, or holds more than tensors.
@@ -39,6 +41,18 @@ def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
     except (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError, OSError,
             TypeError, AssertionError, AttributeError) as error:
         raise ValueError(_explain(name, error)) from None
+
+
+def load_state_dict_once(path: str | os.PathLike, device: torch.device | str) -> Any:
+    """load_state_dict on rank 0; the other ranks receive what it has read, on `device`. A collective.
+
+    So the file is read once and held in the host's memory once, however many ranks there are, and
+    is needed where rank 0 is only.
+
+    Raises:
+        ValueError, OSError: as load_state_dict, on every rank.
+    """
+    return from_main(lambda: load_state_dict(path), device)
 
 
 def _explain(name: str, error: Exception) -> str:

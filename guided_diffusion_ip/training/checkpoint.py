@@ -194,10 +194,11 @@ def saved_settings(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {**state["settings"], **({"data": data} if data else {})} if state.get("settings") else {}
 
 
-def load_set(model_path: str, ema_names: Iterable[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The parts and the state of the set that the weights at model_path belong to, on the CPU.
+def check_set(model_path: str, ema_names: Iterable[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The files of the parts (model, averages, opt) of the set that the weights at model_path belong to, and its state, on the CPU.
 
     modelNNNNNN.pt has the others beside it under their names; under another name, the set is found by the hashes in its state.
+    Every file has been read and compared with its hash.
 
     Raises:
         ValueError: not the weights of a set, or a part of the set is missing, damaged or unsafe; it is named.
@@ -217,7 +218,7 @@ def load_set(model_path: str, ema_names: Iterable[str]) -> tuple[dict[str, dict[
         if known and files.sha256(path) != known:
             raise ValueError(f"cannot resume from {model_path}: {path} is damaged (its SHA-256 is not the one noted when it was "
                              "written); --resume with an earlier checkpoint")
-    return {name: dist_util.load_state_dict(path) for name, path in paths.items()}, state
+    return paths, state
 
 
 def _paths_of_set(model_path: str, parts: list[str]) -> dict[str, str]:

@@ -111,12 +111,12 @@ def find(resume: str, resume_checkpoint: str, out_dir: str) -> tuple[str, str]:
 
 
 def init_from(model: nn.Module, path: str) -> str:
-    """Load the weights of a checkpoint as far as names and shapes agree; returns a report.
+    """Load the weights of a checkpoint as far as names and shapes agree; returns a report. A collective.
 
     Raises:
         ValueError: the file cannot be read, or none of its tensors fits.
     """
-    given = dist_util.load_state_dict(path)
+    given = dist_util.load_state_dict_once(path, next(model.parameters()).device)
     own = model.state_dict()
     fitting = {name: x for name, x in given.items() if name in own and isinstance(x, torch.Tensor) and x.shape == own[name].shape}
     if not fitting:

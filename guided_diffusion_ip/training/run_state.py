@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import logger
+from .. import dist_util, logger
 from . import checkpoint, resume
 from .guards import first_not_finite
 
@@ -40,13 +40,15 @@ def gather(loop: Any, statistics: dict[str, Tensor]) -> tuple[dict[str, dict[str
 def restore(loop: Any, path: str) -> list[str]:
     """Continue where a checkpoint ended: weights, averages, optimizer, timestep sampler, loss scale, data, unfinished means.
 
+    A collective: rank 0 reads the files, one part after the other, and the other ranks receive them on their devices.
+
     Returns: what to tell.
 
     Raises:
         ValueError: a part is missing or damaged, or something has changed that may not.
     """
     try:
-        parts, state = checkpoint.load_set(path, [ema.name for ema in loop.emas])
+        paths, state = dist_util.from_main(lambda: checkpoint.check_set(path, [ema.name for ema in loop.emas]))
     except ValueError as error:
         asked = loop.settings.get("train", {})  # none if the loop was made in Python
         flag = next((f"--{name} {asked[name]}: " for name in ("resume", "resume_checkpoint") if asked.get(name)), "")
@@ -55,11 +57,11 @@ def restore(loop: Any, path: str) -> list[str]:
     notes += resume.compare_run(
         state, seed=loop.seed, global_batch=loop.global_batch, world=loop.world, micro=loop.microbatch,
         sampler=type(loop.schedule_sampler).__name__, data=loop.data)
-    loop.model.load_state_dict(parts["model"])
+    loop.model.load_state_dict(dist_util.load_state_dict_once(paths["model"], loop.device))
     for ema, updates in zip(loop.emas, state.get("ema_updates") or [state["step"]] * len(loop.emas)):
-        ema.load_state_dict(parts[ema.name], updates)
+        ema.load_state_dict(dist_util.load_state_dict_once(paths[ema.name], loop.device), updates)
     weight_decay = loop.opt.param_groups[0]["weight_decay"]
-    restore_optimizer(loop.opt, parts["opt"])
+    restore_optimizer(loop.opt, dist_util.load_state_dict_once(paths["opt"], loop.device))
     for group in loop.opt.param_groups:  # what the command line says now
         group["lr"], group["weight_decay"] = loop.lr, weight_decay
     loop.schedule_sampler.load_state_dict(state["sampler"])

@@ -227,18 +227,19 @@ def test_calibrate_then_sample(calibrated, tmp_path, capsys, monkeypatch):
     assert recorded == content["lambda"] and "lambda 1 to 1.04, one per step" in said
 
 
-def test_a_calibration_that_solves_nothing_is_an_error_and_writes_no_schedule(black_and_white, images, checkpoint, tmp_path, capsys,
-                                                                             monkeypatch):
+def test_a_calibration_that_solves_nothing_writes_no_schedule(black_and_white, images, checkpoint, tmp_path, capsys,
+                                                              monkeypatch):
     wild = linear_checkpoint(tmp_path / "wild.pt", 1.05)
     out = tmp_path / "eps.yaml"
-    for argv, reason in ((calibrating(black_and_white, wild, out=out), "of 4 steps 1 need a lambda outside of 0.95 to 1.05, 2 show"),
-                         (arguments(images, checkpoint, by="variance", out=out), "0 need a lambda outside of 0.95 to 1.05, 3 show")):
+    for argv, reason in ((calibrating(black_and_white, wild, out=out), "of 4 steps 1 need a lambda outside of 0.95 to 1.05, 2"),
+                         (arguments(images, checkpoint, by="variance", out=out), "0 need a lambda outside of 0.95 to 1.05, 3")):
         code, said, err = run("calibrate_eps", *argv, capsys=capsys, monkeypatch=monkeypatch)
         assert code == 2 and "error: nothing was solved" in err and reason in err and f"{out} is not written" in err
         assert "uniform b = " in said and "schedule:" not in said and not out.exists()
 
 
-@pytest.mark.parametrize("how, said", [([LAST, SOLVED, SOLVED], ""), ([LAST, EDGE, SOLVED, SOLVED], "warning: 1 of 3 lambdas are at")])
+@pytest.mark.parametrize("how, said", [
+    ([LAST, SOLVED, SOLVED], ""), ([LAST, EDGE, SOLVED, SOLVED], "warning: 1 of 3 lambdas are at")])
 def test_lambdas_at_the_edge_are_counted(how, said, capsys):
     script = runpy.run_path(str(ROOT / "scripts" / "calibrate_eps.py"))
     numbers = [np.ones(len(how)) for _ in range(5)]

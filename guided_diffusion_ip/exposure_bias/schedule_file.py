@@ -81,8 +81,9 @@ def check_origin(path: str | os.PathLike, sampler: str, wanted: Mapping[str, Any
         raise ValueError(f"{path} was calibrated for DDIM with --eta {made_for['eta']}, and --eta {wanted['eta']:g} is asked for: "
                          f"{again}")
     if {"diffusion_steps", "timestep_respacing"} <= set(made_for) and _timesteps(made_for) != _timesteps(wanted):
-        raise ValueError(f"{path} was calibrated for --timestep_respacing {made_for['timestep_respacing'] or 'of all steps'}, which "
-                         f"are other steps than {wanted['timestep_respacing'] or 'all'}: {again}, or sample with those")
+        was, asked = made_for["timestep_respacing"] or "of all steps", wanted["timestep_respacing"] or "all"
+        raise ValueError(f"{path} was calibrated for --timestep_respacing {was}, which are other steps than {asked}: {again}, or "
+                         "sample with those")
     notes = []
     if wanted["model_sha256"] and made_for.get("model_sha256", wanted["model_sha256"]) != wanted["model_sha256"]:
         notes.append(f"{path} was calibrated for another checkpoint ({made_for.get('model_path', '?')}, of another content): its "

@@ -170,7 +170,8 @@ class _Shared:
         beside = os.path.join(os.path.dirname(checkpoint["path"]), "config.yaml")
         # Pixels of EDM's models were truncated once, and a sweep's folder may hold such cells.
         pixels = [("quantisation", "EDM's rounded")] if along_sigma else []
-        decides = [*sample, *pixels, ("reference", self.reference), *evaluate, *([("config", beside)] if os.path.exists(beside) else [])]
+        decides = [*sample, *pixels, ("reference", self.reference), *evaluate,
+                   *([("config", beside)] if os.path.exists(beside) else [])]
         identity = [[name, self._hash(value) if name in _FILES and os.path.exists(value) else value]
                     for name, value in decides if name not in _NO_MATTER]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]

@@ -1,4 +1,4 @@
-"""A bar of images that moves with every call of the network: the first batch may take hours, and is then not seen to stand still."""
+"""A bar of images that moves with every call of the network: a batch may take hours."""
 from __future__ import annotations
 
 import contextlib

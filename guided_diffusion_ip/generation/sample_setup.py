@@ -152,7 +152,7 @@ def what_decides_the_images(cfg: Any, sections: Iterable[str] = ("model", "diffu
     if cfg.values.get("precision"):
         values["precision"] = cfg.precision
     if cfg.values.get("framework") == "edm":
-        # The published --use_fp16 comes with the checkpoint's config, and --precision wins over it: the settings tell what was done.
+        # use_fp16 comes with the checkpoint's config, and --precision wins over it: the settings say what was done.
         precision = sampling_precision(cfg)
         values |= {"precision": precision, "use_fp16": precision == "fp16", "quantisation": "rounded"}
     if cfg.classes:

@@ -35,19 +35,20 @@ def main() -> None:
         raise ValueError("give what to read and what to write: npz_to_png.py samples.npz --out pictures (see --help)")
     if os.path.exists(cfg.out) and not cfg.overwrite and not (os.path.isdir(cfg.out) and not os.listdir(cfg.out)):
         raise ValueError(f"{cfg.out} is there already: choose another name, or --overwrite True for a file")
+    by_class = cfg.values["classes"]  # the flag; cfg.classes are the names of a model's classes
     size = parse_image_size(cfg.image_size) if cfg.image_size else None
     images = open_images(cfg.data, "images", size)
     count, shape = min(cfg.count or images.n, images.n), images.shape
     if cfg.out.lower().endswith(".npz"):
         if images.kind == "npz":
             raise ValueError(f"{cfg.data} is an npz already; --out {cfg.out} asks for another: give a folder or a .png")
-        source = open_with_classes(cfg.data) if cfg.classes else open_source(cfg.data, class_cond=False)
+        source = open_with_classes(cfg.data) if by_class else open_source(cfg.data, class_cond=False)
         channels = cfg.channels or images.shape[2]
         _, *shape = pack_images(cfg.out, source, size, channels, count, grey=not cfg.channels and channels == 1)
     elif cfg.out.lower().endswith(".png"):
         save_grid(images.rows(0, count), cfg.out, captions=read_classes(images, count))
     else:
-        names = (read_classes(images, count) if cfg.classes else None) or [None] * count
+        names = (read_classes(images, count) if by_class else None) or [None] * count
         pictures = ((images.rows(i, i + 1)[0], names[i]) for i in tqdm(range(count), unit="img", disable=None))
         write_image_folder(cfg.out, pictures, digits=6, preprocessing=images.preprocessing)
     print(f"{cfg.out}: {count} of {images.n} images, {' x '.join(map(str, shape))}")

@@ -142,7 +142,10 @@ class EDMProcess:
         self, model: Callable[..., Tensor], x_start: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None = None,
         noise: Tensor | None = None, gamma: float | None = None, randn_like: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Losses for one batch, means over pixels, [N] each. (EDM's own code sums over them; Adam does not mind the factor.)
+        """Losses for one batch, means over pixels, [N] each.
+
+        EDM's own code sums over them. Adam does not mind the factor C H W, except where root mean square gradients are not far
+        above its eps (1e-8 in both): what it adds to their size counts C H W times more here.
 
         Args:
             model: a denoiser, called as model(x, sigma, labels), and with augment_labels= if there is an augmentation.

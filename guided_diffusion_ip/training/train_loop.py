@@ -131,7 +131,8 @@ class TrainLoop:
         if resume_checkpoint:
             self.resumed = self._resume(resume_checkpoint)
         dist_util.check_in_sync(model.state_dict())
-        # DDP averages gradients over ranks while the backward pass is still running.
+        # DDP averages gradients over ranks while the backward pass is still running; after it, if that is compiled, for then it
+        # is one node of the graph. (Compiling DDP itself would split it, which older PyTorch refuses under use_checkpoint.)
         self.ddp_model = torch.compile(model) if compile else model
         if self.world > 1:
             self.ddp_model = DistributedDataParallel(

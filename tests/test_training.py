@@ -192,8 +192,9 @@ def test_tables_follow_the_history_and_the_device():
     other = LossSecondMomentResampler(Steps, history_per_term=1)
     sampler.load_state_dict(other.state_dict())
     assert all(map(torch.equal, sampler.sample(100, "cpu", uniforms), before))
-    assert sampler.sample(100, "meta", uniforms)[0].device.type == "meta"
-    assert sampler.sample(100, "cpu", uniforms)[0].device.type == "cpu"
+    for name in ("meta", "cpu"):
+        device = torch.device(name)
+        assert sampler._tables(device).device == device and sampler._tables(device) is sampler._tables(device)
 
 
 def test_ema_is_the_weighted_mean_of_all_weights_so_far():

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper, save_model
-from stand_in_inception import images
+from stand_in_inception import field, images
 
+from guided_diffusion_ip.metrics import features
 from guided_diffusion_ip.metrics.features import open_features
 
 
@@ -145,6 +146,25 @@ def test_onnx_weights_in_other_files_are_not_followed(tmp_path, monkeypatch):
     assert (tmp_path / "weights.bin").exists()
     monkeypatch.chdir(tmp_path)  # where onnxruntime would find them
     refused(path, "weights in another file; save it as one file")
+
+
+# Field numbers of onnx.proto from the model to a tensor: wherever one can be, its weights may be in another file.
+PLACES = {"initializer": (7, 5), "sparse values": (7, 15, 1), "sparse indices": (7, 15, 2), "attribute": (7, 1, 5, 5),
+          "attribute list": (7, 1, 5, 10), "inner graph": (7, 1, 5, 6, 5), "inner graphs": (7, 1, 5, 11, 5),
+          "sparse attribute": (7, 1, 5, 22, 1), "sparse attributes": (7, 1, 5, 23, 2), "function": (25, 7, 5, 5)}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_external_weights_are_found_wherever_onnx_has_tensors(place):
+    for location, outside in ((1, True), (0, False)):
+        content = field(14, location)
+        for number in reversed(PLACES[place]):
+            content = field(number, content)
+        if outside:
+            with pytest.raises(ValueError, match="m.onnx has weights in another file"):
+                features._refuse_external_data("m.onnx", field(1, 8) + content)
+        else:
+            features._refuse_external_data("m.onnx", field(1, 8) + content)
 
 
 def test_a_missing_onnxruntime_is_one_clear_error(tmp_path, monkeypatch):

@@ -271,3 +271,11 @@ def test_zip_archives_of_other_things_are_one_clear_error(tmp_path):
         archive.writestr("a.txt", "text")
     with pytest.raises(ValueError, match=r"images\.zip"):
         inception_weights.load(tmp_path / "images.zip")
+
+
+@pytest.mark.parametrize("number", [0, 1, 127, 128, 300, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_numbers_of_all_lengths_are_read(number):
+    """Up to the 10 bytes of 64 bits, as which protocol buffers write negative numbers."""
+    assert list(tf_graph.fields(memoryview(field(3, number) + field(1, 7)))) == [(3, number), (1, 7)]
+    with pytest.raises(ValueError, match="a number that does not end"):
+        list(tf_graph.fields(memoryview(b"\x18" + b"\xff" * 10 + b"\x01")))

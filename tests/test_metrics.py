@@ -312,6 +312,8 @@ def test_what_the_kernel_distance_refuses():
     x = normal(0, 10, 3)
     for ref, sample, options, message in [(x, x[:, :2], {}, "use the same network"), (x, x[:1], {}, "two images a side"),
                                           (x, x, {"subsets": 0}, "at least one subset"),
-                                          (x, np.where(x > 1, np.nan, x), {}, "of the sample features holds NaN")]:
+                                          (x, np.where(x > 1, np.nan, x), {}, "of the sample features holds NaN"),
+                                          (np.where(np.arange(len(x))[:, None] == 3, np.inf, x), x, {},
+                                           "row 3 of the reference features holds")]:
         with pytest.raises(ValueError, match=message):
             kernel_distance(ref, sample, **options)

@@ -98,7 +98,7 @@ def evaluate(reference: ImageFile | SetFeatures | None, stored: StoredStatistics
         known = stored or ref
         for name, part in (("fid", "pool"), ("sfid", "spatial")):
             if name in metrics:
-                say(f"{TITLES[name]}: Frechet distance between covariances of {len(getattr(made, part).mean)} dimensions")
+                say(f"Frechet distance between covariances of {len(getattr(made, part).mean)} dimensions")
                 result.metrics[name] = _frechet(name, getattr(known, part), getattr(made, part), known.n)
         result.warnings += _few(result.metrics, space)
     if "is" in metrics:
@@ -110,7 +110,7 @@ def evaluate(reference: ImageFile | SetFeatures | None, stored: StoredStatistics
             if name in metrics:
                 result.metrics[name] = Metric(value, made.n, ref.n)
     if "kid" in metrics:
-        say(f"KID: {made.n} samples, {ref.n} reference images")
+        say(f"kernel distance: {made.n} samples, {ref.n} reference images")
         value, spread = kernel_distance(ref.rows, made.rows, seed=seed)
         result.metrics["kid"] = Metric(value, made.n, ref.n, spread)
     result.metrics = {name: result.metrics[name] for name in METRICS if name in result.metrics}

@@ -146,8 +146,9 @@ def _why_not(cfg: Any, out_dir: str) -> str:
         if lost and os.path.exists(config):
             try:
                 with open(config, encoding="utf-8") as file:
-                    compare_settings(yaml.safe_load(file) or {}, cfg.sections())
-            except ValueError as error:
+                    saved = yaml.safe_load(file)
+                compare_settings({name: keys for name, keys in dict(saved).items() if isinstance(keys, dict)}, cfg.sections())
+            except (ValueError, TypeError, yaml.YAMLError) as error:
                 return (f"{out_dir} holds {lost[-1]} without its state file, and only the config.yaml there tells what it is: a "
                         f"new run would replace that by its own ({error}): move them away, or give another --out_dir")
         return ""

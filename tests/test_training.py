@@ -213,6 +213,17 @@ def test_ema_is_the_weighted_mean_of_all_weights_so_far():
     torch.testing.assert_close(target[0], 0.9 * start + 0.1 * model.weight.detach())
 
 
+def test_a_loaded_ema_warms_up_from_as_many_updates_as_are_told():
+    model = torch.nn.Linear(1, 1, bias=False)
+    start, ema = model.weight.detach().clone(), EMA(model, 0.9, warmup=True)
+    for told, rate in (((), 0.1), ((8,), 0.5), ((1000,), 0.9)):
+        ema.load_state_dict({"weight": start}, *told)
+        with torch.no_grad():
+            model.weight.copy_(start + 1)
+        ema.update(model)
+        torch.testing.assert_close(ema.weights["weight"], start + 1 - rate)
+
+
 @pytest.mark.parametrize("rate", [1.0, -0.1])
 def test_ema_rates_out_of_range(rate):
     with pytest.raises(ValueError, match="ema_rate must be"):

@@ -184,7 +184,8 @@ def test_augmented_images_are_the_targets_and_labels_reach_the_denoiser():
 
 @pytest.mark.parametrize("make, message", [
     (lambda: EDMLoss(P_std=0.0), "P_std"), (lambda: EDMLoss(sigma_data=-1.0), "sigma_data"), (lambda: VPLoss(beta_d=0.0), "beta_d"),
-    (lambda: EDMLoss(P_std=math.inf), "P_std"), (lambda: VPLoss(beta_min=-0.1), "beta_min"), (lambda: VPLoss(epsilon_t=0.0), "epsilon_t"),
+    (lambda: EDMLoss(P_std=math.inf), "P_std"), (lambda: VPLoss(beta_min=-0.1), "beta_min"),
+    (lambda: VPLoss(epsilon_t=0.0), "epsilon_t"),
     (lambda: VELoss(sigma_min=0.0), "sigma_min"), (lambda: VELoss(sigma_min=3.0, sigma_max=3.0), "sigma_min"),
     (lambda: VPLoss(epsilon_t=1.0), "epsilon_t"), (lambda: VELoss(sigma_min=3.0, sigma_max=2.0), "sigma_min"),
     (lambda: EDMProcess(EDMLoss(), input_perturbation=-0.1), "gamma"),

@@ -2,15 +2,17 @@
 
     python datasets/celeba64.py --source img_align_celeba.zip --out datasets/celeba64
 
-The aligned images are 178 wide and 218 high. Three ways to 64 x 64 are in use, and Frechet distances between one and another
-are meaningless:
+The aligned images are 178 wide and 218 high. Three ways to 64 x 64 are in use, and Frechet distances
+between one and another are meaningless:
 
 --crop center  (default) what the training loader makes of the originals: halved with a box filter to 89 x 109, scaled with
                bicubic to 64 x 78, rows 7 to 70 kept. That is the middle 178 x 178, faces keep their shape.
---crop none    what the IP paper's script for this set makes: the whole image squeezed to 64 x 64, faces 18 % too flat, by
-               OpenCV's default, bilinear interpolation between the two nearest rows and columns. What lies between is left
-               out, not averaged (no antialiasing), so that the images are rougher.
---crop ddim    what DDIM's code makes: the 128 x 128 around column 89, row 121, halved with Pillow's bilinear filter.
+--crop none    what the IP paper's script for this set makes: the whole image squeezed to 64 x 64, faces
+               18 % too flat, by OpenCV's default, bilinear interpolation between the two nearest rows
+               and columns. What lies between is left out, not averaged (no antialiasing), so that the
+               images are rougher.
+--crop ddim    what DDIM's code makes: the 128 x 128 around column 89, row 121, halved with Pillow's
+               bilinear filter.
 
 Writes DIR/train.npz and DIR/reference.npz (50,000 random images, always the same). An interrupted run goes on if started
 again.
@@ -43,10 +45,11 @@ def center(image: Image.Image, name: str) -> np.ndarray:
 
 
 def squeezed(image: Image.Image, name: str) -> np.ndarray:
-    """uint8 [64, 64, 3], nothing cut off; bit for bit what OpenCV 5.0's resize makes of an image of this size.
+    """uint8 [64, 64, 3], nothing cut off; bit for bit what OpenCV 5.0's resize makes of such an image.
 
-    Bilinear with half-pixel centres, without antialiasing, in its fixed point: weights of 11 bits, sums that lose 4, 16 and 2
-    bits on the way, the last by rounding (on average 0.1 grey levels darker than exact arithmetic).
+    Bilinear with half-pixel centres, without antialiasing, in its fixed point: weights of 11 bits,
+    sums that lose 4, 16 and 2 bits on the way, the last by rounding (on average 0.1 grey levels darker
+    than exact arithmetic).
     """
     pixels = np.asarray(_aligned(image, name)).astype(np.int64)
     left, right, near, far = _between(pixels.shape[1])
@@ -57,7 +60,7 @@ def squeezed(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _between(size: int) -> tuple[np.ndarray, ...]:
-    """Of each of 64 places on a side of `size` >= 64 pixels: the pixel before it, the one after, their weights in 1/2048."""
+    """Of each of 64 places on a side of `size` >= 64 pixels: the pixels around it, their weights in 1/2048."""
     place = ((np.arange(SIZE) + 0.5) * (size / SIZE) - 0.5).astype(np.float32)
     first = place.astype(np.int64)
     far = np.rint((place - first) * 2048).astype(np.int64)
@@ -85,7 +88,8 @@ CROPS = {"center": (center, ""), "none": (squeezed, "crop=none resize=bilinear-w
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; what is finished is left as it is."""
     parser = SET.parser(__doc__)
-    parser.add_argument("--crop", choices=tuple(CROPS), default="center", help="see above (default center)")
+    parser.add_argument("--crop", choices=tuple(CROPS), default="center",
+                        help="see above (default center)")
     args = parser.parse_args(argv)
     source = SET.open(args.source, lambda path: open_source(path, class_cond=False))
     n = SET.check(len(source), args.allow_partial)

@@ -2,10 +2,11 @@
 
     python datasets/ffhq128.py --source thumbnails128x128 --out datasets/ffhq128
 
-The source is the folder thumbnails128x128 or images1024x1024, with its sub-folders 00000 to 69000 (a zip of it will do). The
-thumbnails are taken as they are, as the IP and ES papers' script takes them: only they give distances that compare with the
-papers'. The large images are halved three times with a box filter, as the training loader does it. The two differ by a few
-grey levels, so use one of them for training and reference. From a folder that holds both, the thumbnails are taken.
+The source is the folder thumbnails128x128 or images1024x1024, with its sub-folders 00000 to 69000 (a zip
+of it will do). The thumbnails are taken as they are, as the IP and ES papers' script takes them: only
+they give distances that compare with the papers'. The large images are halved three times with a box
+filter, as the training loader does it. The two differ by a few grey levels, so use one of them for
+training and reference. From a folder that holds both, the thumbnails are taken.
 
 Writes DIR/train.npz and DIR/reference.npz. How many reference images the published FIDs were computed with is not stated; the
 paper speaks of whole training sets, hence the default of --reference_count. An interrupted run goes on if started again.
@@ -24,7 +25,8 @@ from guided_diffusion_ip.data.preprocessing import of_loader
 from guided_diffusion_ip.data.published import Published
 from guided_diffusion_ip.data.sources import open_source
 
-SET = Published("FFHQ", "https://github.com/NVlabs/ffhq-dataset", ("thumbnails128x128", "images1024x1024"), 70_000)
+SET = Published("FFHQ", "https://github.com/NVlabs/ffhq-dataset",
+                ("thumbnails128x128", "images1024x1024"), 70_000)
 SIZE = 128
 ORIGINS = {1024: "ffhq-images1024x1024", SIZE: f"ffhq-thumbnails128x128 {SIZE}x{SIZE}x3"}
 

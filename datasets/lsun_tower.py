@@ -3,8 +3,9 @@
     python datasets/lsun_tower.py --source tower_train_lmdb --out datasets/lsun_tower
 
 The source is the LMDB folder of the published zip, unpacked (needs the lmdb package: pip install lmdb). Each image is made
-as the IP paper's script makes it: scaled by one step with a box filter until its shorter side is 64, the middle 64 x 64 cut
-out. (The training loader, given the originals, would halve them twice, and round twice: 0.7 grey levels brighter.)
+as the IP paper's script makes it: scaled by one step with a box filter until its shorter side is 64,
+the middle 64 x 64 cut out. (The training loader, given the originals, would halve them twice, and round
+twice: 0.7 grey levels brighter.)
 
 Writes DIR/train.npz (one file rather than 708,264) and DIR/reference.npz (50,000 random images, always the same). An
 interrupted run goes on if started again.
@@ -30,7 +31,8 @@ RECORD = f"lsun-tower > crop=center resize=box {SIZE}x{SIZE}x3"
 def render(image: Image.Image, name: str) -> np.ndarray:
     """uint8 [64, 64, 3]."""
     scale = SIZE / min(image.size)
-    image = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BOX)
+    size = round(scale * image.width), round(scale * image.height)
+    image = image.resize(size, Image.Resampling.BOX)
     left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
     return np.asarray(image)[top:top + SIZE, left:left + SIZE]
 

@@ -4,8 +4,9 @@
     python scripts/npz_to_png.py samples.npz --out grid.png --count 64  # one picture of the first 64
     python scripts/npz_to_png.py pictures --out images.npz --image_size 64   # a folder or zip -> a file for fast training
 
-With labels (arr_1), pictures go to a folder per class (--classes False: not), and a grid has them as captions: by their names,
-where the npz (`classes`) or the settings.yaml beside it has some, else by their numbers.
+With labels (arr_1), pictures go to a folder per class (--classes False: not), and a grid has them as
+captions: by their names, where the npz (`classes`) or the settings.yaml beside it has some, else by
+their numbers.
 
 Training on NAME.npz gives what training on the pictures would give, bit for bit, but reads decoded pixels: they are mapped into
 memory, once for all processes. Pictures are decoded on all cores and need not fit in memory; the file appears when it is whole.
@@ -55,14 +56,15 @@ def main() -> None:
 
 
 def read_classes(images: ImageFile, count: int) -> list[str] | None:
-    """What the classes of the first `count` images are called, or their numbers as text; None if the file has no labels."""
+    """The names of the first `count` images' classes, or their numbers as text; None without labels."""
     if images.kind != "npz":
         return None
     with NpzReader(images.path) as reader:
         if "arr_1" not in reader.keys or reader.shape("arr_1") != (images.n,):
             return None
         names = settings_beside(images.path).get(CLASSES, [])
-        if CLASSES in reader.keys and reader.dtype(CLASSES).kind == "U" and len(reader.shape(CLASSES)) == 1:
+        named = CLASSES in reader.keys and reader.dtype(CLASSES).kind == "U"
+        if named and len(reader.shape(CLASSES)) == 1:
             names = reader.rows(CLASSES, 0, *reader.shape(CLASSES)).tolist()
         return captions(reader.rows("arr_1", 0, count).tolist(), [str(name) for name in names])
 

@@ -76,7 +76,8 @@ def test_pixels_must_be_of_one_size_and_few():
         space(images(0, 1, 32, 64))
     assert open_features("pixels", device="cpu")(images(0, 1, 64, 64)[..., :1]).pool.shape == (1, 4096)
     for count in (0, 1):  # no images at all show the size too
-        with pytest.raises(ValueError, match="64x64x3 have 12288 .* 4096 .*are the most: use inception or an ONNX .*--image_size 32"):
+        words = "64x64x3 have 12288 .* 4096 .*are the most: use inception or an ONNX .*--image_size 32"
+        with pytest.raises(ValueError, match=words):
             open_features("pixels", device="cpu")(images(0, 1, 64, 64)[:count])
 
 

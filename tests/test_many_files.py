@@ -178,7 +178,8 @@ def preparation():
 
 
 results = {}
-for case in (evaluation, image_sets_and_training_batches, preparation, merge, parts, sampling, likelihood, measures, folder_and_zip, one_npz_after_another, lmdb, report):
+for case in (evaluation, image_sets_and_training_batches, preparation, merge, parts, sampling, likelihood,
+             measures, folder_and_zip, one_npz_after_another, lmdb, report):
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:

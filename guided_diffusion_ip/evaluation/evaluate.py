@@ -98,7 +98,8 @@ def evaluate(reference: ImageFile | SetFeatures | None, stored: StoredStatistics
         known = stored or ref
         for name, part in (("fid", "pool"), ("sfid", "spatial")):
             if name in metrics:
-                say(f"Frechet distance between covariances of {len(getattr(made, part).mean)} dimensions")
+                dim = len(getattr(made, part).mean)
+                say(f"Frechet distance between covariances of {dim} dimensions")
                 result.metrics[name] = _frechet(name, getattr(known, part), getattr(made, part), known.n)
         result.warnings += _few(result.metrics, space)
     if "is" in metrics:

@@ -54,7 +54,8 @@ def open_images(path: str | os.PathLike, what: str, image_size: tuple[int, int] 
 
     Args:
         what: "reference" or "samples", for messages.
-        image_size: (H, W) to which the images are scaled and cropped as for training; None: as they are.
+        image_size: (H, W) to which the images are scaled and cropped as for training; None: as they
+            are.
 
     Raises:
         ValueError: nothing usable there; says what was found and what is expected.
@@ -83,10 +84,12 @@ def check_sizes(reference: ImageFile, samples: ImageFile, fixed: bool = False) -
         ValueError: they are not; names the flag that scales.
     """
     if reference.shape[:2] != samples.shape[:2]:
-        keep_reference = fixed or reference.kind == "npz" != samples.kind  # npz files mostly have the size of the model
-        raise ValueError(f"reference images are {reference.shape[0]} x {reference.shape[1]}, samples {samples.shape[0]} x "
-                         f"{samples.shape[1]} (height x width), and would differ by their scaling alone: give --image_size "
-                         f"{size_text((reference if keep_reference else samples).shape)} to scale and crop as training does")
+        # An npz mostly has the size of the model already.
+        wanted = reference if fixed or reference.kind == "npz" != samples.kind else samples
+        (h, w, _), (height, width, _) = reference.shape, samples.shape
+        raise ValueError(f"reference images are {h} x {w}, samples {height} x {width} (height x width), "
+                         "and would differ by their scaling alone: give --image_size "
+                         f"{size_text(wanted.shape)} to scale and crop as training does")
 
 
 def size_text(shape: tuple[int, ...]) -> str:
@@ -115,11 +118,13 @@ class _Npz(ImageFile):
         self._scaled = image_size is not None and image_size != shape[1:3]
         if self._scaled:
             if "mu" in self._reader.keys:
-                raise ValueError(f"{self._name} holds statistics (mu) of {shape[1]} x {shape[2]} images, which cannot be scaled to "
-                                 f"{image_size[0]} x {image_size[1]}: make it again from its images with "
-                                 f"evaluations/make_reference.py --image_size, or give --image_size {size_text(shape)}")
+                raise ValueError(f"{self._name} holds statistics (mu) of {shape[1]} x {shape[2]} images, "
+                                 f"which cannot be scaled to {image_size[0]} x {image_size[1]}: make it "
+                                 "again from its images with evaluations/make_reference.py --image_size, "
+                                 f"or give --image_size {size_text(shape[1:])}")
             self.shape = (*image_size, shape[3])
-            self.preprocessing = of_loader(self.preprocessing, image_size, shape[3], stored_size=shape[1:])
+            self.preprocessing = of_loader(self.preprocessing, image_size, shape[3],
+                                           stored_size=shape[1:])
         self._floats = dtype.kind == "f"
         if dtype != np.uint8 and not self._floats:
             raise ValueError(f"{found}; {wanted}: save x.astype(numpy.uint8)")
@@ -160,7 +165,8 @@ class _Npz(ImageFile):
             return pixels
         scaled = np.empty((len(pixels), *self.shape), np.uint8)
         for k, row in enumerate(pixels):
-            scaled[k] = render(Image.fromarray(row[..., 0] if row.shape[2] == 1 else row), self.shape[:2])
+            image = Image.fromarray(row[..., 0] if row.shape[2] == 1 else row)
+            scaled[k] = render(image, self.shape[:2])
         return scaled
 
 

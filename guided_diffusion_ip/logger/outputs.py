@@ -197,13 +197,17 @@ class LineLayout:
         self._widths: dict[str, int] = {}
 
     def line(self, values: Mapping[str, Value]) -> str:
-        """`step  1,200  loss 0.05123  loss_q 0.12/0.05/-/0.02  samples  1.23M`; `-` is a quartile that no sample fell into."""
+        """`step  1,200  loss 0.05123  loss_q 0.12/0.05/-/0.02  samples  1.23M`
+
+        `-` is a quartile that no sample fell into.
+        """
         cells: dict[str, str] = {}
         for key in [*filter(values.__contains__, _FIRST), *values]:
-            if quartile := _QUARTILE.fullmatch(key):  # the quarters of the time range: one cell instead of four
+            if quartile := _QUARTILE.fullmatch(key):  # quarters of the time range: one cell, not four
                 name = f"{quartile[1]}_q"
-                cells[name] = "/".join(human(name, values[f"{name}{q}"], digits=3) if f"{name}{q}" in values else "-"
-                                       for q in range(4))
+                parts = [values.get(f"{name}{q}") for q in range(4)]
+                cells[name] = "/".join("-" if part is None else human(name, part, digits=3)
+                                       for part in parts)
             elif key not in cells:
                 cells[key] = human(key, values[key])
         for name, text in cells.items():

@@ -11,8 +11,8 @@ import torch
 def ieee_float32() -> Iterator[None]:
     """Convolutions and matrix products of float32 in float32, not in TF32 or bfloat16, as long as this lasts.
 
-    cuDNN's convolutions are in TF32 unless told otherwise, which has 10 bits of mantissa. An autocast around it is off within:
-    that of a training run must not reach the metrics.
+    cuDNN's convolutions are in TF32 unless told otherwise, which has 10 bits of mantissa. An autocast
+    around it is off within: that of a training run must not reach the metrics.
     """
     backends = torch.backends
     switches = []
@@ -28,8 +28,8 @@ def ieee_float32() -> Iterator[None]:
         for kind in ["cpu"] + ["cuda"] * torch.cuda.is_available():
             autocasts.enter_context(torch.autocast(kind, enabled=False))
         try:
-            # The old switches too: torch raises where old and new contradict each other, if anyone asks, such as
-            # torch.backends.cudnn.flags(). They move the new ones, so they are first.
+            # The old switches too: torch raises where old and new contradict each other, if anyone
+            # asks, such as torch.backends.cudnn.flags(). They move the new ones, so they are first.
             torch.set_float32_matmul_precision("highest")
             backends.cudnn.allow_tf32 = False
             for place, word in switches:
@@ -44,7 +44,7 @@ def ieee_float32() -> Iterator[None]:
 
 
 def _cudnn_tf32() -> bool:
-    """The old switch of cuDNN. May move the new ones, which it may not be asked beside where they contradict it."""
+    """cuDNN's old switch; moves the new ones where they contradict it, since it may not be asked then."""
     cudnn = torch.backends.cudnn
     with contextlib.suppress(RuntimeError):
         return cudnn.allow_tf32

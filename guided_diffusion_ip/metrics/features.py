@@ -17,7 +17,8 @@ from . import inception, inception_weights
 from .arithmetic import ieee_float32
 from .tf_graph import fields
 
-# The Frechet distance takes D^3 operations: 18 s at 3072 (32x32x3) and 45 s at 4096 on one busy core, 20 minutes at 12288.
+# A Frechet distance takes D^3 operations: 18 s at 3072 (32x32x3) and 45 s at 4096 on one busy core, so
+# 20 minutes at 12288 (64x64x3).
 MAX_PIXEL_DIM = 64 * 64
 PRECISIONS = ("fp32", "bf16")
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ts")
@@ -129,9 +130,10 @@ class PixelSpace:
                              "resize one of the sets, or use inception")
         dim = math.prod(shape)
         if dim > MAX_PIXEL_DIM:
-            raise ValueError(f"images of {_size(shape)} have {dim} pixel values, and a Frechet distance between so many would take "
-                             f"very long; {MAX_PIXEL_DIM} (36x36x3, 64x64x1) are the most: use inception or an ONNX model as "
-                             "features, or smaller images (evaluations: --image_size 32)")
+            raise ValueError(f"images of {_size(shape)} have {dim} pixel values, and a Frechet distance "
+                             f"between so many would take very long; {MAX_PIXEL_DIM} (36x36x3, 64x64x1) "
+                             "are the most: use inception or an ONNX model as features, or smaller images "
+                             "(evaluations: --image_size 32)")
         self.dim = dim
         return Features(images.flatten(1).float() / 255)
 

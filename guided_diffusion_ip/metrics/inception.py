@@ -80,7 +80,7 @@ def resize(images: Tensor) -> Tensor:
     return upper + (lower - upper) * weight[:, None, None]
 
 
-@functools.lru_cache(maxsize=32)  # every batch asks for the same two, and each is a wait for the GPU
+@functools.lru_cache(maxsize=32)  # every batch asks for the same two; making one waits for the GPU
 def _grid(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Of each of 299 places: the pixel at or before it, the one after it, and how far it is from the first to the second."""
     with torch.inference_mode(False):  # they outlive the caller's mode

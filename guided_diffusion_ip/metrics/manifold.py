@@ -55,11 +55,11 @@ def precision_recall(
         raise ValueError(f"k is {k} and block_mb {block_mb}: k must be at least 1, block_mb positive")
     where = torch.device(device) if device is not None else dist_util.dev()
     with ieee_float32(), _progress_bar(progress) as bar:
-        ref, sample = (_Points.of(x, name, k, arithmetic, where)
-                       for x, name in ((ref_features, "reference features"), (sample_features, "sample features")))
+        ref, sample = (_Points.of(x, name, k, arithmetic, where) for x, name in (
+            (ref_features, "reference features"), (sample_features, "sample features")))
         if ref.x.shape[1] != sample.x.shape[1]:
-            raise ValueError(f"reference features have {ref.x.shape[1]} entries a row, sample features {sample.x.shape[1]}: "
-                             "use the same network for both")
+            raise ValueError(f"reference features have {ref.x.shape[1]} entries a row, sample features "
+                             f"{sample.x.shape[1]}: use the same network for both")
         own_ref, own_sample, across = (_Distances(u, v, block_mb) for u, v in ((ref, ref), (sample, sample), (ref, sample)))
         bar.reset(sum(d.tiles for d in (own_ref, own_sample, across)))
         radii = _radii(own_ref, k, bar), _radii(own_sample, k, bar)

@@ -45,7 +45,8 @@ class Evaluation:
         for name in self.metrics:
             if why := unavailable(name, space, has_images(reference)):
                 raise ValueError(f"--eval_metrics {name} cannot be had: {why}")
-        space(np.zeros((1, *image_shape), np.uint8))  # a size that the features do not take is an error now, not in days
+        # A size that the features do not take is an error now, not at the first evaluation.
+        space(np.zeros((1, *image_shape), np.uint8))
         self._stored = read_statistics(reference, space, image_shape) if has_statistics(reference) else None
         self._images: ImageFile | None = open_images(reference, "--eval_ref", image_shape[:2]) if has_images(reference) else None
         if self._images is not None and self._images.n > _MOST_REFERENCE_IMAGES:

@@ -178,7 +178,8 @@ def test_no_changed_bit_goes_unnoticed(part, tmp_path):
 def test_a_new_run_in_an_old_folder_keeps_what_it_saves(images, tmp_path):  # noqa: F811
     """Higher steps of an earlier run must not push the new run's checkpoints out."""
     here(TRAIN, *command(images, tmp_path, "--max_steps", "6", "--save_interval", "3"))
-    done = here(TRAIN, *command(images, tmp_path, "--max_steps", "2", "--save_interval", "1", "--keep_last", "1", "--lr", "0"))
+    done = here(TRAIN, *command(images, tmp_path, "--max_steps", "2", "--save_interval", "1", "--keep_last", "1", "--lr", "0",
+                         "--overwrite", "True"))
     assert complete_steps(str(tmp_path)) == [2, 3, 6]
     assert "holds checkpoints of later steps (3, 6) than this run starts from (0)" in done.stdout
     group = torch.load(tmp_path / "opt000002.pt", weights_only=True)["param_groups"][0]

@@ -395,7 +395,9 @@ def test_moments_in_another_layout_stay_with_their_weights(tmp_path):
     (tmp_path / "state000001.pt").unlink()
     saved = torch.load(tmp_path / "opt000001.pt", weights_only=True)
     for state in saved["state"].values():
-        state.update({name: value.contiguous(memory_format=torch.channels_last) for name, value in state.items() if value.ndim == 4})
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].ndim == 4:
+                state[name] = state[name].contiguous(memory_format=torch.channels_last)
     torch.save(saved, tmp_path / "opt000001.pt")
     second = make_loop(tmp_path, tmp_path / "model000001.pt")
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):

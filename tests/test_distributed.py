@@ -45,7 +45,8 @@ with torch.no_grad():
 loop = TrainLoop(
     model=model, diffusion=diffusion, data=load_data(data_dir=images, batch_size=batch, image_size=8, channels=1),
     batch_size=batch, microbatch=microbatch, lr=1e-4, ema_rate="0.9", log_interval=1, save_interval=10**6,
-    resume_checkpoint=os.environ.get(f"RESUME{rank}", ""), max_steps=%d, schedule_sampler=create_named_schedule_sampler("loss-second-moment", diffusion))
+    resume_checkpoint=os.environ.get(f"RESUME{rank}", ""), max_steps=%d,
+    schedule_sampler=create_named_schedule_sampler("loss-second-moment", diffusion))
 """ % STEPS
 TRAIN = LOOP + """
 gradients, reduced = [], [[]]
@@ -78,7 +79,8 @@ open(f"{out}/rank0.txt", "w").close()
 loop.preview, loop.sample_interval, loop.limits = preview, 1, type(loop.limits)(3)
 """
 RESUMED = LOOP + """
-torch.save({"model": model.state_dict(), "ema_0.9_": loop.emas[0].state_dict(), "opt": loop.opt.state_dict()}, f"{out}/rank{rank}.pt")
+torch.save({"model": model.state_dict(), "ema_0.9_": loop.emas[0].state_dict(), "opt": loop.opt.state_dict()},
+           f"{out}/rank{rank}.pt")
 dist_util.cleanup()
 """
 

@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Whatever started the tests must not be taken for what starts the processes under test.
 _LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "TORCHELASTIC_", "MPI_LOCAL", "MASTER_")
 _RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OPENAI_LOGDIR",
-          "OPENAI_LOG_FORMAT"}
+          "OPENAI_LOG_FORMAT",
+          "GLOO_SOCKET_IFNAME"}  # set by a setup_dist in this process, for this machine
 
 
 def find_mpiexec() -> str | None:

@@ -66,7 +66,7 @@ import numpy as np
 from guided_diffusion_ip.training.preview import Preview
 
 class Sampler:  # image 5, which is rank 1's, has a NaN in the first picture
-    image_shape = (1, 8, 8)
+    image_shape, rounded = (1, 8, 8), False
     def __call__(self, model, index, kwargs, device):
         images = torch.zeros(len(index), 1, 8, 8)
         images[np.array(index) == 5, 0, 3] = float("nan") if loop.step == 1 else 0

@@ -109,7 +109,9 @@ def test_the_other_training_scripts_refuse_too(images, run):
 def test_two_processes_refuse_together(images, run):
     before = contents(run)
     done = launch.torchrun(2, [TRAIN, *flags(**TINY), "--data_dir", images, "--out_dir", str(run), "--batch_size", "4"], 120)
-    assert done.returncode != 0 and done.stderr.count("holds a run already") == 1 and contents(run) == before
+    assert done.returncode != 0 and contents(run) == before
+    # Whichever rank notices first says it; rank 0 says it in any case.
+    assert done.stderr.count("holds a run already") in (1, 2)
 
 
 def test_other_folders_are_taken(images, run, tmp_path, monkeypatch):

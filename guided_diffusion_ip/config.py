@@ -3,8 +3,8 @@
 Default < config file < command line. A YAML file has the sections of SECTIONS, one named after a script for the flags that
 only it has, `paper` (published numbers: for people and tables, and for `--eps_scaler published`) and, in the config.yaml of a
 training run, `data` (how its images were prepared, and their classes). A script reads only its own sections; a key that is not
-a flag of the section is an error that names the nearest one. What a run used is saved beside its results as config.yaml in the same form,
-and in the state file of each checkpoint, which is what counts if config.yaml is of another run.
+a flag of the section is an error that names the nearest one. What a run used is saved beside its results as config.yaml in the
+same form, and in the state file of each checkpoint, which is what counts if config.yaml is of another run.
 
 argparse and PyYAML do the parsing. (jsonargparse was tried on paper: flat published flags with two spellings over nested
 sections, of which a script sees only some, would have needed as much code around it.)

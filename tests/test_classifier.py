@@ -333,7 +333,8 @@ def test_the_same_settings_from_the_saved_config(guided, images, tmp_path, capsy
 
 def test_clean_training_and_more_classes_than_images_have(images, tmp_path, capsys, monkeypatch):
     code, said, err = run("classifier_train", *flags(**PROCESS, **CLASSIFIER), "--data_dir", images, "--noised", "False",
-                          "--num_classes", "1000", "--iterations", "2", "--log_interval", "1", "--out_dir", str(tmp_path), capsys=capsys,
+                          "--num_classes", "1000", "--iterations", "2", "--log_interval", "1", "--out_dir", str(tmp_path),
+                          capsys=capsys,
                           monkeypatch=monkeypatch)
     assert code == 0, err
     assert "the images have 3 classes, the network 1000" in said

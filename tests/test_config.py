@@ -26,7 +26,8 @@ def test_precedence(config):
 def test_a_missing_config_is_told_where_configs_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path(__file__).resolve().parent.parent / "configs"
-    with pytest.raises(ValueError, match=f"configs/demo.yaml does not exist .*{tmp_path}.*did you mean {folder}/demo.yaml") as error:
+    with pytest.raises(ValueError, match=(
+            f"configs/demo.yaml does not exist .*{tmp_path}.*did you mean {folder}/demo.yaml")) as error:
         read_yaml("configs/demo.yaml")
     assert read_yaml(str(error.value).split()[-1].rstrip("?"))["model"]
     with pytest.raises(ValueError, match=f"mine.yaml does not exist .*; {folder} holds the papers' settings$"):

@@ -168,7 +168,7 @@ def test_one_step_alone_can_be_accumulated():
     process, _, how = setting("small", "plain")
     found = measure(["accumulation"], how, exact_network(process, s=s), gaussian_batches(n, side, s, 1000), (1,),
                     PixelSpace())["accumulation"]
-    ab, (a, v, x0) = process.alphas_cumprod[0], linear_steps(process, s=s)
+    ab, (a, _, x0) = process.alphas_cumprod[0], linear_steps(process, s=s)
     final = a[0] ** 2 * (ab * s**2 + 1 - ab)
     assert found["frechet"] == pytest.approx(side**2 * (math.sqrt(final) - s) ** 2 / 4, abs=2e-4)
     wrong = math.sqrt((x0[0] * math.sqrt(ab) - 1) ** 2 * s**2 + x0[0] ** 2 * (1 - ab))

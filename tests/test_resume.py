@@ -282,8 +282,8 @@ def test_what_may_not_change_is_an_error_with_both_values(flag, value, words, im
 
 
 # Those that may change, with a note.
-NOTED = {"data_dir", "microbatch", "lr", "weight_decay", "lr_warmup_steps", "lr_anneal_steps", "anneal_lr", "grad_clip", "precision",
-         "fp16_scale_growth", "random_flip", "random_crop"}
+NOTED = {"data_dir", "microbatch", "lr", "weight_decay", "lr_warmup_steps", "lr_anneal_steps", "anneal_lr", "grad_clip",
+         "precision", "fp16_scale_growth", "random_flip", "random_crop"}
 
 
 @pytest.mark.parametrize("script", ["image_train", "super_res_train", "classifier_train"])

@@ -29,7 +29,9 @@ _FIRST_WORD_S = 10.0  # of waiting in silence
 
 # A group is connected within the limit of the start, and has the longer one of collectives from then
 # on. Where a PyTorch has no such function, the longer one holds for both.
-_set_limit: Callable[..., None] | None = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+# (timeout, group); public since PyTorch 2.15, where the private name warns.
+_set_limit: Callable[..., None] | None = getattr(dist, "set_timeout", None) or getattr(
+    dist.distributed_c10d, "_set_pg_timeout", None)
 
 # Outlives cleanup(): a second setup_dist() must find the other ranks again, and MPI is asked once.
 _meeting: tuple[str, dist.Store] | None = None

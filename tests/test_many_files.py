@@ -88,12 +88,18 @@ def measures():
     assert n == N and sums["norm"]["sum"].tolist() == [N * (N - 1) / 2]
 
 
-def folder_and_zip():
-    os.mkdir("pictures")
+def make_pictures(folder="pictures"):
+    """The images as PNGs in the folder, and all of pictures/ in pictures.zip."""
+    os.makedirs(folder)
     with zipfile.ZipFile("pictures.zip", "w") as packed:
         for i, image in enumerate(images):
-            Image.fromarray(image).save(f"pictures/{i:03d}.png")
-            packed.write(f"pictures/{i:03d}.png", f"{i:03d}.png")
+            path = f"{folder}/{i:03d}.png"
+            Image.fromarray(image).save(path)
+            packed.write(path, os.path.relpath(path, "pictures"))
+
+
+def folder_and_zip():
+    make_pictures()
     for path in ("pictures", "pictures.zip"):
         seen = np.concatenate(list(open_images(path, "samples").batches(0, N, 50)))
         assert np.array_equal(seen, images)
@@ -134,9 +140,7 @@ def report():
 
 
 def evaluation():
-    os.mkdir("pictures")
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(f"pictures/{i:03d}.png")
+    make_pictures()
     write_npz("images.npz", {"arr_0": images})
     space = open_features("pixels", device="cpu")
     sides = [open_images(path, "samples") for path in ("pictures", "images.npz")]
@@ -146,11 +150,7 @@ def evaluation():
 
 
 def image_sets_and_training_batches():
-    os.makedirs("pictures/a")
-    with zipfile.ZipFile("pictures.zip", "w") as zipped:
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(f"pictures/a/{i:03d}.png")
-            zipped.write(f"pictures/a/{i:03d}.png", f"a/{i:03d}.png")
+    make_pictures("pictures/a")
     for path in ("pictures", "pictures.zip"):
         own = open_image_set(path, (4, 4), 3)
         assert np.array_equal(own.pixels(range(N)), images) and own.digest(N)

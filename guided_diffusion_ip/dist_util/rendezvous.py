@@ -27,9 +27,9 @@ _COLLECTIVE_S = 1800.0
 _START_S = 300.0
 _FIRST_WORD_S = 10.0  # of waiting in silence
 
-# A group is connected within the limit of the start, and has the longer one of collectives from then
-# on. Where a PyTorch has no such function, the longer one holds for both.
-# (timeout, group); public since PyTorch 2.15, where the private name warns.
+# Called with (timeout, group): a group is connected within the limit of the start, and has the longer
+# one of collectives from then on. Public since PyTorch 2.15, where the private name warns; where there
+# is neither, the longer limit holds for both.
 _set_limit: Callable[..., None] | None = getattr(dist, "set_timeout", None) or getattr(
     dist.distributed_c10d, "_set_pg_timeout", None)
 

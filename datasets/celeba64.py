@@ -25,11 +25,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from guided_diffusion_ip.config import command
-from guided_diffusion_ip.data.dataset_prep import render_npz, write_reference
+from guided_diffusion_ip.settings.config import command
+from guided_diffusion_ip.preparation.writers import render_npz, write_reference
 from guided_diffusion_ip.data.image_io import center_crop_arr
 from guided_diffusion_ip.data.preprocessing import of_loader
-from guided_diffusion_ip.data.published import Published
+from guided_diffusion_ip.preparation.published import Published
 from guided_diffusion_ip.data.sources import open_source
 
 SET = Published("CelebA (align and crop)", "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from guided_diffusion_ip.config import command
-from guided_diffusion_ip.data.archives import Archive
-from guided_diffusion_ip.data.dataset_prep import REFERENCE, TRAIN, is_finished, write_image_folder, write_image_npz
-from guided_diffusion_ip.data.packed import open_with_classes, pack_images
-from guided_diffusion_ip.data.parts import Parts, discard
-from guided_diffusion_ip.data.published import Published
-from guided_diffusion_ip.data.safe_pickle import load_batch
+from guided_diffusion_ip.settings.config import command
+from guided_diffusion_ip.preparation.archives import Archive
+from guided_diffusion_ip.preparation.writers import REFERENCE, TRAIN, is_finished, write_image_folder, write_image_npz
+from guided_diffusion_ip.preparation.packed import open_with_classes, pack_images
+from guided_diffusion_ip.preparation.parts import Parts, discard
+from guided_diffusion_ip.preparation.published import Published
+from guided_diffusion_ip.preparation.safe_pickle import load_batch
 
 SET = Published("CIFAR-10", "https://www.cs.toronto.edu/~kriz/cifar.html",
                 ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "cifar-10-batches-py", "cifar-10-python.tar.gz"), 50_000)

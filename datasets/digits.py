@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from guided_diffusion_ip.config import command
-from guided_diffusion_ip.data.dataset_prep import count_images, write_image_folder
+from guided_diffusion_ip.settings.config import command
+from guided_diffusion_ip.preparation.writers import count_images, write_image_folder
 
 SIZE = 16
 COUNT = 1797

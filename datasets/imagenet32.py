@@ -18,14 +18,14 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from guided_diffusion_ip.config import command
+from guided_diffusion_ip.settings.config import command
 from guided_diffusion_ip.data import preprocessing
-from guided_diffusion_ip.data.archives import Archive
-from guided_diffusion_ip.data.dataset_prep import TRAIN, is_finished, write_reference
+from guided_diffusion_ip.preparation.archives import Archive
+from guided_diffusion_ip.preparation.writers import TRAIN, is_finished, write_reference
 from guided_diffusion_ip.data.npz_io import NpzReader, NpzWriter
-from guided_diffusion_ip.data.parts import Parts, discard
-from guided_diffusion_ip.data.published import Published
-from guided_diffusion_ip.data.safe_pickle import load_batch
+from guided_diffusion_ip.preparation.parts import Parts, discard
+from guided_diffusion_ip.preparation.published import Published
+from guided_diffusion_ip.preparation.safe_pickle import load_batch
 
 SET = Published("downsampled ImageNet 32x32 (train)", "https://image-net.org/download-images.php",
                 ("Imagenet32_train_npz", "Imagenet32_train_npz.zip", "Imagenet32_train", "Imagenet32_train.zip"), 1_281_167)

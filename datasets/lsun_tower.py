@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from guided_diffusion_ip.config import command
-from guided_diffusion_ip.data.dataset_prep import render_npz, write_reference
-from guided_diffusion_ip.data.lmdb_source import LmdbSource, lmdb_package
-from guided_diffusion_ip.data.published import Published
+from guided_diffusion_ip.settings.config import command
+from guided_diffusion_ip.preparation.writers import render_npz, write_reference
+from guided_diffusion_ip.preparation.lmdb_source import LmdbSource, lmdb_package
+from guided_diffusion_ip.preparation.published import Published
 
 SET = Published("LSUN tower", "https://www.yf.io/p/lsun", ("tower_train_lmdb",), 708_264)
 SIZE = 64

@@ -13,15 +13,15 @@ from __future__ import annotations
 import os
 
 from guided_diffusion_ip import dist_util, files
-from guided_diffusion_ip.config import Config, command, parse
+from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.evaluation.evaluate import TITLES, Result, evaluate, parse_metrics, unavailable
 from guided_diffusion_ip.evaluation.images import ImageFile, check_sizes, open_images
 from guided_diffusion_ip.evaluation.reference import (
     StoredStatistics, compare_features, has_images, has_statistics, read_statistics)
 from guided_diffusion_ip.evaluation.report import (
     as_json, describe_set, published_lines, published_values, settings_beside, table)
-from guided_diffusion_ip.evaluation.setup import choose_device, open_space
-from guided_diffusion_ip.generation.sample_setup import say
+from guided_diffusion_ip.settings.evaluation import choose_device, open_space
+from guided_diffusion_ip.settings.sampling import say
 from guided_diffusion_ip.script_util import parse_image_size
 
 

@@ -14,13 +14,13 @@ import os
 import numpy as np
 
 from guided_diffusion_ip import dist_util
-from guided_diffusion_ip.config import command, parse
+from guided_diffusion_ip.settings.config import command, parse
 from guided_diffusion_ip.data.npz_io import NpzWriter
 from guided_diffusion_ip.evaluation.images import Subset, open_images
 from guided_diffusion_ip.evaluation.reference import statistics_arrays
 from guided_diffusion_ip.evaluation.set_features import extract
-from guided_diffusion_ip.evaluation.setup import open_space
-from guided_diffusion_ip.generation.sample_setup import say
+from guided_diffusion_ip.settings.evaluation import open_space
+from guided_diffusion_ip.settings.sampling import say
 from guided_diffusion_ip.script_util import parse_image_size
 
 

@@ -13,15 +13,15 @@ from typing import Any
 from torch import nn
 
 from . import files
-from .config import Config, adopt_checkpoint_config, config_beside, nearest, published_lambda
+from .settings.config import Config, adopt_checkpoint_config, config_beside, nearest, published_lambda
 from .diffusion.kinds import LossType, ModelMeanType, ModelVarType
 from .diffusion.loss_weighting import LossWeighting
 from .diffusion.noise_schedule import get_named_beta_schedule
 from .diffusion.respace import SpacedDiffusion, space_timesteps
-from .edm_setup import edm_denoiser
-from .exposure_bias.schedule_file import check_origin, read_schedule
-from .flags import SECTIONS, str2bool
-from .generation.sample_setup import sampler_kind, sampling_precision
+from .settings.edm import edm_denoiser
+from .settings.lambda_file import check_origin, read_schedule
+from .settings.flags import SECTIONS, str2bool
+from .settings.sampling import sampler_kind, sampling_precision
 from .interop.adm_checkpoint import load_for_sampling
 from .interop.diffusers_models import ddpm_unet
 from .interop.edm_networks import create_edm_denoiser  # noqa: F401 (its known place is here)

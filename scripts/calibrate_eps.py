@@ -14,12 +14,12 @@ import os
 import numpy as np
 
 from guided_diffusion_ip import dist_util, files, script_util
-from guided_diffusion_ip.config import command, parse
+from guided_diffusion_ip.settings.config import command, parse
 from guided_diffusion_ip.exposure_bias.calibrate import (
     BRACKET, CLIPPED, EDGE, NOISE, SOLVED, Calibration, calibrate, describe)
-from guided_diffusion_ip.exposure_bias.schedule_file import write_schedule
-from guided_diffusion_ip.exposure_bias.setup import open_real_images, what_decides
-from guided_diffusion_ip.generation.sample_setup import make_sampler, say
+from guided_diffusion_ip.settings.lambda_file import write_schedule
+from guided_diffusion_ip.settings.measuring import open_real_images, what_decides
+from guided_diffusion_ip.settings.sampling import make_sampler, say
 
 COMMENT = """lambda(t) for --eps_schedule, from scripts/calibrate_eps.py. Index 0 = last, clean step. `use`: lambda, b, or kb.
 It contains the discretisation error of this sampler at this number of steps: calibrate again for another."""

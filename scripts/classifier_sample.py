@@ -15,13 +15,13 @@ from collections.abc import Callable
 from torch import Tensor
 
 from guided_diffusion_ip import dist_util, files, script_util
-from guided_diffusion_ip.config import (
+from guided_diffusion_ip.settings.config import (
     Config, adopt_checkpoint_config, adopt_classifier_config, command, config_beside, parse)
 from guided_diffusion_ip.diffusion.guidance import classifier_gradient
-from guided_diffusion_ip.generation.sample_batch import compiled, draw_labels
-from guided_diffusion_ip.generation.sample_checks import check_request, classes_to_sample
-from guided_diffusion_ip.generation.sample_run import SampleRun
-from guided_diffusion_ip.generation.sample_setup import (
+from guided_diffusion_ip.runs.sample_batch import compiled, draw_labels
+from guided_diffusion_ip.settings.sample_checks import check_request, classes_to_sample
+from guided_diffusion_ip.runs.samples import SampleRun
+from guided_diffusion_ip.settings.sampling import (
     choose_out_dir, make_sampler, sampler_text, sampling_precision, say, settle_sampler, what_decides_the_images)
 from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 

@@ -17,11 +17,11 @@ import dataclasses
 import torch
 
 from guided_diffusion_ip import dist_util, script_util
-from guided_diffusion_ip.config import Config, command, parse
+from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.data.image_datasets import ImageStream
 from guided_diffusion_ip.training.classifier_objective import (
     ClassifierObjective, CleanSampler, Validation, require_same_classes)
-from guided_diffusion_ip.training.run import (
+from guided_diffusion_ip.settings.training import (
     choose_out_dir, loop_options, open_data, run, settle_batch, settle_classes)
 from guided_diffusion_ip.training.stopping import Limits
 from guided_diffusion_ip.training.timestep_samplers import create_named_schedule_sampler

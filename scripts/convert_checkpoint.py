@@ -20,8 +20,8 @@ import yaml
 from torch import Tensor, nn
 
 from guided_diffusion_ip import dist_util, files, script_util
-from guided_diffusion_ip.config import Config, command, config_beside, parse, read_yaml, values_from_yaml
-from guided_diffusion_ip.flags import SCRIPTS
+from guided_diffusion_ip.settings.config import Config, command, config_beside, parse, read_yaml, values_from_yaml
+from guided_diffusion_ip.settings.flags import SCRIPTS
 from guided_diffusion_ip.interop.adm_checkpoint import infer_architecture, is_classifier, require_fit, require_state_dict
 from guided_diffusion_ip.interop.ddim_checkpoint import convert_ddim_state, is_ddim_state
 from guided_diffusion_ip.interop.edm_pickle import edm_flags, read_edm_pickle

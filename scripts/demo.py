@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from guided_diffusion_ip.config import command
+from guided_diffusion_ip.settings.config import command
 from guided_diffusion_ip.data.image_io import save_grid, write_npz
 from guided_diffusion_ip.evaluation.images import open_images
 

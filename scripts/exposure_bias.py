@@ -13,13 +13,13 @@ import os
 from typing import Any
 
 from guided_diffusion_ip import dist_util, files, script_util
-from guided_diffusion_ip.config import Config, command, parse
+from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.exposure_bias import plots
 from guided_diffusion_ip.exposure_bias.measure_run import MeasureRun
 from guided_diffusion_ip.exposure_bias.measures import Accumulation, create_measures
-from guided_diffusion_ip.exposure_bias.setup import open_real_images, parse_numbers, place_beside, what_decides
-from guided_diffusion_ip.generation.sample_setup import make_sampler, sampler_text, say
-from guided_diffusion_ip.metrics.features import open_features
+from guided_diffusion_ip.settings.measuring import open_real_images, parse_numbers, place_beside, what_decides
+from guided_diffusion_ip.settings.sampling import make_sampler, sampler_text, say
+from guided_diffusion_ip.features.spaces import open_features
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 
 from guided_diffusion_ip import dist_util, files, script_util
-from guided_diffusion_ip.config import Config, adopt_checkpoint_config, command, config_beside, parse
+from guided_diffusion_ip.settings.config import Config, adopt_checkpoint_config, command, config_beside, parse
 from guided_diffusion_ip.data.image_set import ImageSet, open_image_set
-from guided_diffusion_ip.generation.likelihood_run import LikelihoodRun, default_out_dir
-from guided_diffusion_ip.generation.sample_setup import sampling_precision, say
+from guided_diffusion_ip.runs.likelihood import LikelihoodRun, default_out_dir
+from guided_diffusion_ip.settings.sampling import sampling_precision, say
 from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 
 

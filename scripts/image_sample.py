@@ -9,11 +9,11 @@ by --config. Image i depends on --seed and i only. The same command again contin
 import os
 
 from guided_diffusion_ip import dist_util, script_util
-from guided_diffusion_ip.config import adopt_checkpoint_config, command, config_beside, parse
-from guided_diffusion_ip.generation.sample_batch import compiled, draw_labels
-from guided_diffusion_ip.generation.sample_checks import check_request, classes_to_sample
-from guided_diffusion_ip.generation.sample_run import SampleRun
-from guided_diffusion_ip.generation.sample_setup import (
+from guided_diffusion_ip.settings.config import adopt_checkpoint_config, command, config_beside, parse
+from guided_diffusion_ip.runs.sample_batch import compiled, draw_labels
+from guided_diffusion_ip.settings.sample_checks import check_request, classes_to_sample
+from guided_diffusion_ip.runs.samples import SampleRun
+from guided_diffusion_ip.settings.sampling import (
     choose_out_dir, make_sampler, sampler_text, sampling_precision, say, settle_sampler, what_decides_the_images)
 from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 

@@ -13,13 +13,13 @@ if __name__ == "__main__":
 import torch
 
 from guided_diffusion_ip import dist_util, script_util
-from guided_diffusion_ip.config import Config, command, parse
+from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.diffusion.denoiser import BoundDenoiser
-from guided_diffusion_ip.edm_setup import edm_denoiser, edm_process
-from guided_diffusion_ip.generation.sample_batch import Sampler, SigmaSampler
+from guided_diffusion_ip.settings.edm import edm_denoiser, edm_process
+from guided_diffusion_ip.runs.sample_batch import Sampler, SigmaSampler
 from guided_diffusion_ip.training.evaluation import make_evaluation
 from guided_diffusion_ip.training.preview import Preview, drawn_classes
-from guided_diffusion_ip.training.run import (
+from guided_diffusion_ip.settings.training import (
     add_null_class, choose_out_dir, make_loop, open_data, run, settle_batch, settle_classes)
 
 

@@ -8,8 +8,8 @@ RUN is a folder; what it is, its files tell, and folders inside it are shown too
 import argparse
 import os
 
-from guided_diffusion_ip.config import command
-from guided_diffusion_ip.exposure_bias.report import write_report
+from guided_diffusion_ip.settings.config import command
+from guided_diffusion_ip.studies.report import write_report
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,15 +15,15 @@ import os
 import torch
 
 from guided_diffusion_ip import dist_util, script_util
-from guided_diffusion_ip.config import Config, adopt_checkpoint_config, command, config_beside, parse
+from guided_diffusion_ip.settings.config import Config, adopt_checkpoint_config, command, config_beside, parse
 from guided_diffusion_ip.data.image_set import ImageSet, open_image_set
 from guided_diffusion_ip.data.sources import NpzSource
 from guided_diffusion_ip.data.super_resolution import check_sizes
-from guided_diffusion_ip.generation.base_images import TABLE, picture_names, write_table
-from guided_diffusion_ip.generation.sample_checks import check_request
-from guided_diffusion_ip.generation.sample_batch import compiled
-from guided_diffusion_ip.generation.sample_run import SampleRun
-from guided_diffusion_ip.generation.sample_setup import (
+from guided_diffusion_ip.runs.base_images import TABLE, picture_names, write_table
+from guided_diffusion_ip.settings.sample_checks import check_request
+from guided_diffusion_ip.runs.sample_batch import compiled
+from guided_diffusion_ip.runs.samples import SampleRun
+from guided_diffusion_ip.settings.sampling import (
     choose_out_dir, make_sampler, sampler_text, sampling_precision, say, settle_sampler, what_decides_the_images)
 from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 

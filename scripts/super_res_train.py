@@ -17,13 +17,13 @@ import os
 import torch
 
 from guided_diffusion_ip import dist_util, script_util
-from guided_diffusion_ip.config import Config, command, parse
+from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.data.image_io import save_grid, to_uint8
 from guided_diffusion_ip.data.super_resolution import SuperResolutionStream, check_sizes
-from guided_diffusion_ip.generation.sample_batch import Sampler
+from guided_diffusion_ip.runs.sample_batch import Sampler
 from guided_diffusion_ip.training.evaluation import make_evaluation
 from guided_diffusion_ip.training.preview import Preview
-from guided_diffusion_ip.training.run import (
+from guided_diffusion_ip.settings.training import (
     add_null_class, choose_out_dir, make_loop, open_data, run, settle_batch, settle_classes)
 
 

@@ -17,11 +17,11 @@ import sys
 import torch
 
 from guided_diffusion_ip import script_util
-from guided_diffusion_ip.config import command, parse
+from guided_diffusion_ip.settings.config import command, parse
 from guided_diffusion_ip.evaluation.evaluate import parse_metrics
-from guided_diffusion_ip.exposure_bias.sweep import Sweep, read_sweep
-from guided_diffusion_ip.exposure_bias.sweep_run import How, Outcome, run_sweep
-from guided_diffusion_ip.exposure_bias.sweep_table import as_csv, as_markdown, make_table
+from guided_diffusion_ip.studies.sweep import Sweep, read_sweep
+from guided_diffusion_ip.studies.sweep_run import How, Outcome, run_sweep
+from guided_diffusion_ip.studies.sweep_table import as_csv, as_markdown, make_table
 from guided_diffusion_ip.files import atomic_file, results_folder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

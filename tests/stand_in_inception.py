@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from golden_tools import DATA
 
-from guided_diffusion_ip.metrics import inception
+from guided_diffusion_ip.features import inception
 
 SEED = 20151205
 GOLDEN = json.loads((DATA / "inception_golden.json").read_text())

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from guided_diffusion_ip import script_util
-from guided_diffusion_ip.config import parse
+from guided_diffusion_ip.settings.config import parse
 from guided_diffusion_ip.interop.adm_checkpoint import infer_architecture
 from guided_diffusion_ip.networks.unet import default_channel_mult, parse_channel_mult
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from golden_tools import seeded_image
-from guided_diffusion_ip.diffusion.augmentation import (
+from guided_diffusion_ip.diffusion.edm_augmentation import (
     _ANISO, _ANISO_AXIS, _ROTATE, _SCALE, _TRANSLATE, _XFLIP, _YFLIP, Augmentation, warp)
 
 NEVER = 0.999

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from guided_diffusion_ip import script_util
-from guided_diffusion_ip.benchmark.limits import (
+from tools.benchmark.limits import (
     Work, count_gflop, optimizer_work, sampling_work, saved_bytes, training_work, update_bytes)
-from guided_diffusion_ip.benchmark.machine import COPIES, MATRIX_PRODUCTS, choose_device, copy_rates, matrix_rates
-from guided_diffusion_ip.benchmark.report import BASELINE_HEADINGS, HEADINGS, head, notes, table
-from guided_diffusion_ip.benchmark.rows import (
+from tools.benchmark.machine import COPIES, MATRIX_PRODUCTS, choose_device, copy_rates, matrix_rates
+from tools.benchmark.report import BASELINE_HEADINGS, HEADINGS, head, notes, table
+from tools.benchmark.rows import (
     BLOCKS, WARM_UP, Plan, Row, measure, measure_optimizer, measure_sampling, measure_training)
-from guided_diffusion_ip.config import parse
+from guided_diffusion_ip.settings.config import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -130,8 +130,8 @@ def test_matrix_rates_are_positive_in_every_format():
 def test_peak_memory_sees_what_has_been_given_back_but_not_what_was_there_before(kept):
     code = """
         import sys, torch
-        from guided_diffusion_ip.benchmark.machine import PeakMemory
-        from guided_diffusion_ip.memory import keep_freed_memory
+        from tools.benchmark.machine import PeakMemory
+        from guided_diffusion_ip.allocator import keep_freed_memory
         if sys.argv[1] == "True":
             keep_freed_memory()
         megabytes = 1 << 20
@@ -237,7 +237,7 @@ def test_our_network_is_compiled_if_asked_for_and_the_published_one_is_not():
 
 def run(*argv, capsys, monkeypatch):
     """The script as __main__ in this process: (exit code, stdout, stderr)."""
-    path = ROOT / "scripts" / "benchmark.py"
+    path = ROOT / "tools" / "benchmark" / "__main__.py"
     monkeypatch.setattr(sys, "argv", [str(path), *argv])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(path), run_name="__main__")

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from guided_diffusion_ip import noise, script_util
-from guided_diffusion_ip.benchmark.baseline import (
+from tools.benchmark.baseline import (
     PublishedStep, gather_and_write, published_chain, published_network, published_process)
-from guided_diffusion_ip.benchmark.gathering import measure_gathering
-from guided_diffusion_ip.benchmark.pictures import make_pictures
-from guided_diffusion_ip.benchmark.startup import HEAVY, StartUp, import_costs
+from tools.benchmark.gathering import measure_gathering
+from tools.benchmark.pictures import make_pictures
+from tools.benchmark.startup import HEAVY, StartUp, import_costs
 from guided_diffusion_ip.networks import AttentionBlock, GroupNorm32
 from guided_diffusion_ip.networks.layers import Dropout
 from guided_diffusion_ip.training.timestep_samplers import UniformSampler

@@ -8,8 +8,8 @@ import launch
 from guided_diffusion_ip import dist_util
 from guided_diffusion_ip.exposure_bias.calibrate import (
     CLIPPED, EDGE, LAST, NOISE, SOLVED, STATISTICS, Calibration, calibrate, describe)
-from guided_diffusion_ip.exposure_bias.schedule_file import read_schedule, write_schedule
-from guided_diffusion_ip.generation.sample_batch import Sampler
+from guided_diffusion_ip.settings.lambda_file import read_schedule, write_schedule
+from guided_diffusion_ip.runs.sample_batch import Sampler
 from guided_diffusion_ip.script_util import create_gaussian_diffusion
 from test_closed_forms import S, eps_slope
 

@@ -15,7 +15,7 @@ import launch
 from guided_diffusion_ip import logger, script_util
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.diffusion.guidance import classifier_gradient
-from guided_diffusion_ip.generation.sample_batch import Sampler
+from guided_diffusion_ip.runs.sample_batch import Sampler
 from guided_diffusion_ip.interop.adm_checkpoint import infer_architecture, infer_classifier, is_classifier
 from guided_diffusion_ip.training.classifier_objective import (
     ClassifierObjective, CleanSampler, Validation, in_top_k, require_same_classes)

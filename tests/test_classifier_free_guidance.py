@@ -10,15 +10,15 @@ import yaml
 
 import launch
 from golden_tools import load_seeded_weights
-from guided_diffusion_ip.config import parse
+from guided_diffusion_ip.settings.config import parse
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.diffusion import (
     GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule)
 from guided_diffusion_ip.diffusion.guidance import classifier_free
-from guided_diffusion_ip.generation.sample_batch import Sampler
+from guided_diffusion_ip.runs.sample_batch import Sampler
 from guided_diffusion_ip.interop.adm_checkpoint import load_network
 from guided_diffusion_ip.script_util import create_model_and_diffusion
-from guided_diffusion_ip.training.run import add_null_class
+from guided_diffusion_ip.settings.training import add_null_class
 from guided_diffusion_ip.training.train_loop import TrainLoop
 
 CLASSES = 3

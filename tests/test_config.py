@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from guided_diffusion_ip.config import adopt_checkpoint_config, parse, read_yaml
-from guided_diffusion_ip.flags import SECTIONS
-from guided_diffusion_ip.training.run import settle_batch
+from guided_diffusion_ip.settings.config import adopt_checkpoint_config, parse, read_yaml
+from guided_diffusion_ip.settings.flags import SECTIONS
+from guided_diffusion_ip.settings.training import settle_batch
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 
 from golden_tools import DATA
 from guided_diffusion_ip import script_util
-from guided_diffusion_ip.config import parse
-from guided_diffusion_ip.flags import SCRIPTS, SECTIONS
+from guided_diffusion_ip.settings.config import parse
+from guided_diffusion_ip.settings.flags import SCRIPTS, SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = json.loads((DATA / "published_flags.json").read_text())
@@ -59,23 +59,23 @@ def test_both_spellings_of_gamma_reach_the_process_and_may_not_differ():
 
 # ---- layering: each package may import only those listed for it ----
 
-LEAVES = {"noise", "dist_util", "logger", "files", "memory", "early_signals"}
-CORE = {"networks", "diffusion", "data", "metrics"}
+LEAVES = {"noise", "dist_util", "logger", "files", "allocator", "ieee_float32", "early_signals"}
+CORE = {"networks", "diffusion", "data", "features", "metrics"}
+WORK = {"preparation", "evaluation", "training", "runs", "interop", "exposure_bias"}
 MAY_IMPORT = {
     **{name: set() for name in LEAVES},
     "dist_util": {"files", "early_signals"},
-    "networks": set(), "diffusion": set(), "data": {"noise", "files"}, "metrics": {"dist_util", "files", "memory"},
-    "generation": LEAVES | CORE,
-    "interop": LEAVES | CORE | {"generation"},
-    "evaluation": LEAVES | CORE | {"generation"},
-    "training": LEAVES | CORE | {"generation", "evaluation"},
-    "benchmark": LEAVES | CORE | {"generation", "training"},
-    "exposure_bias": LEAVES | CORE | {"generation"},
-    "flags": set(),
-    "edm_setup": LEAVES | CORE | {"interop", "flags"},
-    "config": LEAVES | {"flags", "training"},  # training: which settings a checkpoint was saved with
-    "script_util": LEAVES | CORE | {"generation", "interop", "training", "exposure_bias", "config", "flags", "edm_setup"},
-    "compat": LEAVES | CORE | {"generation", "interop", "training", "exposure_bias", "config", "flags", "script_util"},
+    "networks": set(), "diffusion": set(), "data": {"noise", "files"},
+    "features": {"dist_util", "files", "allocator", "ieee_float32"}, "metrics": {"dist_util", "files", "ieee_float32"},
+    **{name: LEAVES | CORE for name in WORK},
+    "interop": LEAVES | CORE | {"preparation", "runs"},
+    "evaluation": LEAVES | CORE | {"runs"},
+    "exposure_bias": LEAVES | CORE | {"runs"},
+    "training": LEAVES | CORE | {"runs", "evaluation"},
+    "settings": LEAVES | CORE | WORK,
+    "script_util": LEAVES | CORE | WORK | {"settings"},
+    "studies": LEAVES | CORE | WORK | {"settings", "script_util"},
+    "compat": LEAVES | CORE | WORK | {"settings", "script_util"},
     "__init__": set(),
 }
 FORBIDDEN_LIBRARIES = {"diffusion": {"argparse", "mpi4py", "yaml", "blobfile"}, "networks": {"argparse", "numpy", "mpi4py"}}

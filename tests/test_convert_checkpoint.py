@@ -12,7 +12,8 @@ import yaml
 
 from edm_files import KWARGS, edm_file, small_denoiser
 from golden_tools import load_seeded_weights, seeded_checkpoint, seeded_normal
-from guided_diffusion_ip import config, files, script_util
+from guided_diffusion_ip.settings import config
+from guided_diffusion_ip import files, script_util
 from guided_diffusion_ip.interop.adm_checkpoint import load_network
 from guided_diffusion_ip.interop.edm_networks import create_edm_denoiser
 from guided_diffusion_ip.interop.edm_pickle import edm_flags, read_edm_pickle

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion_ip.data import dataset_prep
-from guided_diffusion_ip.data.dataset_prep import (
+from guided_diffusion_ip.preparation import writers as dataset_prep
+from guided_diffusion_ip.preparation.writers import (
     is_finished,
     reference_rows,
     render_npz,
@@ -18,7 +18,7 @@ from guided_diffusion_ip.data.dataset_prep import (
     write_image_npz,
     write_reference,
 )
-from guided_diffusion_ip.data.parts import Parts, discard
+from guided_diffusion_ip.preparation.parts import Parts, discard
 from guided_diffusion_ip.data.preprocessing import recorded
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dataset_tools import PARTIAL, ROOT, arrays, contents, into_zip, pixels, run, script
-from guided_diffusion_ip.data.dataset_prep import reference_rows
+from guided_diffusion_ip.preparation.writers import reference_rows
 from guided_diffusion_ip.data.image_datasets import load_data
 
 # LSUN

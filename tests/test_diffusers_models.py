@@ -16,10 +16,10 @@ from launch import ROOT
 pytest.importorskip("diffusers")
 
 from guided_diffusion_ip import logger  # noqa: E402
-from guided_diffusion_ip.config import parse  # noqa: E402
+from guided_diffusion_ip.settings.config import parse  # noqa: E402
 from guided_diffusion_ip.exposure_bias.measures import measure  # noqa: E402
 from guided_diffusion_ip.exposure_bias.walks import Batch  # noqa: E402
-from guided_diffusion_ip.generation.sample_batch import Sampler  # noqa: E402
+from guided_diffusion_ip.runs.sample_batch import Sampler  # noqa: E402
 from guided_diffusion_ip.interop.diffusers_models import DiffusersModel, ddpm_unet, import_diffusers  # noqa: E402
 from guided_diffusion_ip.script_util import (  # noqa: E402
     create_gaussian_diffusion, create_model_and_diffusion, parameter_count)

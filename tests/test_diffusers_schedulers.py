@@ -12,7 +12,7 @@ from golden_tools import load_seeded_weights, seeded_image, seeded_normal
 
 pytest.importorskip("diffusers")
 
-from guided_diffusion_ip.exposure_bias.schedule_file import read_schedule, write_schedule  # noqa: E402
+from guided_diffusion_ip.settings.lambda_file import read_schedule, write_schedule  # noqa: E402
 from guided_diffusion_ip.interop import diffusers_schedulers  # noqa: E402
 from guided_diffusion_ip.interop.diffusers_models import DiffusersModel  # noqa: E402
 from guided_diffusion_ip.interop.diffusers_schedulers import EpsilonScaled, EpsilonScaling  # noqa: E402

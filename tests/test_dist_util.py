@@ -325,7 +325,7 @@ def test_absent_ranks_are_named():
 def test_the_wait_for_a_missing_rank_is_not_silent():
     code = """
         from guided_diffusion_ip import dist_util
-        from guided_diffusion_ip.config import command
+        from guided_diffusion_ip.settings.config import command
         command(dist_util.setup_dist)
     """
     def alone(rank):

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from golden_tools import seeded_image, seeded_normal
-from guided_diffusion_ip.diffusion.augmentation import Augmentation
+from guided_diffusion_ip.diffusion.edm_augmentation import Augmentation
 from guided_diffusion_ip.diffusion.edm_losses import EDM_LOSSES, EDMLoss, EDMProcess, VELoss, VPLoss
 
 LOSSES = [EDMLoss(), VPLoss(), VELoss()]

@@ -12,8 +12,8 @@ import torch
 from guided_diffusion_ip.diffusion import ModelMeanType, ModelVarType
 from guided_diffusion_ip.exposure_bias.measures import NAMES, create_measures, measure
 from guided_diffusion_ip.exposure_bias.walks import CHAIN, Batch, Walk, noised, step_noise, walk, with_lambdas
-from guided_diffusion_ip.generation.sample_batch import Sampler
-from guided_diffusion_ip.metrics.features import PixelSpace
+from guided_diffusion_ip.runs.sample_batch import Sampler
+from guided_diffusion_ip.features.spaces import PixelSpace
 from guided_diffusion_ip.noise import Stream, normal
 from test_closed_forms import S, eps_slope, exact_network, make
 

@@ -11,15 +11,15 @@ import yaml
 
 import launch
 from golden_tools import seeded_checkpoint
-from guided_diffusion_ip.config import parse
+from guided_diffusion_ip.settings.config import parse
 from guided_diffusion_ip.data.image_set import open_image_set
 from guided_diffusion_ip.exposure_bias.calibrate import EDGE, LAST, SOLVED, Calibration
 from guided_diffusion_ip.exposure_bias.measure_run import MeasureRun, spread_over
 from guided_diffusion_ip.exposure_bias.measures import NAMES, create_measures
-from guided_diffusion_ip.exposure_bias.setup import RealImages
-from guided_diffusion_ip.generation.sample_batch import Sampler
-from guided_diffusion_ip.generation.sample_setup import settle_sampler
-from guided_diffusion_ip.metrics.features import PixelSpace
+from guided_diffusion_ip.settings.measuring import RealImages
+from guided_diffusion_ip.runs.sample_batch import Sampler
+from guided_diffusion_ip.settings.sampling import settle_sampler
+from guided_diffusion_ip.features.spaces import PixelSpace
 from guided_diffusion_ip.script_util import create_model_and_diffusion, settle_lambda
 from test_likelihood import TINY
 from test_scripts import flags, one_line, run

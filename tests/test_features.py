@@ -9,8 +9,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper, save_model
 from stand_in_inception import field, images
 
-from guided_diffusion_ip.metrics import features
-from guided_diffusion_ip.metrics.features import open_features
+from guided_diffusion_ip.features import spaces as features
+from guided_diffusion_ip.features.spaces import open_features
 
 
 def refused(spec, message, **settings):
@@ -175,7 +175,7 @@ def test_a_missing_onnxruntime_is_one_clear_error(tmp_path, monkeypatch):
 
 def test_onnxruntime_says_nothing_and_is_imported_only_when_needed(tmp_path):
     path = write_model(tmp_path / "m.onnx")
-    code = ("import sys, numpy as np\nfrom guided_diffusion_ip.metrics.features import open_features\n"
+    code = ("import sys, numpy as np\nfrom guided_diffusion_ip.features.spaces import open_features\n"
             "assert 'onnxruntime' not in sys.modules\n"
             f"print(open_features({str(path)!r}, device='cpu')(np.ones((2, 8, 8, 3), np.uint8)).pool.shape)")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

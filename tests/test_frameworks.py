@@ -10,10 +10,10 @@ import torch
 import yaml
 
 from guided_diffusion_ip import script_util
-from guided_diffusion_ip.config import parse
-from guided_diffusion_ip.generation.sample_batch import draw_images
-from guided_diffusion_ip.generation.sample_run import SampleRun
-from guided_diffusion_ip.generation.sample_setup import (
+from guided_diffusion_ip.settings.config import parse
+from guided_diffusion_ip.runs.sample_batch import draw_images
+from guided_diffusion_ip.runs.samples import SampleRun
+from guided_diffusion_ip.settings.sampling import (
     make_sampler, sampling_precision, settle_sampler, what_decides_the_images)
 from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 from guided_diffusion_ip.training.train_loop import TrainLoop

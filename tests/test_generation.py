@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from golden_tools import load_seeded_weights
-from guided_diffusion_ip.generation.sample_batch import Sampler, draw_labels, parse_class_ids
-from guided_diffusion_ip.generation.sample_run import SampleRun
-from guided_diffusion_ip.generation import shards as shards_module
-from guided_diffusion_ip.generation.shards import ShardFolder
+from guided_diffusion_ip.runs.sample_batch import Sampler, draw_labels, parse_class_ids
+from guided_diffusion_ip.runs.samples import SampleRun
+from guided_diffusion_ip.runs import shards as shards_module
+from guided_diffusion_ip.runs.shards import ShardFolder
 from guided_diffusion_ip.script_util import create_model_and_diffusion
 
 FLAGS = dict(image_size=8, in_channels=1, num_channels=32, num_res_blocks=1, channel_mult="1,1", attention_resolutions="4",
@@ -136,8 +136,8 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     script = textwrap.dedent("""
         import resource, sys, torch
         from guided_diffusion_ip.diffusion import *
-        from guided_diffusion_ip.generation.sample_batch import Sampler
-        from guided_diffusion_ip.generation.sample_run import SampleRun
+        from guided_diffusion_ip.runs.sample_batch import Sampler
+        from guided_diffusion_ip.runs.samples import SampleRun
         d = SpacedDiffusion(use_timesteps=[0], betas=[0.5], model_mean_type=ModelMeanType.START_X,
                             model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE)
         n = int(sys.argv[2])

@@ -227,7 +227,7 @@ def test_the_scale_grows_only_after_a_full_interval_of_good_steps(images, tmp_pa
 DRIVER = """
 import math, sys, torch
 from guided_diffusion_ip import dist_util, logger
-from guided_diffusion_ip.config import command
+from guided_diffusion_ip.settings.config import command
 from test_guards import Spoiled
 from test_resume import make_loop
 
@@ -320,7 +320,7 @@ def test_the_loop_looks_before_the_first_step_and_hints_at_another_range(images,
 
 MEMORY = """
 import resource, sys, torch
-from guided_diffusion_ip.config import command
+from guided_diffusion_ip.settings.config import command
 from guided_diffusion_ip import logger
 from test_resume import make_loop
 
@@ -448,7 +448,7 @@ def test_the_first_averages_with_warmup():
 
 SECOND_SIGNAL = """
 import os, signal, sys
-from guided_diffusion_ip.config import command
+from guided_diffusion_ip.settings.config import command
 from guided_diffusion_ip.training import checkpoint
 from test_resume import make_loop
 

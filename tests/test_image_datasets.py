@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from guided_diffusion_ip.data.dataset_prep import (count_images, write_image_folder,
+from guided_diffusion_ip.preparation.writers import (count_images, write_image_folder,
                                                    write_image_npz)
 from guided_diffusion_ip.data.image_datasets import ImageDataset, load_data
 from guided_diffusion_ip.data.image_io import random_crop_arr, to_model_range

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from stand_in_inception import GOLDEN, images
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from guided_diffusion_ip.metrics import frechet_distance, inception
-from guided_diffusion_ip.metrics.features import open_features
+from guided_diffusion_ip.metrics import frechet_distance
+from guided_diffusion_ip.features import inception
+from guided_diffusion_ip.features.spaces import open_features
 
 QUICK = ("32x32", "48x80", "256x256")
 

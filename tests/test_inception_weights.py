@@ -15,8 +15,8 @@ import stand_in_inception as stand_in
 import torch
 from stand_in_inception import constant, field, node, tensor, varint
 
-from guided_diffusion_ip.metrics import inception, inception_weights, tf_graph
-from guided_diffusion_ip.metrics.features import open_features
+from guided_diffusion_ip.features import inception, inception_weights, tf_graph
+from guided_diffusion_ip.features.spaces import open_features
 
 
 @pytest.fixture(scope="session")

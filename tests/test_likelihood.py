@@ -12,7 +12,7 @@ import launch
 from golden_tools import seeded_checkpoint
 from guided_diffusion_ip.data.image_set import open_image_set
 from guided_diffusion_ip.diffusion.losses import discretized_gaussian_log_likelihood
-from guided_diffusion_ip.generation.likelihood_run import LikelihoodRun
+from guided_diffusion_ip.runs.likelihood import LikelihoodRun
 from guided_diffusion_ip.noise import NormalStream, Stream
 from guided_diffusion_ip.script_util import create_gaussian_diffusion, create_model_and_diffusion
 from test_scripts import flags, one_line, run

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import launch
-from guided_diffusion_ip.config import parse
+from guided_diffusion_ip.settings.config import parse
 from guided_diffusion_ip.diffusion import (
     GaussianDiffusion, LossType, ModelMeanType, ModelVarType, SpacedDiffusion, get_named_beta_schedule)
 from guided_diffusion_ip.diffusion.loss_weighting import RULES, LossWeighting, loss_weight_table

@@ -20,7 +20,7 @@ from test_distributed import TRAIN
 TALK = """
 import sys, time, torch, torch.distributed as dist
 from guided_diffusion_ip import dist_util
-from guided_diffusion_ip.config import command
+from guided_diffusion_ip.settings.config import command
 
 def main():
     dist_util.setup_dist(timeout_s=60)

@@ -22,21 +22,21 @@ from guided_diffusion_ip.data import dataset_prep
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.data.image_io import to_uint8
 from guided_diffusion_ip.data.image_set import open_image_set
-from guided_diffusion_ip.data.lmdb_source import LmdbSource
+from guided_diffusion_ip.preparation.lmdb_source import LmdbSource
 from guided_diffusion_ip.data.npz_io import NpzReader, merge_npz, write_npz
-from guided_diffusion_ip.data.packed import pack_images
-from guided_diffusion_ip.data.parts import Parts
+from guided_diffusion_ip.preparation.packed import pack_images
+from guided_diffusion_ip.preparation.parts import Parts
 from guided_diffusion_ip.data.sources import open_source
 from guided_diffusion_ip.diffusion import *
 from guided_diffusion_ip.evaluation.evaluate import evaluate
 from guided_diffusion_ip.evaluation.images import open_images
 from guided_diffusion_ip.evaluation.report import describe_set
 from guided_diffusion_ip.exposure_bias.measure_run import PartialSums
-from guided_diffusion_ip.exposure_bias.report_data import collect
-from guided_diffusion_ip.generation.likelihood_run import LikelihoodRun
-from guided_diffusion_ip.generation.sample_batch import Sampler
-from guided_diffusion_ip.generation.sample_run import SampleRun
-from guided_diffusion_ip.metrics.features import open_features
+from guided_diffusion_ip.studies.report_data import collect
+from guided_diffusion_ip.runs.likelihood import LikelihoodRun
+from guided_diffusion_ip.runs.sample_batch import Sampler
+from guided_diffusion_ip.runs.samples import SampleRun
+from guided_diffusion_ip.features.spaces import open_features
 
 N = 200
 images = np.random.default_rng(0).integers(0, 256, (N, 4, 4, 3), dtype=np.uint8)
@@ -215,8 +215,8 @@ FIFTY_THOUSAND = textwrap.dedent('''
     import resource, sys, time, torch
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     from guided_diffusion_ip.diffusion import *
-    from guided_diffusion_ip.generation.sample_batch import Sampler
-    from guided_diffusion_ip.generation.sample_run import SampleRun
+    from guided_diffusion_ip.runs.sample_batch import Sampler
+    from guided_diffusion_ip.runs.samples import SampleRun
     process = SpacedDiffusion(use_timesteps=[0], betas=[0.5], model_mean_type=ModelMeanType.START_X,
                               model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE)
 

@@ -7,7 +7,7 @@ import pytest
 
 COUNT = """
 import resource, sys, torch
-from guided_diffusion_ip.memory import keep_freed_memory
+from guided_diffusion_ip.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory() and keep_freed_memory()
 def round_of_allocations():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import launch
-from guided_diffusion_ip.benchmark.machine import PeakMemory
+from tools.benchmark.machine import PeakMemory
 from guided_diffusion_ip.metrics import manifold, precision_recall
-from guided_diffusion_ip.metrics.arithmetic import ieee_float32
+from guided_diffusion_ip.ieee_float32 import ieee_float32
 
 
 def normal(seed, *shape):

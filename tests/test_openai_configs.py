@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from guided_diffusion_ip.config import parse
-from guided_diffusion_ip.flags import SCRIPTS
+from guided_diffusion_ip.settings.config import parse
+from guided_diffusion_ip.settings.flags import SCRIPTS
 from guided_diffusion_ip.script_util import (
     create_classifier, create_model_and_diffusion, parameter_count, sr_create_model_and_diffusion)
 

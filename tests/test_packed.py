@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_ip.benchmark import loader
-from guided_diffusion_ip.data import packed
+from tools.benchmark import loader
+from guided_diffusion_ip.preparation import packed
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.data.image_io import save_grid
-from guided_diffusion_ip.data.packed import open_with_classes, pack_images
+from guided_diffusion_ip.preparation.packed import open_with_classes, pack_images
 from guided_diffusion_ip.data.preprocessing import recorded
 from guided_diffusion_ip.data.sources import open_source
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion_ip.data.dataset_prep import write_image_folder, write_image_npz
+from guided_diffusion_ip.preparation.writers import write_image_folder, write_image_npz
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.data.image_set import open_image_set
 from guided_diffusion_ip.data.preprocessing import as_array, of_loader, recorded

@@ -9,8 +9,8 @@ import torch
 
 from guided_diffusion_ip import script_util
 from guided_diffusion_ip.data.npz_io import write_npz
-from guided_diffusion_ip.generation import progress
-from guided_diffusion_ip.generation.progress import ImageBar
+from guided_diffusion_ip.runs import progress
+from guided_diffusion_ip.runs.progress import ImageBar
 from test_scripts import TINY, flags, run
 
 

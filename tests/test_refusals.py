@@ -11,8 +11,8 @@ import yaml
 from test_scripts import flags, one_line, run
 
 import launch
-from guided_diffusion_ip.config import parse
-from guided_diffusion_ip.generation.sample_checks import check_request
+from guided_diffusion_ip.settings.config import parse
+from guided_diffusion_ip.settings.sample_checks import check_request
 from guided_diffusion_ip.script_util import create_classifier, create_model_and_diffusion, sr_create_model_and_diffusion
 
 MODEL = dict(image_size=8, in_channels=1, num_channels=32, num_res_blocks=1, channel_mult="1,1", attention_resolutions="4",

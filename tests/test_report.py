@@ -13,10 +13,10 @@ import yaml
 from PIL import Image
 
 import launch
-from guided_diffusion_ip.exposure_bias.report import write_report
-from guided_diffusion_ip.exposure_bias.report_data import collect, read_curves, short_labels
-from guided_diffusion_ip.exposure_bias.report_html import tag, text
-from guided_diffusion_ip.exposure_bias.report_plots import Curve, Plot, inline_svg
+from guided_diffusion_ip.studies.report import write_report
+from guided_diffusion_ip.studies.report_data import collect, read_curves, short_labels
+from guided_diffusion_ip.studies.report_html import tag, text
+from guided_diffusion_ip.studies.report_plots import Curve, Plot, inline_svg
 
 pytest.importorskip("matplotlib")
 EVIL = "<script>alert(1)</script><img src=http://evil.example/x.png onerror=alert(2)>\"'&$x^{"

@@ -15,7 +15,7 @@ import torch
 
 import launch
 from guided_diffusion_ip import logger
-from guided_diffusion_ip.flags import SCRIPTS
+from guided_diffusion_ip.settings.flags import SCRIPTS
 from guided_diffusion_ip.training import resume
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.script_util import create_model_and_diffusion

@@ -13,9 +13,9 @@ from test_guards import close_logs  # noqa: F401 (a fixture)
 from test_training_evaluation import CLASSIFY, SAMPLE, here
 
 import launch
-from guided_diffusion_ip.config import adopt_checkpoint_config, config_beside, parse
+from guided_diffusion_ip.settings.config import adopt_checkpoint_config, config_beside, parse
 from guided_diffusion_ip.data.image_io import save_grid
-from guided_diffusion_ip.generation.sample_batch import draw_labels
+from guided_diffusion_ip.runs.sample_batch import draw_labels
 from guided_diffusion_ip.training.checkpoint import complete_steps
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from guided_diffusion_ip.data.safe_pickle import load_batch
+from guided_diffusion_ip.preparation.safe_pickle import load_batch
 
 # As Python 2 wrote CIFAR-10: protocol 2, text as bytes, numpy's old module names.
 PYTHON_2 = (b"\x80\x02}(U\x04dataq\x01cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"

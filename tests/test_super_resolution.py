@@ -16,8 +16,8 @@ from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.data.image_io import save_grid, to_model_range
 from guided_diffusion_ip.data.image_set import open_image_set
 from guided_diffusion_ip.data.super_resolution import SuperResolutionStream, area_average, check_sizes
-from guided_diffusion_ip.generation.base_images import picture_names
-from guided_diffusion_ip.generation.sample_batch import Sampler
+from guided_diffusion_ip.runs.base_images import picture_names
+from guided_diffusion_ip.runs.sample_batch import Sampler
 from guided_diffusion_ip.script_util import create_model_and_diffusion, sr_create_model_and_diffusion
 from guided_diffusion_ip.training.preview import Preview
 from test_scripts import Evil, flags, one_line, run

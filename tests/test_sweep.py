@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 import launch
-from guided_diffusion_ip.exposure_bias.sweep import read_sweep
-from guided_diffusion_ip.exposure_bias.sweep_run import How
-from guided_diffusion_ip.exposure_bias.sweep_table import Entry, as_csv, as_markdown, best, make_table
+from guided_diffusion_ip.studies.sweep import read_sweep
+from guided_diffusion_ip.studies.sweep_run import How
+from guided_diffusion_ip.studies.sweep_table import Entry, as_csv, as_markdown, best, make_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(image_size=8, in_channels=1, num_channels=32, num_res_blocks=1, channel_mult="1,1", attention_resolutions="4",
@@ -172,9 +172,9 @@ json.dump({"metrics": {name: {"value": zlib.crc32((name + text).encode()) / 1e6}
 SWEEP = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-from guided_diffusion_ip.exposure_bias.sweep import read_sweep
-from guided_diffusion_ip.exposure_bias.sweep_run import How, run_sweep
-from guided_diffusion_ip.exposure_bias.sweep_table import as_csv, make_table
+from guided_diffusion_ip.studies.sweep import read_sweep
+from guided_diffusion_ip.studies.sweep_run import How, run_sweep
+from guided_diffusion_ip.studies.sweep_table import as_csv, make_table
 sweep = read_sweep("sweep.yaml")
 open(f"ready-{os.getpid()}", "w").close()
 while "GO" in os.environ and not os.path.exists(os.environ["GO"]): time.sleep(0.01)

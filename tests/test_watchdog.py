@@ -17,7 +17,7 @@ from guided_diffusion_ip.dist_util import watchdog
 START = """
 import ctypes, os, signal, sys, time, torch, torch.distributed as dist
 from guided_diffusion_ip import dist_util
-from guided_diffusion_ip.config import command
+from guided_diffusion_ip.settings.config import command
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -36,7 +36,7 @@ def main():
 
 # Importing torch takes seconds: done once, in a process that forks the ranks. Each goes on as if it had been started itself.
 NURSERY = """
-import json, os, sys, torch, guided_diffusion_ip.config, guided_diffusion_ip.dist_util
+import json, os, sys, torch, guided_diffusion_ip.settings.config, guided_diffusion_ip.dist_util
 torch.set_num_threads(1)
 for line in sys.stdin:
     order = json.loads(line)

@@ -23,7 +23,7 @@ from .input_perturbation import check_gamma, perturb
 from .losses import mean_flat
 
 if TYPE_CHECKING:
-    from .augmentation import Augmentation
+    from .edm_augmentation import Augmentation
 
 
 @dataclass(frozen=True)

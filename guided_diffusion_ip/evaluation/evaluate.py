@@ -9,7 +9,7 @@ import torch
 
 from .. import dist_util
 from ..metrics import frechet_distance, kernel_distance, precision_recall
-from ..metrics.features import FeatureSpace
+from ..features.spaces import FeatureSpace
 from .images import ImageFile
 from .reference import StoredStatistics
 from .set_features import SetFeatures, extract

@@ -14,7 +14,7 @@ import numpy as np
 from ..data.npz_io import NpzReader
 from ..data.preprocessing import recorded
 from ..metrics import FeatureStatistics
-from ..metrics.features import FeatureSpace
+from ..features.spaces import FeatureSpace
 
 NAMES = ("mu", "sigma", "mu_s", "sigma_s")
 SPATIAL = 17 * 17 * 7  # spatial features of an image, for Inception

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from .. import dist_util
 from ..metrics import FeatureStatistics
-from ..metrics.features import FeatureSpace
+from ..features.spaces import FeatureSpace
 from ..metrics.score import InceptionScore
 from .images import ImageFile
 

@@ -6,7 +6,4 @@ a lambda(t) that brings it back.
     measure_run     the same over many images and processes, continued after an interruption
     plots           a picture for each measure
     calibrate       lambda(t) per step, without samples and without FID
-    sweep           a grid of settings from one YAML (sweep_run computes its cells, sweep_table makes the table)
-    report          one HTML page about runs, sweeps and measurements (report_data, report_curves, report_plots, report_html)
-    schedule_file   the YAML with lambda(t) that samplers read (--eps_schedule)
 """

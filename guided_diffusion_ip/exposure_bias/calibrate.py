@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .. import dist_util
 from ..diffusion.guidance import classifier_free
-from ..generation.sample_batch import Sampler
+from ..runs.sample_batch import Sampler
 from .measure_run import ImagesFor
 from .walks import Batch, Model, implied_epsilon, noised, step, step_noise, times, with_lambdas
 

@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 from .. import dist_util
 from ..data.npz_io import NpzReader, write_npz
 from ..files import atomic_file
-from ..generation.run_folder import claim_folder, resumable
-from ..generation.sample_batch import Sampler
-from ..generation.shards import left_when_listed
+from ..runs.folder import claim_folder, resumable
+from ..runs.sample_batch import Sampler
+from ..runs.shards import left_when_listed
 from .measures import Figures, Sums, figures_of, observe, walks_of
 from .walks import Batch, Model
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..data.image_io import to_uint8
 from ..diffusion.guidance import classifier_free
-from ..generation.sample_batch import Sampler
+from ..runs.sample_batch import Sampler
 from ..metrics import frechet_distance
 from .walks import CHAIN, DATA, INPUTS, NOISE_FREE, Batch, Model, Visit, Walk, implied_epsilon, times, walk
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..diffusion.epsilon_scaling import lambda_schedule
 from ..diffusion.kinds import ModelMeanType
-from ..generation.sample_batch import Sampler
+from ..runs.sample_batch import Sampler
 from ..noise import NormalStream, Stream
 
 Model = Callable[..., Tensor]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dist_util
-from ..memory import keep_freed_memory
+from ..allocator import keep_freed_memory
 from ..networks.unet import CHANNEL_MULTS, default_channel_mult, parse_channel_mult
 from .safetensors_file import read_safetensors
 

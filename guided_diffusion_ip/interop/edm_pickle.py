@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..data.safe_pickle import NUMBERS, Buildable, Refused, SafeUnpickler, explained
+from ..preparation.safe_pickle import NUMBERS, Buildable, Refused, SafeUnpickler, explained
 from ..diffusion.denoiser import PRECONDITIONINGS
 from .edm_networks import DEFAULT_NETWORK, EDM_NETWORKS, NETWORKS
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import dist_util
-from .arithmetic import ieee_float32
+from ..ieee_float32 import ieee_float32
 from .feature_rows import FeatureArray, as_tensor, check_finite_rows, feature_rows
 
 ARITHMETIC = ("float32", "float64", "half")

@@ -15,8 +15,8 @@ from ..evaluation.evaluate import evaluate, parse_metrics, unavailable
 from ..evaluation.images import ArrayImages, ImageFile, Subset, open_images
 from ..evaluation.reference import has_images, has_statistics, read_statistics
 from ..evaluation.set_features import SetFeatures, extract
-from ..generation.sample_batch import ImagesWithNaN, Sampler, SigmaSampler, draw_images
-from ..metrics.features import FeatureSpace, open_features
+from ..runs.sample_batch import ImagesWithNaN, Sampler, SigmaSampler, draw_images
+from ..features.spaces import FeatureSpace, open_features
 
 _MOST_REFERENCE_IMAGES = 50_000  # as in published tables
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import dist_util, logger
 from ..data.image_io import save_grid
-from ..generation.sample_batch import ImagesWithNaN, Sampler, captions, draw_images, draw_labels
+from ..runs.sample_batch import ImagesWithNaN, Sampler, captions, draw_images, draw_labels
 
 
 @dataclass(frozen=True)

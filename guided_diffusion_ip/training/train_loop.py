@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .. import dist_util, logger, noise
-from ..memory import keep_freed_memory
+from ..allocator import keep_freed_memory
 from ..noise import Stream
 from . import checkpoint, run_state
 from .checkpoint import SavePolicy

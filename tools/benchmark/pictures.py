@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from ..data.image_io import save_png
+from guided_diffusion_ip.data.image_io import save_png
 
 COUNT = 2000
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .sources import Source
+from ..data.sources import Source
 
 
 @dataclass(frozen=True)

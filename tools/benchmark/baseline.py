@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..networks.attention import AttentionBlock
-from ..networks.layers import Dropout, GroupNorm32
-from ..networks.trunk import UNetTrunk
-from ..training.timestep_samplers import LossAwareSampler, ScheduleSampler
+from guided_diffusion_ip.networks.attention import AttentionBlock
+from guided_diffusion_ip.networks.layers import Dropout, GroupNorm32
+from guided_diffusion_ip.networks.trunk import UNetTrunk
+from guided_diffusion_ip.training.timestep_samplers import LossAwareSampler, ScheduleSampler
 
 RandnLike = Callable[[Tensor], Tensor]
 _FIRST_LOG_SCALE = 10.0  # low enough that no update is left out: that would be no full step

@@ -15,12 +15,12 @@ from torch import nn
 from .. import dist_util, files, logger
 from ..data.image_datasets import ImageStream, load_data
 from ..data.sources import open_source
-from .banner import banner, warn_about_ema
-from .checkpoint import SavePolicy, complete_steps, remove_leftovers, states_near, without_state
-from .resume import compare_settings, find, init_from
-from .stopping import Limits
-from .timestep_samplers import create_named_schedule_sampler
-from .train_loop import TrainLoop
+from ..training.banner import banner, warn_about_ema
+from ..training.checkpoint import SavePolicy, complete_steps, remove_leftovers, states_near, without_state
+from ..training.resume import compare_settings, find, init_from
+from ..training.stopping import Limits
+from ..training.timestep_samplers import create_named_schedule_sampler
+from ..training.train_loop import TrainLoop
 
 
 def add_null_class(cfg: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..files import atomic_file
-from .npz_io import NpzReader, merge_npz
+from ..data.npz_io import NpzReader, merge_npz
 
 
 class Parts:

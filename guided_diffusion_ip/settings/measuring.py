@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import files
 from ..data.image_set import ImageSet, open_image_set
-from .measure_run import spread_over
+from ..exposure_bias.measure_run import spread_over
 
 _DECIDES = ("seed", "use_ddim", "eta", "timestep_respacing", "clip_denoised", "guidance_scale", "use_fp16")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from PIL import Image
 
-from .image_io import decode_image
-from .sources import Source
+from ..data.image_io import decode_image
+from ..data.sources import Source
 
 
 def lmdb_package() -> Any:

@@ -1,7 +1,7 @@
 """Measure how long the metrics take on this machine, on synthetic features.
 
-    OMP_NUM_THREADS=1 python scripts/benchmark_metrics.py
-    python scripts/benchmark_metrics.py --images 50000 --only precision_recall --device cuda
+    OMP_NUM_THREADS=1 python -m tools.benchmark.metrics
+    python -m tools.benchmark.metrics --images 50000 --only precision_recall --device cuda
 
 Frechet distance: against scipy.linalg.sqrtm of the product of the covariances, which most programs use; both in turn in this
 process, covariances of full rank. Threads: OMP_NUM_THREADS holds for both. Precision and recall: all three passes, with the
@@ -16,9 +16,10 @@ import time
 import numpy as np
 import torch
 
-from guided_diffusion_ip.benchmark.machine import Machine, PeakMemory, choose_device, timed
-from guided_diffusion_ip.config import command
-from guided_diffusion_ip.metrics import FeatureStatistics, frechet_distance, inception, precision_recall
+from tools.benchmark.machine import Machine, PeakMemory, choose_device, timed
+from guided_diffusion_ip.settings.config import command
+from guided_diffusion_ip.metrics import FeatureStatistics, frechet_distance, precision_recall
+from guided_diffusion_ip.features import inception
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from .. import dist_util
 from ..data.image_io import save_grid, save_png, to_uint8
 from ..data.npz_io import NpzReader
 from .progress import ImageBar
-from .run_folder import claim_folder, resumable
+from .folder import claim_folder, resumable
 from .sample_batch import Sampler, SigmaSampler, captions
 from .shards import ShardFolder
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.image_datasets import ImageStream, load_data
-from ..data.image_io import center_crop_arr
-from ..data.packed import pack_images
-from ..data.sources import open_source
+from guided_diffusion_ip.data.image_datasets import ImageStream, load_data
+from guided_diffusion_ip.data.image_io import center_crop_arr
+from guided_diffusion_ip.preparation.packed import pack_images
+from guided_diffusion_ip.data.sources import open_source
 
 PUBLISHED = "published way: one worker process decodes PNGs"
 FOLDER = "folder, decoded by worker processes"

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import dist_util, files
 from ..diffusion.denoiser import BoundDenoiser
 from ..diffusion.process_denoiser import ProcessDenoiser
-from .sample_batch import Sampler, SigmaSampler
+from ..runs.sample_batch import Sampler, SigmaSampler
 
 # Flags of sampling that the images depend on.
 _SAMPLING = ("seed", "num_samples", "use_ddim", "eta", "timestep_respacing", "clip_denoised", "eps_scaler", "eps_scaler_k",

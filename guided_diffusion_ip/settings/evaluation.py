@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import dist_util
-from ..metrics.features import FeatureSpace, open_features
+from ..features.spaces import FeatureSpace, open_features
 
 
 def choose_device(device: str) -> torch.device:

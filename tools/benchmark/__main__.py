@@ -1,8 +1,8 @@
 """Measure training and sampling speed of a configuration on this machine, against its limits and the published way.
 
-    python scripts/benchmark.py --config configs/cifar10.yaml --num_channels 64 --batch_size 16 --json result.json
-    python scripts/benchmark.py --config configs/cifar10.yaml --what train,sample,optimizer,gather,loader,startup --baseline True
-    python scripts/benchmark.py --config configs/lsun_tower64.yaml --batch_size 32 --precision bf16 --timestep_respacing 100
+    python -m tools.benchmark --config configs/cifar10.yaml --num_channels 64 --batch_size 16 --json result.json
+    python -m tools.benchmark --config configs/cifar10.yaml --what train,sample,optimizer,gather,loader,startup --baseline True
+    python -m tools.benchmark --config configs/lsun_tower64.yaml --batch_size 32 --precision bf16 --timestep_respacing 100
 
     train      a training step, the training loop's own: noise, forward, backward, AdamW, averaged weights; images in memory
     sample     a network call of sampling
@@ -30,15 +30,15 @@ from typing import Any
 import torch
 
 from guided_diffusion_ip import dist_util, script_util
-from guided_diffusion_ip.benchmark import loader
-from guided_diffusion_ip.benchmark.baseline import published_network
-from guided_diffusion_ip.benchmark.gathering import measure_gathering
-from guided_diffusion_ip.benchmark.machine import Machine, choose_device
-from guided_diffusion_ip.benchmark.pictures import make_pictures
-from guided_diffusion_ip.benchmark.report import as_json, head, notes, table, write_json
-from guided_diffusion_ip.benchmark.rows import Plan, Row, measure_optimizer, measure_sampling, measure_training
-from guided_diffusion_ip.benchmark.startup import measure_startup
-from guided_diffusion_ip.config import Config, command, nearest, parse
+from tools.benchmark import loader
+from tools.benchmark.baseline import published_network
+from tools.benchmark.gathering import measure_gathering
+from tools.benchmark.machine import Machine, choose_device
+from tools.benchmark.pictures import make_pictures
+from tools.benchmark.report import as_json, head, notes, table, write_json
+from tools.benchmark.rows import Plan, Row, measure_optimizer, measure_sampling, measure_training
+from tools.benchmark.startup import measure_startup
+from guided_diffusion_ip.settings.config import Config, command, nearest, parse
 
 ROWS = ("train", "sample", "optimizer")
 WHAT = (*ROWS, "gather", "loader", "startup")

@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .batches import BatchMaker, Failure, Order, stop_workers, worker_batches
-from .dataset_prep import write_image_npz
-from .image_io import pil_mode
-from .preprocessing import of_loader
-from .sources import Source, open_source
+from ..data.batches import BatchMaker, Failure, Order, stop_workers, worker_batches
+from .writers import write_image_npz
+from ..data.image_io import pil_mode
+from ..data.preprocessing import of_loader
+from ..data.sources import Source, open_source
 
 _CHUNK_BYTES = 4 << 20  # of pixels, on their way from a worker; several wait in memory
 _FEW = 1000  # images that are decoded sooner than workers start

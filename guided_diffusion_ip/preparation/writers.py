@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from ..files import atomic_file
 from ..noise import Stream, permutation
-from . import preprocessing as made
-from .image_io import NpzReader, NpzWriter, save_png, write_npz
+from ..data import preprocessing as made
+from ..data.image_io import NpzReader, NpzWriter, save_png, write_npz
 from .parts import Parts, discard
-from .sources import CLASSES, FolderSource, Source
+from ..data.sources import CLASSES, FolderSource, Source
 
 TRAIN = "train.npz"
 REFERENCE = "reference.npz"

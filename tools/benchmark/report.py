@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..files import atomic_file
+from guided_diffusion_ip.files import atomic_file
 from .machine import Machine
 from .rows import Row
 

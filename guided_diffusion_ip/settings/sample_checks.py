@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .sample_batch import parse_class_ids
+from ..runs.sample_batch import parse_class_ids
 
 _FINITE = ("eta", "guidance_scale", "classifier_scale", "eps_scaler_k")
 

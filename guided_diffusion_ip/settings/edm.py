@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from .diffusion.augmentation import Augmentation
-from .diffusion.edm_losses import EDM_LOSSES, EDMLoss, EDMProcess
+from ..diffusion.edm_augmentation import Augmentation
+from ..diffusion.edm_losses import EDM_LOSSES, EDMLoss, EDMProcess
 from .flags import SECTIONS
-from .interop.edm_networks import EDM_NETWORKS, create_edm_denoiser
-from .networks.unet import parse_channel_mult
+from ..interop.edm_networks import EDM_NETWORKS, create_edm_denoiser
+from ..networks.unet import parse_channel_mult
 
 AUGMENT_LABELS = 9  # that describe an augmented image to the network
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..files import open_binary
 from . import inception, inception_weights
-from .arithmetic import ieee_float32
+from ..ieee_float32 import ieee_float32
 from .tf_graph import fields
 
 # A Frechet distance takes D^3 operations: 18 s at 3072 (32x32x3) and 45 s at 4096 on one busy core, so

@@ -27,7 +27,7 @@ from .. import dist_util, files
 from ..data.npz_io import NpzReader, write_npz
 from ..noise import NormalStream, Stream
 from .progress import ImageBar
-from .run_folder import claim_folder, resumable
+from .folder import claim_folder, resumable
 from .shards import ShardFolder
 
 TERMS = ("vb", "mse", "xstart_mse")

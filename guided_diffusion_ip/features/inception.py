@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from ..memory import keep_freed_memory
+from ..allocator import keep_freed_memory
 
 SIDE = 299  # of the images that the network sees
 POOL_DIM, SPATIAL_DIM, CLASSES = 2048, 17 * 17 * 7, 1008

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..memory import keep_freed_memory
-from ..noise import NormalStream, Stream
-from ..training.ema import parse_rates
-from ..training.precision import DTYPES, Precision
-from ..training.timestep_samplers import create_named_schedule_sampler
-from ..training.train_loop import Losses, TrainLoop
+from guided_diffusion_ip.allocator import keep_freed_memory
+from guided_diffusion_ip.noise import NormalStream, Stream
+from guided_diffusion_ip.training.ema import parse_rates
+from guided_diffusion_ip.training.precision import DTYPES, Precision
+from guided_diffusion_ip.training.timestep_samplers import create_named_schedule_sampler
+from guided_diffusion_ip.training.train_loop import Losses, TrainLoop
 from .baseline import PublishedStep, published_chain, published_network, published_process
 from .limits import Work, optimizer_work, sampling_work, training_work
 from .machine import PeakMemory, copy_rates, matrix_rates, timed

@@ -23,10 +23,11 @@ from typing import Any, NoReturn
 
 import yaml
 
-from . import dist_util, files
+from .. import dist_util, files
 from .flags import NOT_ARCHITECTURE, NOT_IN_WEIGHTS, NOT_SAVED, OF_A_START, SCRIPTS, SECTIONS, SPEED_ONLY, TRAINING_ONLY
-from .training import checkpoint
+from ..training import checkpoint
 
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @dataclass
 class Config:
@@ -100,7 +101,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _where_configs_are(path: str) -> str:
     """What to say of the folder configs/ beside this package, '' where there is none (not in a clone)."""
-    folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
+    folder = os.path.join(os.path.dirname(_PACKAGE), "configs")
     same_name = os.path.join(folder, os.path.basename(path))
     if os.path.isfile(same_name):
         return f"; did you mean {same_name}?"
@@ -417,7 +418,7 @@ def published_lambda(cfg: Config) -> tuple[float, float]:
 
 def _raised_by_us(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
-    homes = (os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.abspath(sys.argv[0])))
+    homes = (_PACKAGE, os.path.dirname(os.path.abspath(sys.argv[0])))
     return os.path.dirname(os.path.abspath(frames[-1].filename)).startswith(homes)
 
 

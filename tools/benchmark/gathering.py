@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..generation.shards import ShardFolder
+from guided_diffusion_ip.runs.shards import ShardFolder
 from .baseline import gather_and_write
 from .machine import PeakMemory
 

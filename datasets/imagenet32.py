@@ -1,14 +1,17 @@
-"""ImageNet at 32 x 32: all 1,281,167 training images with their classes, which are the reference too.
+"""ImageNet at 32 x 32: all 1,281,167 training images with their classes, which are the reference
+too.
 
     python datasets/imagenet32.py --source Imagenet32_train_npz.zip --out datasets/imagenet32
 
-The source is the published "downsampled ImageNet" (Chrabaszcz et al. 2017), npz or pickle version, zipped or unpacked:
-train_data_batch_1 to train_data_batch_10. The npz version is preferred where both are; of pickles nothing but arrays, lists
-and text is read (data/safe_pickle.py).
+The source is the published "downsampled ImageNet" (Chrabaszcz et al. 2017), npz or pickle version,
+zipped or unpacked: train_data_batch_1 to train_data_batch_10. The npz version is preferred where
+both are; of pickles nothing but arrays, lists and text is read (data/safe_pickle.py).
 
-Writes DIR/train.npz: arr_0 uint8 [1281167, 32, 32, 3], arr_1 int64 [1281167] labels 0 to 999 (published: 1 to 1000).
-DIR/reference.npz is another name of the same file. An interrupted run goes on if started again.
+Writes DIR/train.npz: arr_0 uint8 [1281167, 32, 32, 3], arr_1 int64 [1281167] labels 0 to 999
+(published: 1 to 1000). DIR/reference.npz is another name of the same file. An interrupted run goes
+on if started again.
 """
+
 from __future__ import annotations
 
 import os
@@ -18,17 +21,26 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from guided_diffusion_ip.settings.config import command
 from guided_diffusion_ip.data import preprocessing
-from guided_diffusion_ip.preparation.archives import Archive
-from guided_diffusion_ip.preparation.writers import TRAIN, is_finished, write_reference
 from guided_diffusion_ip.data.npz_io import NpzReader, NpzWriter
+from guided_diffusion_ip.preparation.archives import Archive
 from guided_diffusion_ip.preparation.parts import Parts, discard
 from guided_diffusion_ip.preparation.published import Published
 from guided_diffusion_ip.preparation.safe_pickle import load_batch
+from guided_diffusion_ip.preparation.writers import TRAIN, is_finished, write_reference
+from guided_diffusion_ip.settings.config import command
 
-SET = Published("downsampled ImageNet 32x32 (train)", "https://image-net.org/download-images.php",
-                ("Imagenet32_train_npz", "Imagenet32_train_npz.zip", "Imagenet32_train", "Imagenet32_train.zip"), 1_281_167)
+SET = Published(
+    "downsampled ImageNet 32x32 (train)",
+    "https://image-net.org/download-images.php",
+    (
+        "Imagenet32_train_npz",
+        "Imagenet32_train_npz.zip",
+        "Imagenet32_train",
+        "Imagenet32_train.zip",
+    ),
+    1_281_167,
+)
 BATCHES = tuple(f"train_data_batch_{k}" for k in range(1, 11))
 RECORD = "imagenet32 32x32x3"
 PIXELS = 3 * 32 * 32
@@ -37,7 +49,8 @@ _CHUNK = 4096  # images turned from planes to pixels at a time
 
 
 def read_batch(file: IO[bytes], name: str, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 [n, 3072] (plane after plane) and labels int64 [n], from 0, of one batch; 400 MB.
+    """Pixels uint8 [n, 3072] (plane after plane) and labels int64 [n], from 0, of one batch; 400
+    MB.
 
     Raises:
         ValueError: damaged, or not such a batch.
@@ -53,15 +66,27 @@ def read_batch(file: IO[bytes], name: str, where: str) -> tuple[np.ndarray, np.n
     data, labels = batch.get("data"), np.asarray(batch.get("labels"))
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (PIXELS,):
         raise ValueError(f"{where} holds no 'data' of uint8 [n, {PIXELS}]")
-    if labels.shape != data.shape[:1] or labels.dtype.kind not in "iu" or not (1 <= labels.min() and labels.max() <= CLASSES):
-        raise ValueError(f"{where} holds no 'labels' from 1 to {CLASSES}, one for each of its {len(data)} images")
+    if (
+        labels.shape != data.shape[:1]
+        or labels.dtype.kind not in "iu"
+        or not (1 <= labels.min() and labels.max() <= CLASSES)
+    ):
+        raise ValueError(
+            f"{where} holds no 'labels' from 1 to {CLASSES}, one for each of its {len(data)} images"
+        )
     return data, labels.astype(np.int64) - 1
 
 
 def write_parts(parts: Parts, archive: Archive, chosen: Sequence[str]) -> None:
     """Store each batch that is not there yet as an npz of its own."""
     missing = parts.missing([piece(name) for name in chosen])
-    with tqdm(desc="batches", total=len(chosen), initial=len(chosen) - len(missing), unit="batch", disable=None) as bar:
+    with tqdm(
+        desc="batches",
+        total=len(chosen),
+        initial=len(chosen) - len(missing),
+        unit="batch",
+        disable=None,
+    ) as bar:
         for name in chosen:
             if piece(name) in missing:
                 with archive.open(name) as file:
@@ -80,7 +105,7 @@ def piece(name: str) -> str:
 def _pixels(planes: np.ndarray) -> Iterator[np.ndarray]:
     """uint8 [n, 3072], plane after plane -> chunks uint8 [., 32, 32, 3]."""
     for start in range(0, len(planes), _CHUNK):
-        yield planes[start:start + _CHUNK].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        yield planes[start : start + _CHUNK].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
 
 def make_training_set(out: str, source: str, allow_partial: bool) -> int:
@@ -92,14 +117,18 @@ def make_training_set(out: str, source: str, allow_partial: bool) -> int:
         if not chosen:
             raise ValueError(SET.advice(f"{path} holds no {BATCHES[0]} or {BATCHES[0]}.npz"))
         if len(chosen) < len(BATCHES) and not allow_partial:
-            raise ValueError(f"{path} holds {len(chosen)} of {len(BATCHES)} batches: download the rest "
-                             "(--allow_partial takes what is there)")
+            raise ValueError(
+                f"{path} holds {len(chosen)} of {len(BATCHES)} batches: download the rest "
+                "(--allow_partial takes what is there)"
+            )
         parts = Parts(out, "train", f"{RECORD}; {len(chosen)} batches")
         write_parts(parts, archive, chosen)
     pieces = [piece(name) for name in chosen]
     n = SET.check(parts.rows(pieces), allow_partial)
     print("joining the batches", flush=True)
-    parts.join(pieces, os.path.join(out, TRAIN), {preprocessing.KEY: preprocessing.as_array(RECORD)})
+    parts.join(
+        pieces, os.path.join(out, TRAIN), {preprocessing.KEY: preprocessing.as_array(RECORD)}
+    )
     return n
 
 

@@ -2,14 +2,16 @@
 
     python datasets/lsun_tower.py --source tower_train_lmdb --out datasets/lsun_tower
 
-The source is the LMDB folder of the published zip, unpacked (needs the lmdb package: pip install lmdb). Each image is made
-as the IP paper's script makes it: scaled by one step with a box filter until its shorter side is 64,
-the middle 64 x 64 cut out. (The training loader, given the originals, would halve them twice, and round
+The source is the LMDB folder of the published zip, unpacked (needs the lmdb package: pip install
+lmdb). Each image is made as the IP paper's script makes it: scaled by one step with a box filter
+until its shorter side is 64, the middle 64 x 64 cut out. (The training loader, given the originals,
+would halve them twice, and round
 twice: 0.7 grey levels brighter.)
 
-Writes DIR/train.npz (one file rather than 708,264) and DIR/reference.npz (50,000 random images, always the same). An
-interrupted run goes on if started again.
+Writes DIR/train.npz (one file rather than 708,264) and DIR/reference.npz (50,000 random images,
+always the same). An interrupted run goes on if started again.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,10 +19,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from guided_diffusion_ip.settings.config import command
-from guided_diffusion_ip.preparation.writers import render_npz, write_reference
 from guided_diffusion_ip.preparation.lmdb_source import LmdbSource, lmdb_package
 from guided_diffusion_ip.preparation.published import Published
+from guided_diffusion_ip.preparation.writers import render_npz, write_reference
+from guided_diffusion_ip.settings.config import command
 
 SET = Published("LSUN tower", "https://www.yf.io/p/lsun", ("tower_train_lmdb",), 708_264)
 SIZE = 64
@@ -34,7 +36,7 @@ def render(image: Image.Image, name: str) -> np.ndarray:
     size = round(scale * image.width), round(scale * image.height)
     image = image.resize(size, Image.Resampling.BOX)
     left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
-    return np.asarray(image)[top:top + SIZE, left:left + SIZE]
+    return np.asarray(image)[top : top + SIZE, left : left + SIZE]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,4 +3,5 @@
 Nothing is imported here, so that `import guided_diffusion_ip.noise` costs only what it uses.
 README.md maps concepts to files.
 """
+
 __version__ = "0.1.0"

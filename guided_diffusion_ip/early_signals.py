@@ -1,12 +1,14 @@
 """Signals that come before training can answer them: while Python imports PyTorch, ranks meet, ...
 
-Without this, a SIGUSR1 (Slurm's --signal) or SIGTERM in the first seconds of a training script kills
-it. A script calls `note_signals()` before it imports anything else; `training.stopping.Signals`
-takes over from there, and training ends before its first step. Python itself takes some hundredths
-of a second to come to a script's first line: nothing can be done about those.
+Without this, a SIGUSR1 (Slurm's --signal) or SIGTERM in the first seconds of a training script
+kills it. A script calls `note_signals()` before it imports anything else;
+`training.stopping.Signals` takes over from there, and training ends before its first step. Python
+itself takes some hundredths of a second to come to a script's first line: nothing can be done about
+those.
 
 Ctrl-C is not noted: it ends a script that has nothing to save at once.
 """
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all, and paths that may be remote (gs://, az://; blobfile is imported only for those)."""
+"""Files that appear whole or not at all, and paths that may be remote (gs://, az://; blobfile is
+imported only for those).
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -37,7 +40,9 @@ def exists(path: str | os.PathLike) -> bool:
 
 
 def folder_beside(path: str | os.PathLike) -> str:
-    """The folder of a local file; runs/ for a remote one, since results are written to this machine."""
+    """The folder of a local file; runs/ for a remote one, since results are written to this
+    machine.
+    """
     return "runs" if is_remote(path) else os.path.dirname(path) or "."
 
 
@@ -45,12 +50,15 @@ def results_folder(given: str, default: str) -> str:
     """Where results go: `given`, else the environment's OPENAI_LOGDIR, else `default`.
 
     Raises:
-        ValueError: a remote folder; logs and shards grow line by line, which object stores cannot do.
+        ValueError: a remote folder; logs and shards grow line by line, which object stores cannot
+            do.
     """
     folder = given or os.environ.get("OPENAI_LOGDIR") or default
     if is_remote(folder):
-        raise ValueError(f"results cannot go to {folder}: give --out_dir a folder of this machine, and copy it afterwards "
-                         "(checkpoints and images may be read from remote folders)")
+        raise ValueError(
+            f"results cannot go to {folder}: give --out_dir a folder of this machine, and copy it "
+            "afterwards (checkpoints and images may be read from remote folders)"
+        )
     return folder
 
 
@@ -64,7 +72,9 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def sha256_tree(path: str | os.PathLike) -> str:
-    """Hex digest of a file's content, or of the names and contents of all files in a folder and below."""
+    """Hex digest of a file's content, or of the names and contents of all files in a folder and
+    below.
+    """
     if not os.path.isdir(path):
         return sha256(path)
     digest = hashlib.sha256()
@@ -77,7 +87,8 @@ def sha256_tree(path: str | os.PathLike) -> str:
 
 
 def safetensors_config(path: str | os.PathLike) -> str:
-    """The text of the config in the header of a safetensors file; "" if it has none. Needs no library.
+    """The text of the config in the header of a safetensors file; "" if it has none. Needs no
+    library.
 
     Raises:
         ValueError: no such file, or one that does not begin as a safetensors file does.
@@ -91,7 +102,9 @@ def safetensors_config(path: str | os.PathLike) -> str:
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
-        raise ValueError(f"{path}: damaged, or no safetensors file (it has no header); copy or download it again")
+        raise ValueError(
+            f"{path}: damaged, or no safetensors file (it has no header); copy or download it again"
+        )
     about = header.get("__metadata__")
     text = about.get(CONFIG_IN_HEADER, "") if isinstance(about, dict) else ""
     return text if isinstance(text, str) else ""

@@ -1,4 +1,7 @@
-"""float32 that is float32: GPUs and some CPUs compute its products with fewer digits unless told not to."""
+"""float32 that is float32: GPUs and some CPUs compute its products with fewer digits unless told
+not to.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -9,20 +12,31 @@ import torch
 
 @contextlib.contextmanager
 def ieee_float32() -> Iterator[None]:
-    """Convolutions and matrix products of float32 in float32, not in TF32 or bfloat16, as long as this lasts.
+    """Convolutions and matrix products of float32 in float32, not in TF32 or bfloat16, as long as
+    this lasts.
 
-    cuDNN's convolutions are in TF32 unless told otherwise, which has 10 bits of mantissa. An autocast
-    around it is off within: that of a training run must not reach the metrics.
+    cuDNN's convolutions are in TF32 unless told otherwise, which has 10 bits of mantissa. An
+    autocast around it is off within: that of a training run must not reach the metrics.
     """
     backends = torch.backends
     switches = []
     if hasattr(backends.cudnn, "conv"):  # torch >= 2.9: a word for each operation
-        switches = [(place, "ieee") for place in (
-            backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)]
+        switches = [
+            (place, "ieee")
+            for place in (
+                backends.cudnn.conv,
+                backends.cudnn.rnn,
+                backends.cuda.matmul,
+                backends.mkldnn.conv,
+                backends.mkldnn.matmul,
+            )
+        ]
     before = [place.fp32_precision for place, _ in switches]
     cudnn = _cudnn_tf32()
     matmul = None
-    with contextlib.suppress(RuntimeError):  # not to be asked where the caller has used the newer switches
+    with contextlib.suppress(
+        RuntimeError
+    ):  # not to be asked where the caller has used the newer switches
         matmul = torch.get_float32_matmul_precision()
     with contextlib.ExitStack() as autocasts:
         for kind in ["cpu"] + ["cuda"] * torch.cuda.is_available():
@@ -44,7 +58,9 @@ def ieee_float32() -> Iterator[None]:
 
 
 def _cudnn_tf32() -> bool:
-    """cuDNN's old switch; moves the new ones where they contradict it, since it may not be asked then."""
+    """cuDNN's old switch; moves the new ones where they contradict it, since it may not be asked
+    then.
+    """
     cudnn = torch.backends.cudnn
     with contextlib.suppress(RuntimeError):
         return cudnn.allow_tf32

@@ -12,6 +12,7 @@ never meet.
 batch when training. Integer words are equal on all devices; normals are equal up to the rounding of
 log, cos and sin.
 """
+
 from __future__ import annotations
 
 import enum
@@ -53,8 +54,9 @@ class Stream(enum.IntEnum):
     AUGMENT = 13
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor],
-               key: tuple[int | Tensor, int | Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox on 32-bit words held in int64 tensors.
 
     Args:
@@ -65,7 +67,8 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor],
     Returns: four int64 tensors of the broadcast shape, values in [0, 2**32).
     """
     shape = torch.broadcast_shapes(
-        *(word.shape for word in (*counter, *key) if isinstance(word, Tensor)))
+        *(word.shape for word in (*counter, *key) if isinstance(word, Tensor))
+    )
     k0, k1 = key
     c0, c1, c2, c3 = counter
     # Before two rounds have mixed all four words, most are one row or one column only: cheap.
@@ -91,8 +94,14 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor],
     return c0, c1, c2, c3
 
 
-def uniform(seed: int, stream: int, index: Tensor | Sequence[int], step: int,
-            shape: Sequence[int] = (), device: torch.device | str | None = None) -> Tensor:
+def uniform(
+    seed: int,
+    stream: int,
+    index: Tensor | Sequence[int],
+    step: int,
+    shape: Sequence[int] = (),
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Uniform float32 [N, *shape] in [0, 1), multiples of 2**-24.
 
     Args:
@@ -108,14 +117,20 @@ def uniform(seed: int, stream: int, index: Tensor | Sequence[int], step: int,
     return _draw(_uniform_of_words, seed, stream, _checked_index(index, device), step, shape)
 
 
-def normal(seed: int, stream: int, index: Tensor | Sequence[int], step: int, shape: Sequence[int],
-           device: torch.device | str | None = None) -> Tensor:
+def normal(
+    seed: int,
+    stream: int,
+    index: Tensor | Sequence[int],
+    step: int,
+    shape: Sequence[int],
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Standard normal float32 [N, *shape] by Box-Muller, |value| < 6.8; arguments as for `uniform`.
 
     The radius comes from all 32 bits of a word, converted so that small uniforms keep their
-    relative precision (they make the tails) and never are 0. Cost on one CPU core: about 15 ns per number,
-    5 ms for 100 images of 3 x 32 x 32 (torch.randn: 3 ns). On a GPU one pass of about 150 small
-    kernels, with 16 bytes of working memory per number.
+    relative precision (they make the tails) and never are 0. Cost on one CPU core: about 15 ns per
+    number, 5 ms for 100 images of 3 x 32 x 32 (torch.randn: 3 ns). On a GPU one pass of about 150
+    small kernels, with 16 bytes of working memory per number.
 
     Raises:
         ValueError: an address out of range.
@@ -123,8 +138,14 @@ def normal(seed: int, stream: int, index: Tensor | Sequence[int], step: int, sha
     return _draw(_normal_of_words, seed, stream, _checked_index(index, device), step, shape)
 
 
-def integers(seed: int, stream: int, index: Tensor | Sequence[int], step: int, high: int,
-             device: torch.device | str | None = None) -> Tensor:
+def integers(
+    seed: int,
+    stream: int,
+    index: Tensor | Sequence[int],
+    step: int,
+    high: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Uniform int64 [N] in [0, high); other arguments as for `uniform`.
 
     64 random bits modulo high: no value is favoured by more than a factor 1 + 2**-32.
@@ -181,8 +202,10 @@ class NormalStream:
             ValueError: x does not hold one row per index.
         """
         if x.ndim == 0 or x.shape[0] != len(self._index):
-            raise ValueError(f"x has shape {list(x.shape)}, but this stream names {len(self._index)}"
-                             " images: the first dimension must equal len(index)")
+            raise ValueError(
+                f"x has shape {list(x.shape)}, but this stream names {len(self._index)}"
+                " images: the first dimension must equal len(index)"
+            )
         if self._index.device != x.device:
             self._index = self._index.to(x.device)  # once; its range has been checked
         noise = _draw(_normal_of_words, self.seed, self.stream, self._index, self.step, x.shape[1:])
@@ -208,8 +231,9 @@ def _checked_index(index: Tensor | Sequence[int], device: torch.device | str | N
     if index.numel() == 0:
         index = index.to(torch.int64)  # an empty list is float for torch
     if index.ndim != 1 or index.dtype not in _INTEGERS:
-        raise ValueError("index must be one-dimensional and of integers, got "
-                         f"{index.dtype} {list(index.shape)}")
+        raise ValueError(
+            f"index must be one-dimensional and of integers, got {index.dtype} {list(index.shape)}"
+        )
     index = index.to(torch.int64)
     if index.numel():
         _check_bounds(*(int(bound) for bound in torch.aminmax(index)))
@@ -221,8 +245,9 @@ def _check_bounds(low: int, high: int) -> None:
         raise ValueError(f"index runs from {low} to {high}, but must lie in [0, 2**32)")
 
 
-def _words(seed: int, stream: int, index: Tensor, step: int,
-           blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _words(
+    seed: int, stream: int, index: Tensor, step: int, blocks: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four tensors [N, blocks] of 32-bit words: number 4 b + w of image i is tensor w at [i, b]."""
     step = operator.index(step)
     if not 0 <= step <= _MASK:
@@ -230,13 +255,21 @@ def _words(seed: int, stream: int, index: Tensor, step: int,
     if blocks > _MASK:
         raise ValueError(f"{4 * blocks} numbers per index are too many: the limit is 2**34")
     block = torch.arange(blocks, dtype=torch.int64, device=index.device)[None]
-    step_word, stream_word = (torch.full((1, 1), value, dtype=torch.int64, device=index.device)
-                              for value in (step, int(stream)))
+    step_word, stream_word = (
+        torch.full((1, 1), value, dtype=torch.int64, device=index.device)
+        for value in (step, int(stream))
+    )
     return philox4x32((block, step_word, index[:, None], stream_word), _key(seed))
 
 
-def _draw(convert: Callable[[tuple[Tensor, ...], Tensor], None], seed: int, stream: int,
-          index: Tensor, step: int, shape: Sequence[int]) -> Tensor:
+def _draw(
+    convert: Callable[[tuple[Tensor, ...], Tensor], None],
+    seed: int,
+    stream: int,
+    index: Tensor,
+    step: int,
+    shape: Sequence[int],
+) -> Tensor:
     """Words turned into floats [N, *shape]: at once on a GPU, by cache-sized groups on a CPU."""
     count = math.prod(shape)
     blocks = -(-count // 4)

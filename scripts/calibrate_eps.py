@@ -1,22 +1,33 @@
-"""Find lambda(t) of epsilon scaling for a checkpoint, a sampler and a number of steps, without samples and without FID.
+"""Find lambda(t) of epsilon scaling for a checkpoint, a sampler and a number of steps, without
+samples and without FID.
 
     python scripts/calibrate_eps.py --model_path runs/NAME/ema_0.9999_100000.pt --data_dir DIR --num_images 1000 \\
         --timestep_respacing 20 --out eps20.yaml
     python scripts/image_sample.py --model_path ... --timestep_respacing 20 --eps_schedule eps20.yaml
 
-Step by step from the noisy end, lambda(t) is chosen such that the norm of epsilon at t - 1 (or, --by variance, the variance of
-x_{t-1}) is in the chain what it is on training inputs. The YAML also has a constant b and a line k t + b fitted to it; `use:`
-in it says which of them samplers take. What is found makes up for the sampler's own discretisation error too: it belongs to
-this sampler and this number of steps (docs/exposure_bias.md). Chains are kept in memory, shared over processes.
+Step by step from the noisy end, lambda(t) is chosen such that the norm of epsilon at t - 1 (or,
+--by variance, the variance of x_{t-1}) is in the chain what it is on training inputs. The YAML also
+has a constant b and a line k t + b fitted to it; `use:` in it says which of them samplers take.
+What is found makes up for the sampler's own discretisation error too: it belongs to this sampler
+and this number of steps (docs/exposure_bias.md). Chains are kept in memory, shared over processes.
 """
+
 import os
 
 import numpy as np
 
 from guided_diffusion_ip import dist_util, files, script_util
-from guided_diffusion_ip.settings.config import command, parse
 from guided_diffusion_ip.exposure_bias.calibrate import (
-    BRACKET, CLIPPED, EDGE, NOISE, SOLVED, Calibration, calibrate, describe)
+    BRACKET,
+    CLIPPED,
+    EDGE,
+    NOISE,
+    SOLVED,
+    Calibration,
+    calibrate,
+    describe,
+)
+from guided_diffusion_ip.settings.config import command, parse
 from guided_diffusion_ip.settings.lambda_file import write_schedule
 from guided_diffusion_ip.settings.measuring import open_real_images, what_decides
 from guided_diffusion_ip.settings.sampling import make_sampler, say
@@ -33,15 +44,23 @@ def main() -> None:
     size = script_util.parse_image_size(cfg.image_size)
     sampler, real = make_sampler(cfg, diffusion, size), open_real_images(cfg, size)
     kind = f"ddim{cfg.eta:g}" if cfg.use_ddim else "ddpm"
-    out = cfg.out or os.path.join(files.folder_beside(cfg.model_path), f"eps_schedule-{kind}-{diffusion.num_timesteps}.yaml")
+    out = cfg.out or os.path.join(
+        files.folder_beside(cfg.model_path), f"eps_schedule-{kind}-{diffusion.num_timesteps}.yaml"
+    )
     if files.is_remote(out) or os.path.isdir(out):
-        raise ValueError(f"--out {out}: give the name of a file of this machine, such as eps_schedule.yaml")
+        raise ValueError(
+            f"--out {out}: give the name of a file of this machine, such as eps_schedule.yaml"
+        )
     settings = {"by": cfg.by, **what_decides(cfg, real)}
     for note in cfg.notes_on_origin():
         say(note)
-    say(f"images: {len(real.chosen)} spread over {real.images.text}\n"
-        f"calibrating {kind} at {diffusion.num_timesteps} steps with {cfg.model_path}, by {cfg.by}")
-    found = calibrate(sampler, model, real, len(real.chosen), cfg.batch_size, dist_util.dev(), cfg.by)
+    say(
+        f"images: {len(real.chosen)} spread over {real.images.text}\n"
+        f"calibrating {kind} at {diffusion.num_timesteps} steps with {cfg.model_path}, by {cfg.by}"
+    )
+    found = calibrate(
+        sampler, model, real, len(real.chosen), cfg.batch_size, dist_util.dev(), cfg.by
+    )
     say(table(found))
     require_some_solved(found, out)
     if dist_util.is_main():
@@ -61,12 +80,17 @@ def require_some_solved(found: Calibration, out: str) -> None:
     low, high = BRACKET
     if SOLVED not in found.how:
         raise ValueError(
-            f"nothing was solved, and {out} is not written: of {tried} steps {edge} need a lambda outside of {low} to {high}, "
-            f"{noise} show no response above the noise (more --num_images help) and at {clipped} x_0_hat is clipped; is it the "
-            "checkpoint's own data, and enough steps?")
+            f"nothing was solved, and {out} is not written: of {tried} steps {edge} need a lambda "
+            f"outside of {low} to {high}, {noise} show no response above the noise (more "
+            f"--num_images help) and at {clipped} x_0_hat is clipped; is it the checkpoint's own "
+            "data, and enough steps?"
+        )
     if edge:
-        say(f"warning: {edge} of {tried} lambdas are at the edge of {low} to {high}, where they do not meet the target: the "
-            "chain's norm (or variance) is off by more than lambda can make up for; compare FIDs before using them")
+        say(
+            f"warning: {edge} of {tried} lambdas are at the edge of {low} to {high}, where they do "
+            "not meet the target: the chain's norm (or variance) is off by more than lambda can "
+            "make up for; compare FIDs before using them"
+        )
 
 
 def table(found: Calibration) -> str:
@@ -76,7 +100,12 @@ def table(found: Calibration) -> str:
         error = f"{found.error[t]:.4f}" if np.isfinite(found.error[t]) else "-"
         lines.append(f"{t:4d}  {found.lambdas[t]:.5f}  {error:>8}  {found.how[t]}")
     fit = found.fit()
-    return "\n".join([*lines, f"uniform b = {fit['b']:.5f}; line k = {fit['line_k']:.6f}, b = {fit['line_b']:.5f}"])
+    return "\n".join(
+        [
+            *lines,
+            f"uniform b = {fit['b']:.5f}; line k = {fit['line_k']:.6f}, b = {fit['line_b']:.5f}",
+        ]
+    )
 
 
 if __name__ == "__main__":

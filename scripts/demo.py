@@ -1,12 +1,14 @@
-"""The whole way on real images in a quarter of an hour: digits -> training without (gamma = 0) and with input perturbation
-(gamma = 0.1) -> samples of both, with and without epsilon scaling, from the same noise -> Frechet distance (pixels), precision
-and recall of each -> the exposure bias of both -> a page that shows it all.
+"""The whole way on real images in a quarter of an hour: digits -> training without (gamma = 0) and
+with input perturbation (gamma = 0.1) -> samples of both, with and without epsilon scaling, from the
+same noise -> Frechet distance (pixels), precision and recall of each -> the exposure bias of both
+-> a page that shows it all.
 
     make demo          or, in an environment with the demo extra:   python scripts/demo.py
 
-Each step is a command that you can run yourself; it is printed before it runs. Again after an interruption: what is done is
-not done again.
+Each step is a command that you can run yourself; it is printed before it runs. Again after an
+interruption: what is done is not done again.
 """
+
 import json
 import os
 import subprocess
@@ -14,9 +16,9 @@ import sys
 
 import numpy as np
 
-from guided_diffusion_ip.settings.config import command
 from guided_diffusion_ip.data.image_io import save_grid, write_npz
 from guided_diffusion_ip.evaluation.images import open_images
+from guided_diffusion_ip.settings.config import command
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DIGITS, CONFIG = "datasets/digits", "configs/demo.yaml"
@@ -30,21 +32,76 @@ def main() -> None:
     rows = [("one half of the real digits", halves(f"{RUNS[0.1]}/real"))]
     for gamma, folder in RUNS.items():
         checkpoint = f"{folder}/ema_0.995_{STEPS:06d}.pt"
-        run("scripts/image_train.py", "--config", CONFIG, "--data_dir", DIGITS, "--out_dir", folder, "--input_perturbation",
-            str(gamma), "--max_steps", str(STEPS), "--resume", "auto")
+        run(
+            "scripts/image_train.py",
+            "--config",
+            CONFIG,
+            "--data_dir",
+            DIGITS,
+            "--out_dir",
+            folder,
+            "--input_perturbation",
+            str(gamma),
+            "--max_steps",
+            str(STEPS),
+            "--resume",
+            "auto",
+        )
         for lam in (1.0, LAMBDA):
             out = f"{folder}/samples_lambda_{lam}"
-            run("scripts/image_sample.py", "--config", CONFIG, "--model_path", checkpoint, "--eps_scaler", str(lam),
-                "--out_dir", out)
-            rows.append((f"gamma = {gamma}, lambda = {lam}", evaluate(DIGITS, npz_in(out), f"{out}/evaluation.json")))
-        run("scripts/exposure_bias.py", "--config", CONFIG, "--model_path", checkpoint, "--data_dir", DIGITS, "--measures",
-            "norm,delta,variance", "--num_images", "200", "--batch_size", "100", "--timestep_respacing", "20", "--out_dir",
-            f"{folder}/exposure_bias")
-    print(f"\n{'against the real digits, on pixels':<38}{'Frechet distance':>18}{'precision':>12}{'recall':>10}{'images':>9}")
+            run(
+                "scripts/image_sample.py",
+                "--config",
+                CONFIG,
+                "--model_path",
+                checkpoint,
+                "--eps_scaler",
+                str(lam),
+                "--out_dir",
+                out,
+            )
+            rows.append(
+                (
+                    f"gamma = {gamma}, lambda = {lam}",
+                    evaluate(DIGITS, npz_in(out), f"{out}/evaluation.json"),
+                )
+            )
+        run(
+            "scripts/exposure_bias.py",
+            "--config",
+            CONFIG,
+            "--model_path",
+            checkpoint,
+            "--data_dir",
+            DIGITS,
+            "--measures",
+            "norm,delta,variance",
+            "--num_images",
+            "200",
+            "--batch_size",
+            "100",
+            "--timestep_respacing",
+            "20",
+            "--out_dir",
+            f"{folder}/exposure_bias",
+        )
+    print(
+        f"\n{'against the real digits, on pixels':<38}{'Frechet distance':>18}{'precision':>12}{'recall':>10}{'images':>9}"
+    )
     for name, numbers in rows:
-        values = "".join(f"{numbers[key]['value']:{width}.4f}" for key, width in (("fid", 18), ("prec", 12), ("recall", 10)))
+        values = "".join(
+            f"{numbers[key]['value']:{width}.4f}"
+            for key, width in (("fid", 18), ("prec", 12), ("recall", 10))
+        )
         print(f"{name:<38}{values}{numbers['fid']['samples']:9d}")
-    run("scripts/report.py", *RUNS.values(), "--out", "runs/demo_report.html", "--title", "Digits, with and without remedies")
+    run(
+        "scripts/report.py",
+        *RUNS.values(),
+        "--out",
+        "runs/demo_report.html",
+        "--title",
+        "Digits, with and without remedies",
+    )
 
 
 def run(*args: str) -> None:
@@ -56,7 +113,9 @@ def run(*args: str) -> None:
 
 
 def halves(folder: str) -> dict[str, dict]:
-    """One half of the real digits against the other: as near as samples can come; a picture of some, too."""
+    """One half of the real digits against the other: as near as samples can come; a picture of
+    some, too.
+    """
     real = open_images(DIGITS, "digits")
     pixels = real.rows(0, real.n)
     save_grid(pixels[:: real.n // 64][:64], f"{folder}/grid.png")
@@ -75,7 +134,9 @@ def evaluate(reference: str, samples: str, out: str) -> dict[str, dict]:
 
 
 def npz_in(folder: str) -> str:
-    return next(os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".npz"))
+    return next(
+        os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".npz")
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""A grid of checkpoints x sampler x steps x lambda x eta x seed: sample, evaluate, and one table like the papers'.
+"""A grid of checkpoints x sampler x steps x lambda x eta x seed: sample, evaluate, and one table
+like the papers'.
 
     python scripts/sweep.py configs/sweeps/demo.yaml --out_dir runs/sweep
     python scripts/sweep.py cifar10.yaml --out_dir runs/sweep --processes 4                 # four cells at a time
     python scripts/sweep.py cifar10.yaml --out_dir runs/sweep --launcher "torchrun --standalone --nproc_per_node 4"
 
-The same command again continues an interrupted sweep, or one whose file has grown; finished cells are not computed again.
-Several of these commands may work on one folder. The table: OUT_DIR/table.md, table.csv. More: docs/sweep.md.
+The same command again continues an interrupted sweep, or one whose file has grown; finished cells
+are not computed again. Several of these commands may work on one folder. The table:
+OUT_DIR/table.md, table.csv. More: docs/sweep.md.
 """
+
 import json
 import os
 import shlex
@@ -17,21 +20,26 @@ import sys
 import torch
 
 from guided_diffusion_ip import script_util
-from guided_diffusion_ip.settings.config import command, parse
 from guided_diffusion_ip.evaluation.evaluate import parse_metrics
+from guided_diffusion_ip.files import atomic_file, results_folder
+from guided_diffusion_ip.settings.config import command, parse
 from guided_diffusion_ip.studies.sweep import Sweep, read_sweep
 from guided_diffusion_ip.studies.sweep_run import How, Outcome, run_sweep
 from guided_diffusion_ip.studies.sweep_table import as_csv, as_markdown, make_table
-from guided_diffusion_ip.files import atomic_file, results_folder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPTS = (os.path.join(ROOT, "scripts", "image_sample.py"), os.path.join(ROOT, "evaluations", "evaluator.py"))
+SCRIPTS = (
+    os.path.join(ROOT, "scripts", "image_sample.py"),
+    os.path.join(ROOT, "evaluations", "evaluator.py"),
+)
 
 
 def main() -> None:
     cfg = parse("sweep", __doc__)
     if not cfg.sweep:
-        raise ValueError("which sweep? give its YAML file: sweep.py SWEEP.yaml --out_dir FOLDER (see --help)")
+        raise ValueError(
+            "which sweep? give its YAML file: sweep.py SWEEP.yaml --out_dir FOLDER (see --help)"
+        )
     sweep = read_sweep(cfg.sweep)
     check(sweep)
     launcher = tuple(shlex.split(cfg.launcher))
@@ -42,9 +50,18 @@ def main() -> None:
     print(f"{len(sweep.cells)} cells in {out_dir}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what runs is stopped too
     write(os.path.join(out_dir, "sweep.yaml"), sweep.text)
-    write(os.path.join(out_dir, "cells.json"), json.dumps(
-        {"metrics": sweep.metrics, "features": sweep.features,
-         "cells": [{"folder": cell.folder, **cell.describe()} for cell in sweep.cells]}, indent=1) + "\n")
+    write(
+        os.path.join(out_dir, "cells.json"),
+        json.dumps(
+            {
+                "metrics": sweep.metrics,
+                "features": sweep.features,
+                "cells": [{"folder": cell.folder, **cell.describe()} for cell in sweep.cells],
+            },
+            indent=1,
+        )
+        + "\n",
+    )
     outcome = run_sweep(sweep, out_dir, How(SCRIPTS, launcher, cfg.processes, gpus()))
     report(sweep, out_dir, outcome)
     if outcome.errors:
@@ -55,7 +72,8 @@ def check(sweep: Sweep) -> None:
     """Try what the cells' programs would refuse, before anything is written or computed.
 
     Raises:
-        ValueError: an unknown flag or metric, a contradiction to a checkpoint, no published lambda, a schedule for other steps.
+        ValueError: an unknown flag or metric, a contradiction to a checkpoint, no published lambda,
+            a schedule for other steps.
     """
     try:
         parse_metrics(",".join(sweep.metrics))
@@ -81,14 +99,20 @@ def report(sweep: Sweep, out_dir: str, outcome: Outcome) -> None:
     table = make_table(cells, results, sweep.metrics, sweep.features)
     write(os.path.join(out_dir, "table.md"), as_markdown(table))
     write(os.path.join(out_dir, "table.csv"), as_csv(table))
-    print(f"\n{as_markdown(table)}\n{len(outcome.computed)} of {len(sweep.cells)} cells computed now; "
-          f"table: {os.path.join(out_dir, 'table.md')}, table.csv", flush=True)
+    print(
+        f"\n{as_markdown(table)}\n{len(outcome.computed)} of {len(sweep.cells)} cells computed "
+        f"now; table: {os.path.join(out_dir, 'table.md')}, table.csv",
+        flush=True,
+    )
     for cell in sweep.cells:
         if cell.folder in outcome.errors:
             print(f"failed: {cell.name}: {outcome.errors[cell.folder]}", file=sys.stderr)
     if outcome.errors:
-        print(f"error: {len(outcome.errors)} of {len(sweep.cells)} cells failed; the same command tries them again",
-              file=sys.stderr)
+        print(
+            f"error: {len(outcome.errors)} of {len(sweep.cells)} cells failed; the same command "
+            "tries them again",
+            file=sys.stderr,
+        )
 
 
 def write(path: str, text: str) -> None:

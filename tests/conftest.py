@@ -1,4 +1,7 @@
-"""Shared by all tests: one thread per process (the machine is small), slow tests only when asked for."""
+"""Shared by all tests: one thread per process (the machine is small), slow tests only when asked
+for.
+"""
+
 import pytest
 import torch
 

@@ -1,4 +1,5 @@
 """Calling the scripts in datasets/, and small sources in the published forms."""
+
 import importlib.util
 import io
 import tarfile
@@ -14,7 +15,9 @@ PARTIAL = "--allow_partial"
 
 def script(name):
     """The module datasets/NAME.py."""
-    spec = importlib.util.spec_from_file_location(f"datasets_{name}", ROOT / "datasets" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"datasets_{name}", ROOT / "datasets" / f"{name}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -27,7 +30,9 @@ def run(name, *argv):
 def pixels(n, height, width, seed=0):
     """Smooth random pictures: what jpeg and webp keep well."""
     small = np.random.default_rng(seed).integers(0, 256, (n, 6, 5, 3), np.uint8)
-    return [Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC) for image in small]
+    return [
+        Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC) for image in small
+    ]
 
 
 def arrays(path):
@@ -37,7 +42,11 @@ def arrays(path):
 
 def contents(folder):
     """{relative name: bytes} of all files."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def into_zip(path, files):

@@ -1,4 +1,5 @@
-"""Seeded synthetic features, of which the published evaluator was asked once: tests/data/metrics_golden.json (numpy only).
+"""Seeded synthetic features, of which the published evaluator was asked once:
+tests/data/metrics_golden.json (numpy only).
 
 Bit-reproducible on any IEEE-754 machine: only default_rng().random(), + - * / sqrt max,
 and a butterfly (Walsh-Hadamard) mix with a fixed order of additions.  No BLAS, no exp/log.
@@ -8,6 +9,7 @@ and a butterfly (Walsh-Hadamard) mix with a fixed order of additions.  No BLAS, 
     softmax_weight()   float32 [2048, 1008]  (in, out), as softmax/weights of the TF graph
 kind is "ref" or "sample".  Rows are a prefix property: pool(kind, n)[:m] == pool(kind, m).
 """
+
 import numpy as np
 
 BLOCK = 500  # rows drawn per generator, so that prefixes agree
@@ -29,27 +31,35 @@ def _fwht(x):
 def _gen(tag, kind, n, relu_mean, relu_mean_spread, gain):
     k = {"ref": 0, "sample": 1}[kind]
     d = 2048
-    f = np.random.default_rng([2024, tag, 99])           # shared by ref and sample
+    f = np.random.default_rng([2024, tag, 99])  # shared by ref and sample
     signs = np.where(f.random(d) < 0.5, -1.0, 1.0)
-    scale = f.random(d) * 0.8 + 0.6                       # per-feature scale, after mixing
+    scale = f.random(d) * 0.8 + 0.6  # per-feature scale, after mixing
     mean = relu_mean + relu_mean_spread * (f.random(d) - 0.5)
     spec = 1.0 / np.sqrt(np.arange(d, dtype=np.float64) + 1.0)
-    centres = (f.random((20, d)) - 0.5) * 3.0             # 20 clusters in the latent space
-    if k == 1:                                            # the sample set: shifted, narrower, partly other clusters
+    centres = (f.random((20, d)) - 0.5) * 3.0  # 20 clusters in the latent space
+    if k == 1:  # the sample set: shifted, narrower, partly other clusters
         g = np.random.default_rng([2024, tag, 98])
         mean = mean + 0.04 * (g.random(d) - 0.5)
         spec = spec * 0.97
-        centres = np.concatenate([centres[:13], (g.random((7, d)) - 0.5) * 3.6])  # 7 clusters of its own
+        centres = np.concatenate(
+            [centres[:13], (g.random((7, d)) - 0.5) * 3.6]
+        )  # 7 clusters of its own
     out = np.empty((n, d), np.float32)
     for b0 in range(0, n, BLOCK):
         r = np.random.default_rng([2024, tag, k, b0 // BLOCK])
-        u = (r.random((BLOCK, d)) + r.random((BLOCK, d)) + r.random((BLOCK, d)) + r.random((BLOCK, d)) - 2.0)
-        z = u * 1.7320508075688772                        # ~N(0,1): sum of 4 uniforms
+        u = (
+            r.random((BLOCK, d))
+            + r.random((BLOCK, d))
+            + r.random((BLOCK, d))
+            + r.random((BLOCK, d))
+            - 2.0
+        )
+        z = u * 1.7320508075688772  # ~N(0,1): sum of 4 uniforms
         c = r.integers(0, 20, BLOCK)
         z = (z + centres[c]) * spec * signs
         y = _fwht(z) * gain * scale + mean
         m = min(BLOCK, n - b0)
-        out[b0:b0 + m] = np.maximum(y[:m], 0.0).astype(np.float32)
+        out[b0 : b0 + m] = np.maximum(y[:m], 0.0).astype(np.float32)
     return out
 
 

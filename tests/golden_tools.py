@@ -4,6 +4,7 @@ The published implementation was run once on such inputs and weights; its answer
 Every array has a generator of its own, keyed by the seed and the CRC-32 of its name, so that none
 depends on the order in which they are made.
 """
+
 from __future__ import annotations
 
 import zlib
@@ -54,7 +55,9 @@ def load_seeded_weights(model: torch.nn.Module, seed: int = SEED) -> torch.nn.Mo
 
 
 def seeded_checkpoint(path: Path, model: torch.nn.Module) -> str:
-    """Write the model's seeded weights, of no merit but all with an effect, to `path`; returns it."""
+    """Write the model's seeded weights, of no merit but all with an effect, to `path`;
+    returns it.
+    """
     torch.save(load_seeded_weights(model).state_dict(), path)
     return str(path)
 

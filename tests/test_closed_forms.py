@@ -1,7 +1,9 @@
 """Mathematics that has an exact answer: Gaussian data, for which the best network is known.
 
-Data N(0, s^2): x_t has variance V_t = ab s^2 + 1 - ab, and E[epsilon | x_t] = sqrt(1 - ab) / V_t * x_t.
+Data N(0, s^2): x_t has variance V_t = ab s^2 + 1 - ab, and E[epsilon | x_t] = sqrt(1 - ab) / V_t *
+x_t.
 """
+
 import warnings
 
 import numpy as np
@@ -9,7 +11,14 @@ import pytest
 import torch
 
 from guided_diffusion_ip.diffusion import (
-    GaussianDiffusion, LossType, ModelMeanType, ModelVarType, SpacedDiffusion, get_named_beta_schedule, space_timesteps)
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    SpacedDiffusion,
+    get_named_beta_schedule,
+    space_timesteps,
+)
 from guided_diffusion_ip.diffusion.epsilon_scaling import lambda_schedule
 from guided_diffusion_ip.diffusion.noise_schedule import NoiseSchedule
 from guided_diffusion_ip.script_util import create_gaussian_diffusion
@@ -30,19 +39,33 @@ def exact_network(process, kind=ModelMeanType.EPSILON, s=S):
         ModelMeanType.EPSILON: eps_slope(process, s),
         ModelMeanType.START_X: np.sqrt(ab) * s**2 / (ab * s**2 + 1 - ab),
     }
-    slope[ModelMeanType.PREVIOUS_X] = (process.posterior_mean_coef1 * slope[ModelMeanType.START_X]
-                                       + process.posterior_mean_coef2)
+    slope[ModelMeanType.PREVIOUS_X] = (
+        process.posterior_mean_coef1 * slope[ModelMeanType.START_X] + process.posterior_mean_coef2
+    )
     table = torch.from_numpy(slope[kind]).float()
     return lambda x, t: table[t].view(-1, 1, 1, 1) * x
 
 
-def make(mean_type=ModelMeanType.EPSILON, var_type=ModelVarType.FIXED_SMALL, steps=40, schedule="linear", **kwargs):
-    return GaussianDiffusion(betas=get_named_beta_schedule(schedule, steps), model_mean_type=mean_type,
-                             model_var_type=var_type, loss_type=LossType.MSE, **kwargs)
+def make(
+    mean_type=ModelMeanType.EPSILON,
+    var_type=ModelVarType.FIXED_SMALL,
+    steps=40,
+    schedule="linear",
+    **kwargs,
+):
+    return GaussianDiffusion(
+        betas=get_named_beta_schedule(schedule, steps),
+        model_mean_type=mean_type,
+        model_var_type=var_type,
+        loss_type=LossType.MSE,
+        **kwargs,
+    )
 
 
 def recursion(process, eta, sampler, s=S, start=1.0):
-    """Variances V_{t-1} = A_t^2 V_t + v_t for the exact network whose epsilon is divided by lambda(t)."""
+    """Variances V_{t-1} = A_t^2 V_t + v_t for the exact network whose epsilon is divided by
+    lambda(t).
+    """
     ab, ab_prev = process.alphas_cumprod, process.alphas_cumprod_prev
     slope = eps_slope(process, s) / process.lambdas
     x0_slope = (1 - np.sqrt(1 - ab) * slope) / np.sqrt(ab)
@@ -50,7 +73,11 @@ def recursion(process, eta, sampler, s=S, start=1.0):
     for t in range(process.num_timesteps - 1, -1, -1):
         if sampler == "ddpm":
             a = process.posterior_mean_coef1[t] * x0_slope[t] + process.posterior_mean_coef2[t]
-            noise = process.posterior_variance[t] if process.model_var_type is ModelVarType.FIXED_SMALL else process.betas[t]
+            noise = (
+                process.posterior_variance[t]
+                if process.model_var_type is ModelVarType.FIXED_SMALL
+                else process.betas[t]
+            )
         else:
             noise = eta**2 * (1 - ab_prev[t]) / (1 - ab[t]) * (1 - ab[t] / ab_prev[t])
             a = np.sqrt(ab_prev[t]) * x0_slope[t] + np.sqrt(1 - ab_prev[t] - noise) * slope[t]
@@ -60,9 +87,18 @@ def recursion(process, eta, sampler, s=S, start=1.0):
 
 
 @pytest.mark.parametrize("mean_type", list(ModelMeanType))
-@pytest.mark.parametrize("lam", [{}, {"eps_scaler": 1.02}, {"eps_scaler": 0.99, "eps_scaler_k": 0.001},
-                                 {"eps_scaler": list(np.linspace(1.03, 0.98, 40))}])
-@pytest.mark.parametrize("sampler, eta", [("ddpm", None), ("ddim", 0.0), ("ddim", 0.6), ("ddim", 1.0)])
+@pytest.mark.parametrize(
+    "lam",
+    [
+        {},
+        {"eps_scaler": 1.02},
+        {"eps_scaler": 0.99, "eps_scaler_k": 0.001},
+        {"eps_scaler": list(np.linspace(1.03, 0.98, 40))},
+    ],
+)
+@pytest.mark.parametrize(
+    "sampler, eta", [("ddpm", None), ("ddim", 0.0), ("ddim", 0.6), ("ddim", 1.0)]
+)
 def test_every_sampler_follows_the_variance_recursion(mean_type, lam, sampler, eta):
     process = make(mean_type, **lam)
     model = exact_network(process, mean_type)
@@ -70,17 +106,27 @@ def test_every_sampler_follows_the_variance_recursion(mean_type, lam, sampler, e
     shape = (64, 1, 64, 64)  # 262,144 numbers: the variance has a standard error of 0.28 %
     randn_like = lambda x: torch.randn(x.shape, generator=generator)  # noqa: E731
     options = {} if eta is None else {"eta": eta}
-    progressive = process.p_sample_loop_progressive if sampler == "ddpm" else process.ddim_sample_loop_progressive
-    got = [out["sample"].var().item() for out in
-           progressive(model, shape, clip_denoised=False, randn_like=randn_like, **options)]
+    progressive = (
+        process.p_sample_loop_progressive
+        if sampler == "ddpm"
+        else process.ddim_sample_loop_progressive
+    )
+    got = [
+        out["sample"].var().item()
+        for out in progressive(model, shape, clip_denoised=False, randn_like=randn_like, **options)
+    ]
     np.testing.assert_allclose(got, recursion(process, eta, sampler), rtol=0.02)
 
 
 def test_fixed_large_variance_follows_the_recursion():
     process = make(var_type=ModelVarType.FIXED_LARGE)
     torch.manual_seed(0)
-    got = [out["sample"].var().item() for out in process.p_sample_loop_progressive(
-        exact_network(process), (64, 1, 64, 64), clip_denoised=False)]
+    got = [
+        out["sample"].var().item()
+        for out in process.p_sample_loop_progressive(
+            exact_network(process), (64, 1, 64, 64), clip_denoised=False
+        )
+    ]
     np.testing.assert_allclose(got, recursion(process, None, "ddpm"), rtol=0.02)
 
 
@@ -98,7 +144,9 @@ def test_reverse_ddim_retraces_the_path():
     x0 = torch.randn(2, 1, 4, 4) * S
     x = x0
     for t in range(process.num_timesteps - 1):
-        x = process.ddim_reverse_sample(model, x, torch.full((2,), t), clip_denoised=False)["sample"]
+        x = process.ddim_reverse_sample(model, x, torch.full((2,), t), clip_denoised=False)[
+            "sample"
+        ]
     back = x
     for t in range(process.num_timesteps - 1, -1, -1):
         back = process.ddim_sample(model, back, torch.full((2,), t), clip_denoised=False)["sample"]
@@ -116,7 +164,8 @@ def test_reverse_ddim_is_not_scaled_unless_asked():
 @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("t", [5, 20, 39])
 def test_best_linear_predictor_under_input_perturbation(gamma, t):
-    # Fit y = a x by least squares through training_losses itself: the minimum of a quadratic from three points.
+    # Fit y = a x by least squares through training_losses itself: the minimum of a quadratic from
+    # three points.
     process = make(input_perturbation=gamma)
     torch.manual_seed(t)
     x0 = torch.randn(16, 1, 128, 128) * S
@@ -124,8 +173,14 @@ def test_best_linear_predictor_under_input_perturbation(gamma, t):
     steps = torch.full((16,), t)
 
     def loss(a):
-        return process.training_losses(lambda x, t: a * x, x0, steps, noise=eps,
-                                       randn_like=lambda z: xi)["loss"].double().mean().item()
+        return (
+            process.training_losses(
+                lambda x, t: a * x, x0, steps, noise=eps, randn_like=lambda z: xi
+            )["loss"]
+            .double()
+            .mean()
+            .item()
+        )
 
     down, centre, up = loss(-1.0), loss(0.0), loss(1.0)
     best = (down - up) / (2 * (down + up - 2 * centre))
@@ -135,7 +190,8 @@ def test_best_linear_predictor_under_input_perturbation(gamma, t):
 
 
 def test_loss_floor_under_input_perturbation():
-    # With pure noise at the input, epsilon can be told from epsilon + gamma xi only up to gamma^2 / (1 + gamma^2).
+    # With pure noise at the input, epsilon can be told from epsilon + gamma xi only up to gamma^2 /
+    # (1 + gamma^2).
     gamma = 0.5
     process = make(steps=1000, schedule="cosine", input_perturbation=gamma)
     torch.manual_seed(0)
@@ -163,9 +219,11 @@ def test_lambda_one_is_the_baseline_bitwise(mean_type, var_type):
     ones = make(mean_type, var_type, eps_scaler=[1.0] * 40)
     scaled = make(mean_type, var_type, eps_scaler=1.01)
     for loop in ("p_sample_loop", "ddim_sample_loop"):
+
         def run(process):
             torch.manual_seed(5)
             return getattr(process, loop)(model, noise.shape, noise=noise)
+
         assert torch.equal(run(plain), run(ones))
         assert not torch.equal(run(plain), run(scaled))
 
@@ -178,8 +236,13 @@ def test_gamma_and_lambda_do_not_touch_each_others_path(mean_type, var_type, los
     x0, t = torch.rand(4, 3, 4, 4) * 2 - 1, torch.tensor([0, 7, 20, 39])
 
     def process(**kwargs):
-        return GaussianDiffusion(betas=get_named_beta_schedule("linear", 40), model_mean_type=mean_type,
-                                 model_var_type=var_type, loss_type=loss_type, **kwargs)
+        return GaussianDiffusion(
+            betas=get_named_beta_schedule("linear", 40),
+            model_mean_type=mean_type,
+            model_var_type=var_type,
+            loss_type=loss_type,
+            **kwargs,
+        )
 
     def loss(p, gamma=None):
         torch.manual_seed(1)
@@ -203,14 +266,21 @@ def test_gamma_and_lambda_do_not_touch_each_others_path(mean_type, var_type, los
 @pytest.mark.parametrize("rescale", [False, True])
 def test_spaced_with_all_steps_is_the_process_itself_bitwise(schedule, rescale):
     betas = get_named_beta_schedule(schedule, 100)
-    kwargs = dict(betas=betas, model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.LEARNED_RANGE,
-                  loss_type=LossType.RESCALED_MSE, rescale_timesteps=rescale)
+    kwargs = dict(
+        betas=betas,
+        model_mean_type=ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.LEARNED_RANGE,
+        loss_type=LossType.RESCALED_MSE,
+        rescale_timesteps=rescale,
+    )
     whole, spaced = GaussianDiffusion(**kwargs), SpacedDiffusion(use_timesteps=range(100), **kwargs)
     model, noise = scrambled(6), torch.randn(2, 3, 4, 4)
     x0, t = torch.rand(3, 3, 4, 4), torch.tensor([0, 50, 99])
-    for run in (lambda p: p.p_sample_loop(model, noise.shape, noise=noise),
-                lambda p: p.ddim_sample_loop(model, noise.shape, noise=noise, eta=0.5),
-                lambda p: p.training_losses(model, x0, t)["loss"]):
+    for run in (
+        lambda p: p.p_sample_loop(model, noise.shape, noise=noise),
+        lambda p: p.ddim_sample_loop(model, noise.shape, noise=noise, eta=0.5),
+        lambda p: p.training_losses(model, x0, t)["loss"],
+    ):
         torch.manual_seed(0)
         first = run(whole)
         torch.manual_seed(0)
@@ -224,7 +294,9 @@ def test_respacing_keeps_alpha_bar_and_tells_the_network_the_original_time():
         seen.append(t.clone())
         return torch.zeros_like(x)
 
-    d = create_gaussian_diffusion(steps=1000, noise_schedule="cosine", timestep_respacing="10", rescale_timesteps=True)
+    d = create_gaussian_diffusion(
+        steps=1000, noise_schedule="cosine", timestep_respacing="10", rescale_timesteps=True
+    )
     original = np.cumprod(1 - get_named_beta_schedule("cosine", 1000))
     np.testing.assert_allclose(d.alphas_cumprod, original[d.timestep_map], rtol=1e-12, atol=1e-17)
     d.p_sample_loop(model, (1, 3, 2, 2))
@@ -232,20 +304,34 @@ def test_respacing_keeps_alpha_bar_and_tells_the_network_the_original_time():
 
     seen.clear()
     gradients = []
-    d.p_sample_loop(model, (1, 3, 2, 2), cond_fn=lambda x, t: (gradients.append(t), torch.zeros_like(x))[1])
-    assert all(torch.equal(a, b) for a, b in zip(seen, gradients)), "cond_fn must see the network's time"
+    d.p_sample_loop(
+        model, (1, 3, 2, 2), cond_fn=lambda x, t: (gradients.append(t), torch.zeros_like(x))[1]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(seen, gradients)), (
+        "cond_fn must see the network's time"
+    )
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("4", {0, 3, 6, 9}), ("ddim5", {0, 2, 4, 6, 8}), ("ddim4", {0, 3, 6, 9}), ("2,3", {0, 4, 5, 7, 9}), ("1", {0}),
-    ([10], set(range(10)))])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("4", {0, 3, 6, 9}),
+        ("ddim5", {0, 2, 4, 6, 8}),
+        ("ddim4", {0, 3, 6, 9}),
+        ("2,3", {0, 4, 5, 7, 9}),
+        ("1", {0}),
+        ([10], set(range(10))),
+    ],
+)
 def test_space_timesteps(text, expected):
     assert space_timesteps(10, text) == expected
 
 
 @pytest.mark.parametrize("steps, possible", [(10, 6), (100, 19), (1000, 63), (4000, 126)])
 def test_ddim_takes_what_some_stride_gives_and_names_the_neighbours_otherwise(steps, possible):
-    """guided-diffusion's definition, by brute force: the first stride that leaves N of the steps."""
+    """guided-diffusion's definition, by brute force: the first stride that leaves N of
+    the steps.
+    """
     kept = {}
     for stride in range(1, steps + 1):
         kept.setdefault(len(range(0, steps, stride)), set(range(0, steps, stride)))
@@ -254,12 +340,17 @@ def test_ddim_takes_what_some_stride_gives_and_names_the_neighbours_otherwise(st
         if n in kept:
             assert space_timesteps(steps, f"ddim{n}") == kept[n]
         else:
-            near = [max((m for m in kept if m < n), default=0),
-                    min((m for m in kept if m > n), default=0)]
+            near = [
+                max((m for m in kept if m < n), default=0),
+                min((m for m in kept if m > n), default=0),
+            ]
             named = ", ".join(f"ddim{m}" for m in near if m)
             plain = min(max(n, 1), steps)
-            with pytest.raises(ValueError, match=f"ddim{n}: .* {n} of {steps} steps; possible near it: "
-                                                 f"{named}, or {plain} without 'ddim'$"):
+            with pytest.raises(
+                ValueError,
+                match=f"ddim{n}: .* {n} of {steps} steps; possible near it: "
+                f"{named}, or {plain} without 'ddim'$",
+            ):
                 space_timesteps(steps, f"ddim{n}")
 
 
@@ -283,7 +374,9 @@ def test_guidance_scales_epsilon_once_and_the_gradient_never():
         torch.manual_seed(0)
         unguided = scaled.p_sample(model, x, t, **zero_clip)["sample"]
         variance = float(plain.posterior_variance[t_value])
-        torch.testing.assert_close(guided - unguided, torch.full_like(x, variance * gradient), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            guided - unguided, torch.full_like(x, variance * gradient), rtol=1e-3, atol=1e-6
+        )
 
 
 def test_bound_is_zero_for_the_true_posterior_and_prior_for_a_long_chain():
@@ -291,16 +384,23 @@ def test_bound_is_zero_for_the_true_posterior_and_prior_for_a_long_chain():
     x0 = torch.rand(4, 3, 8, 8) * 2 - 1
     result = process.calc_bpd_loop(lambda x, t: x0, x0)
     assert result["prior_bpd"].abs().max() < 1e-4
-    assert result["vb"][:, :-1].abs().max() < 1e-5, "a network that knows x_0 pays nothing for t > 0"
+    assert result["vb"][:, :-1].abs().max() < 1e-5, (
+        "a network that knows x_0 pays nothing for t > 0"
+    )
     assert result["vb"].shape == (4, 1000)
 
 
 # ---- where the limits are ----
 
+
 def spaced(*timesteps):
-    return SpacedDiffusion(timesteps, betas=get_named_beta_schedule("linear", 100),
-                           model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_SMALL,
-                           loss_type=LossType.MSE)
+    return SpacedDiffusion(
+        timesteps,
+        betas=get_named_beta_schedule("linear", 100),
+        model_mean_type=ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.FIXED_SMALL,
+        loss_type=LossType.MSE,
+    )
 
 
 @pytest.mark.parametrize("timesteps", [(), (-1, 5), (0, 100), (100,)])
@@ -321,7 +421,9 @@ def test_betas_that_are_none(betas):
 
 def test_a_last_beta_of_one_leaves_no_signal():
     schedule = NoiseSchedule([0.5, 1.0])
-    assert schedule.alphas_cumprod.tolist() == [0.5, 0.0] and np.isinf(schedule.sqrt_recip_alphas_cumprod[1])
+    assert schedule.alphas_cumprod.tolist() == [0.5, 0.0] and np.isinf(
+        schedule.sqrt_recip_alphas_cumprod[1]
+    )
     assert schedule.snr.tolist() == [1.0, 0.0]
 
 
@@ -344,11 +446,25 @@ def test_a_line_is_positive_down_to_its_lower_end():
         lambda_schedule(1.0, -0.34, 4)
 
 
-@pytest.mark.parametrize("gain, lam, clip, warns", [
-    (1100, 1.01, False, True), (900, 1.01, False, False), (1100, 1.0, False, False), (1100, 1.01, True, False)])
-def test_unclipped_scaling_is_warned_of_where_the_first_step_multiplies_epsilon_by_a_thousand(gain, lam, clip, warns):
-    process = GaussianDiffusion(betas=[0.1, 1 - 1 / (0.9 * (1 + gain**2))], model_mean_type=ModelMeanType.EPSILON,
-                                model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE, eps_scaler=lam)
+@pytest.mark.parametrize(
+    "gain, lam, clip, warns",
+    [
+        (1100, 1.01, False, True),
+        (900, 1.01, False, False),
+        (1100, 1.0, False, False),
+        (1100, 1.01, True, False),
+    ],
+)
+def test_unclipped_scaling_is_warned_of_where_the_first_step_multiplies_epsilon_by_a_thousand(
+    gain, lam, clip, warns
+):
+    process = GaussianDiffusion(
+        betas=[0.1, 1 - 1 / (0.9 * (1 + gain**2))],
+        model_mean_type=ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.FIXED_SMALL,
+        loss_type=LossType.MSE,
+        eps_scaler=lam,
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         process.p_sample_loop(lambda x, t: x, (1, 1, 2, 2), clip_denoised=clip)

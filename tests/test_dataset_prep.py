@@ -1,4 +1,7 @@
-"""dataset_prep.py and parts.py: sets that go on where they were interrupted, and reference images that are always the same."""
+"""dataset_prep.py and parts.py: sets that go on where they were interrupted, and reference images
+that are always the same.
+"""
+
 import io
 import os
 import re
@@ -9,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from guided_diffusion_ip.data.preprocessing import recorded
 from guided_diffusion_ip.preparation import writers as dataset_prep
+from guided_diffusion_ip.preparation.parts import Parts, discard
 from guided_diffusion_ip.preparation.writers import (
     is_finished,
     reference_rows,
@@ -18,8 +23,6 @@ from guided_diffusion_ip.preparation.writers import (
     write_image_npz,
     write_reference,
 )
-from guided_diffusion_ip.preparation.parts import Parts, discard
-from guided_diffusion_ip.data.preprocessing import recorded
 
 
 def pictures(n):
@@ -59,7 +62,9 @@ def test_an_interrupted_folder_goes_on_and_writes_nothing_twice(tmp_path):
         write_image_folder(out, items(5), 5, "made so", Parts(tmp_path / "out", "train", "s"))
     begun = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")}
     assert len(begun) == 5 and not out.exists()
-    assert write_image_folder(out, items(9), 5, "made so", Parts(tmp_path / "out", "train", "s")) == 9
+    assert (
+        write_image_folder(out, items(9), 5, "made so", Parts(tmp_path / "out", "train", "s")) == 9
+    )
     assert os.listdir(tmp_path / "out") == ["train"] and recorded(out) == "made so"
     later = {path.name: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     assert all(later[path.name] == time for path, time in begun.items()) and len(later) == 9
@@ -76,9 +81,14 @@ def test_an_interrupted_npz_goes_on_after_its_last_whole_piece(tmp_path):
     assert sorted(again.asked) == list(range(75, 120))
     render_npz(str(tmp_path / "whole"), source(120), render, (4, 5), "line 4x5x3")
     assert os.listdir(tmp_path / "out") == ["train.npz"]
-    assert (tmp_path / "out" / "train.npz").read_bytes() == (tmp_path / "whole" / "train.npz").read_bytes()
+    assert (tmp_path / "out" / "train.npz").read_bytes() == (
+        tmp_path / "whole" / "train.npz"
+    ).read_bytes()
     with np.load(tmp_path / "out" / "train.npz") as arrays:
-        assert np.array_equal(arrays["arr_0"], pictures(120)) and str(arrays["preprocessing"]) == "line 4x5x3"
+        assert (
+            np.array_equal(arrays["arr_0"], pictures(120))
+            and str(arrays["preprocessing"]) == "line 4x5x3"
+        )
     finished = source(120)
     render_npz(str(tmp_path / "out"), finished, render, (4, 5), "line 4x5x3")
     assert not finished.asked
@@ -113,7 +123,9 @@ def test_other_settings_do_not_mix_and_leftovers_go(tmp_path):
     render_npz(str(tmp_path), source(120), render, (4, 5), "line")
     assert os.listdir(tmp_path) == ["train.npz"]
     for n, line in ((120, "other line"), (119, "line")):
-        with pytest.raises(ValueError, match="is there already and is another set: 120 images, 'line'"):
+        with pytest.raises(
+            ValueError, match="is there already and is another set: 120 images, 'line'"
+        ):
             render_npz(str(tmp_path), source(n), render, (4, 5), line)
 
 
@@ -144,7 +156,9 @@ def test_reference_is_drawn_from_the_training_set_or_is_it(tmp_path, monkeypatch
         assert np.array_equal(arrays["arr_0"], pictures(20)[reference_rows(20, 6)])
     assert recorded(tmp_path / "reference.npz") == "line"
     assert "were there already" in write_reference(str(tmp_path), 6, "line")
-    with pytest.raises(ValueError, match="reference.npz is there already and is another set: 6 images"):
+    with pytest.raises(
+        ValueError, match="reference.npz is there already and is another set: 6 images"
+    ):
         write_reference(str(tmp_path), 20, "line")
     os.remove(tmp_path / "reference.npz")
     assert "another name of" in write_reference(str(tmp_path), 50, "line")
@@ -161,8 +175,12 @@ def test_reference_is_drawn_from_the_training_set_or_is_it(tmp_path, monkeypatch
 
 def test_is_finished(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert not is_finished(str(tmp_path / "empty"), 3, "line") and not is_finished(str(tmp_path / "gone"), 3, "line")
-    write_image_folder(tmp_path / "set", ((image, None) for image in pictures(3)), preprocessing="line")
+    assert not is_finished(str(tmp_path / "empty"), 3, "line") and not is_finished(
+        str(tmp_path / "gone"), 3, "line"
+    )
+    write_image_folder(
+        tmp_path / "set", ((image, None) for image in pictures(3)), preprocessing="line"
+    )
     assert is_finished(str(tmp_path / "set"), 3, "line")
     write_image_npz(tmp_path / "a.npz", pictures(3), (3, 4, 5, 3))
     with pytest.raises(ValueError, match="3 images, 'of unknown making'; wanted are 3, 'line'"):

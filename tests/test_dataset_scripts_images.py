@@ -1,4 +1,7 @@
-"""The scripts in datasets/ that scale pictures (LSUN, CelebA, FFHQ), on small sources of the published forms."""
+"""The scripts in datasets/ that scale pictures (LSUN, CelebA, FFHQ), on small sources of the
+published forms.
+"""
+
 import hashlib
 import io
 import os
@@ -9,13 +12,14 @@ import time
 
 import numpy as np
 import pytest
+from dataset_tools import PARTIAL, ROOT, arrays, contents, into_zip, pixels, run, script
 from PIL import Image
 
-from dataset_tools import PARTIAL, ROOT, arrays, contents, into_zip, pixels, run, script
-from guided_diffusion_ip.preparation.writers import reference_rows
 from guided_diffusion_ip.data.image_datasets import load_data
+from guided_diffusion_ip.preparation.writers import reference_rows
 
 # LSUN
+
 
 def lsun(path, images):
     lmdb = pytest.importorskip("lmdb")
@@ -45,9 +49,11 @@ def test_lsun_tower(tmp_path, monkeypatch):
         image = Image.open(data).convert("RGB")
         once = image.resize((85, 64) if k < 4 else (64, 75), Image.Resampling.BOX)
         left, top = (10, 0) if k < 4 else (0, 5)
-        assert np.array_equal(row, np.asarray(once)[top:top + 64, left:left + 64])
+        assert np.array_equal(row, np.asarray(once)[top : top + 64, left : left + 64])
     assert str(made["preprocessing"]) == "lsun-tower > crop=center resize=box 64x64x3"
-    assert os.path.samefile(tmp_path / "out" / "train.npz", tmp_path / "out" / "reference.npz")  # 7 are fewer than 50,000
+    assert os.path.samefile(
+        tmp_path / "out" / "train.npz", tmp_path / "out" / "reference.npz"
+    )  # 7 are fewer than 50,000
     with pytest.raises(ValueError, match="found 7 images, published are 708,264"):
         run("lsun_tower", "--source", tmp_path / "downloads", "--out", tmp_path / "out")
     monkeypatch.setitem(sys.modules, "lmdb", None)
@@ -57,12 +63,18 @@ def test_lsun_tower(tmp_path, monkeypatch):
 
 def test_lsun_pixels_are_means_of_4x4_rounded_once_and_the_piece_is_the_middle_one():
     render, numbers = script("lsun_tower").render, np.random.default_rng(0)
-    image = numbers.integers(0, 256, (256, 354, 3), np.uint8)  # 354 / 4 = 88.5 columns, rounded to the even 88
-    assert np.array_equal(render(Image.fromarray(image), ""),
-                          np.asarray(Image.fromarray(image).resize((88, 64), Image.Resampling.BOX))[:, 12:76])
+    image = numbers.integers(
+        0, 256, (256, 354, 3), np.uint8
+    )  # 354 / 4 = 88.5 columns, rounded to the even 88
+    assert np.array_equal(
+        render(Image.fromarray(image), ""),
+        np.asarray(Image.fromarray(image).resize((88, 64), Image.Resampling.BOX))[:, 12:76],
+    )
     means = image[:, :256].reshape(64, 4, 64, 4, 3).mean((1, 3))
     error = render(Image.fromarray(image[:, :256]), "") - means
-    assert abs(error).max() <= 1 and error.mean() < 0.3  # Pillow rounds halves up; halved twice, errors are 1 on average
+    assert (
+        abs(error).max() <= 1 and error.mean() < 0.3
+    )  # Pillow rounds halves up; halved twice, errors are 1 on average
 
 
 def test_a_damaged_image_in_lsun_is_named_by_its_key(tmp_path):
@@ -75,6 +87,7 @@ def test_a_damaged_image_in_lsun_is_named_by_its_key(tmp_path):
 
 # CelebA
 
+
 def celeba(folder, n, seed=0):
     folder.mkdir(parents=True)
     for k, image in enumerate(pixels(n, 218, 178, seed)):
@@ -82,11 +95,15 @@ def celeba(folder, n, seed=0):
 
 
 def bilinear(pixels):
-    """float64 [64, 64, C] of [H, W, C]: values at the middles of 64 x 64 fields, between the pixels around them only."""
+    """float64 [64, 64, C] of [H, W, C]: values at the middles of 64 x 64 fields, between the pixels
+    around them only.
+    """
     for axis in (0, 1):
         n = pixels.shape[axis]
         places = (np.arange(64) + 0.5) / 64 * n - 0.5
-        pixels = np.apply_along_axis(lambda line: np.interp(places, np.arange(n), line), axis, pixels)
+        pixels = np.apply_along_axis(
+            lambda line: np.interp(places, np.arange(n), line), axis, pixels
+        )
     return pixels
 
 
@@ -96,33 +113,53 @@ def squeeze(pixels):
 
 def test_celeba64_squeezed_images_are_bilinear_and_aliased():
     y, x = np.mgrid[:218, :178].astype(float)
-    x_made, y_made = np.meshgrid((np.arange(64) + 0.5) * 178 / 64 - 0.5, (np.arange(64) + 0.5) * 218 / 64 - 0.5)
+    x_made, y_made = np.meshgrid(
+        (np.arange(64) + 0.5) * 178 / 64 - 0.5, (np.arange(64) + 0.5) * 218 / 64 - 0.5
+    )
     ramp = np.stack([y, x, (x + y) / 2], axis=2)  # a bilinear image of a plane is the plane
     assert abs(squeeze(ramp) - np.stack([y_made, x_made, (x_made + y_made) / 2], axis=2)).max() <= 1
-    assert (squeeze(np.full((218, 178, 3), 255)) == 255).all() and (squeeze(np.zeros((218, 178, 3))) == 0).all()
+    assert (squeeze(np.full((218, 178, 3), 255)) == 255).all() and (
+        squeeze(np.zeros((218, 178, 3))) == 0
+    ).all()
     noise = np.random.default_rng(0).integers(0, 256, (218, 178, 3))
     assert abs(squeeze(noise) - bilinear(noise)).max() <= 1
-    stripes = np.broadcast_to(255 * (np.arange(178)[:, None] % 2), (218, 178, 3))  # averaged they would be grey
+    stripes = np.broadcast_to(
+        255 * (np.arange(178)[:, None] % 2), (218, 178, 3)
+    )  # averaged they would be grey
     made = squeeze(stripes)
-    assert np.ptp(made, axis=0).max() <= 1 and made.min() < 10 and made.max() > 245 and made.std() > 70
+    assert (
+        np.ptp(made, axis=0).max() <= 1 and made.min() < 10 and made.max() > 245 and made.std() > 70
+    )
 
 
 def test_celeba64_squeezed_images_are_opencvs_to_the_bit():
     y, x, c = np.mgrid[:218, :178, :3]
     pixels = (x * x * 7 + y * 13 + c * 31 + x * y) % 256
-    made = squeeze(pixels).astype(np.uint8)  # the sha256 is that of cv2.resize(pixels, (64, 64)) of OpenCV 5.0.0
-    assert hashlib.sha256(made.tobytes()).hexdigest() == "137508ac55e179a642eeb51da50b6976cf474fcd397a3c3b202f1e61e31d8225"
+    made = squeeze(pixels).astype(
+        np.uint8
+    )  # the sha256 is that of cv2.resize(pixels, (64, 64)) of OpenCV 5.0.0
+    assert (
+        hashlib.sha256(made.tobytes()).hexdigest()
+        == "137508ac55e179a642eeb51da50b6976cf474fcd397a3c3b202f1e61e31d8225"
+    )
     assert made[0, :3].tolist() == [[23, 54, 85], [116, 147, 178], [60, 92, 123]]
 
 
 def test_celeba64_ddims_crop(tmp_path):
     celeba(tmp_path / "s", 4)
-    run("celeba64", "--source", tmp_path / "s", "--out", tmp_path / "out", PARTIAL, "--crop", "ddim")
+    run(
+        "celeba64", "--source", tmp_path / "s", "--out", tmp_path / "out", PARTIAL, "--crop", "ddim"
+    )
     made = arrays(tmp_path / "out" / "train.npz")
     for row, path in zip(made["arr_0"], sorted((tmp_path / "s").iterdir()), strict=True):
         face = np.asarray(Image.open(path))[57:185, 25:153]
-        assert np.array_equal(row, np.asarray(Image.fromarray(face).resize((64, 64), Image.Resampling.BILINEAR)))
-    assert str(made["preprocessing"]) == "celeba-align-jpg > crop=128-at-89,121 resize=bilinear 64x64x3"
+        assert np.array_equal(
+            row, np.asarray(Image.fromarray(face).resize((64, 64), Image.Resampling.BILINEAR))
+        )
+    assert (
+        str(made["preprocessing"])
+        == "celeba-align-jpg > crop=128-at-89,121 resize=bilinear 64x64x3"
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -137,15 +174,28 @@ def test_celeba64(tmp_path, packed):
     run("celeba64", "--source", source, "--out", tmp_path / "none", PARTIAL, "--crop", "none")
     center, none = (arrays(tmp_path / name / "train.npz") for name in ("center", "none"))
     # What the training loader makes of the originals.
-    raw = next(load_data(data_dir=source, batch_size=6, image_size=64, random_flip=False, deterministic=True))[0]
-    assert np.array_equal(((raw + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), center["arr_0"])
+    raw = next(
+        load_data(
+            data_dir=source, batch_size=6, image_size=64, random_flip=False, deterministic=True
+        )
+    )[0]
+    assert np.array_equal(
+        ((raw + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), center["arr_0"]
+    )
     for row, image in zip(center["arr_0"], originals):
-        halved = image.resize((89, 109), Image.Resampling.BOX).resize((64, 78), Image.Resampling.BICUBIC)
+        halved = image.resize((89, 109), Image.Resampling.BOX).resize(
+            (64, 78), Image.Resampling.BICUBIC
+        )
         assert np.array_equal(row, np.asarray(halved)[7:71])
     for row, image in zip(none["arr_0"], originals):
         assert abs(row - bilinear(np.asarray(image))).max() <= 1
-    assert str(center["preprocessing"]) == "celeba-align-jpg > crop=center resize=box+bicubic 64x64x3"
-    assert str(none["preprocessing"]) == "celeba-align-jpg > crop=none resize=bilinear-without-antialias 64x64x3"
+    assert (
+        str(center["preprocessing"]) == "celeba-align-jpg > crop=center resize=box+bicubic 64x64x3"
+    )
+    assert (
+        str(none["preprocessing"])
+        == "celeba-align-jpg > crop=none resize=bilinear-without-antialias 64x64x3"
+    )
     for name in ("train.npz", "reference.npz"):
         stream = load_data(data_dir=tmp_path / "none" / name, batch_size=1, image_size=64)
         assert stream.preprocessing == str(none["preprocessing"])
@@ -175,10 +225,23 @@ def test_celeba64_killed_and_continued(tmp_path):
     os.mkfifo(stuck)
     out, pieces = tmp_path / "out", tmp_path / "out" / ".parts" / "train"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "datasets" / "celeba64.py"), "--source", str(tmp_path / "s"), "--out", str(out), PARTIAL],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        [
+            sys.executable,
+            str(ROOT / "datasets" / "celeba64.py"),
+            "--source",
+            str(tmp_path / "s"),
+            "--out",
+            str(out),
+            PARTIAL,
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     end = time.monotonic() + 60
-    while not (pieces / "00000038.npz").exists() and time.monotonic() < end and process.poll() is None:
+    while (
+        not (pieces / "00000038.npz").exists() and time.monotonic() < end and process.poll() is None
+    ):
         time.sleep(0.02)
     assert process.poll() is None, process.stderr.read()
     os.kill(process.pid, signal.SIGKILL)
@@ -186,11 +249,15 @@ def test_celeba64_killed_and_continued(tmp_path):
     assert os.listdir(out) == [".parts"] and len(list(pieces.glob("*.npz"))) == 20
     begun = {path: path.stat().st_mtime_ns for path in pieces.glob("*.npz")}
     stuck.unlink()
-    stuck.write_bytes(data[:len(data) // 3])
+    stuck.write_bytes(data[: len(data) // 3])
     argv = ("--source", tmp_path / "s", "--out", out, PARTIAL)
-    with pytest.raises(ValueError, match=r"000041\.jpg cannot be read as an image.*repair or remove"):
+    with pytest.raises(
+        ValueError, match=r"000041\.jpg cannot be read as an image.*repair or remove"
+    ):
         run("celeba64", *argv)
-    assert {path: path.stat().st_mtime_ns for path in begun} == begun and os.listdir(out) == [".parts"]
+    assert {path: path.stat().st_mtime_ns for path in begun} == begun and os.listdir(out) == [
+        ".parts"
+    ]
     stuck.write_bytes(data)
     run("celeba64", *argv)
     assert contents(out) == contents(tmp_path / "whole")
@@ -198,14 +265,19 @@ def test_celeba64_killed_and_continued(tmp_path):
 
 def test_celeba64_errors(tmp_path):
     celeba(tmp_path / "s", 3)
-    with pytest.raises(ValueError, match="found 3 images, published are 202,599: the download is not complete"):
+    with pytest.raises(
+        ValueError, match="found 3 images, published are 202,599: the download is not complete"
+    ):
         run("celeba64", "--source", tmp_path / "s", "--out", tmp_path / "out")
     Image.new("RGB", (178, 217)).save(tmp_path / "s" / "000009.jpg")
-    with pytest.raises(ValueError, match=r"000009\.jpg is 178 x 217, but the aligned images are 178 x 218"):
+    with pytest.raises(
+        ValueError, match=r"000009\.jpg is 178 x 217, but the aligned images are 178 x 218"
+    ):
         run("celeba64", "--source", tmp_path / "s", "--out", tmp_path / "out", PARTIAL)
 
 
 # FFHQ
+
 
 @pytest.mark.parametrize("side, folder", [(1024, "images1024x1024"), (128, "thumbnails128x128")])
 def test_ffhq128(tmp_path, side, folder):
@@ -220,11 +292,27 @@ def test_ffhq128(tmp_path, side, folder):
         while image.width > 128:
             image = image.resize((image.width // 2,) * 2, Image.Resampling.BOX)
         assert np.array_equal(row, np.asarray(image))
-    assert str(made["preprocessing"]) == {1024: "ffhq-images1024x1024 > crop=center resize=box+bicubic 128x128x3",
-                                          128: "ffhq-thumbnails128x128 128x128x3"}[side]
+    assert (
+        str(made["preprocessing"])
+        == {
+            1024: "ffhq-images1024x1024 > crop=center resize=box+bicubic 128x128x3",
+            128: "ffhq-thumbnails128x128 128x128x3",
+        }[side]
+    )
     assert os.path.samefile(tmp_path / "out" / "train.npz", tmp_path / "out" / "reference.npz")
-    run("ffhq128", "--source", tmp_path / "s", "--out", tmp_path / "few", PARTIAL, "--reference_count", 2)
-    assert np.array_equal(arrays(tmp_path / "few" / "reference.npz")["arr_0"], made["arr_0"][reference_rows(4, 2)])
+    run(
+        "ffhq128",
+        "--source",
+        tmp_path / "s",
+        "--out",
+        tmp_path / "few",
+        PARTIAL,
+        "--reference_count",
+        2,
+    )
+    assert np.array_equal(
+        arrays(tmp_path / "few" / "reference.npz")["arr_0"], made["arr_0"][reference_rows(4, 2)]
+    )
 
 
 def test_ffhq128_takes_the_thumbnails_where_both_are(tmp_path):
@@ -232,7 +320,10 @@ def test_ffhq128_takes_the_thumbnails_where_both_are(tmp_path):
         (tmp_path / folder).mkdir()
         pixels(1, side, side)[0].save(tmp_path / folder / "00000.png", compress_level=1)
     run("ffhq128", "--source", tmp_path, "--out", tmp_path / "out", PARTIAL)
-    assert str(arrays(tmp_path / "out" / "train.npz")["preprocessing"]) == "ffhq-thumbnails128x128 128x128x3"
+    assert (
+        str(arrays(tmp_path / "out" / "train.npz")["preprocessing"])
+        == "ffhq-thumbnails128x128 128x128x3"
+    )
 
 
 def test_ffhq128_errors(tmp_path):
@@ -248,4 +339,13 @@ def test_ffhq128_errors(tmp_path):
     with pytest.raises(ValueError, match="1.png is 256 wide; expected are 1024 or 128"):
         run("ffhq128", "--source", tmp_path / "s", "--out", tmp_path / "out", PARTIAL)
     with pytest.raises(ValueError, match="-1 reference images"):
-        run("ffhq128", "--source", tmp_path / "s", "--out", tmp_path / "out", PARTIAL, "--reference_count", -1)
+        run(
+            "ffhq128",
+            "--source",
+            tmp_path / "s",
+            "--out",
+            tmp_path / "out",
+            PARTIAL,
+            "--reference_count",
+            -1,
+        )

@@ -1,12 +1,14 @@
-"""Checkpoints of DDIM's official code: a network with their names, written here, against what the converted weights compute."""
+"""Checkpoints of DDIM's official code: a network with their names, written here, against what the
+converted weights compute.
+"""
+
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from golden_tools import load_seeded_weights, seeded_image
+from torch import nn
 
 pytest.importorskip("diffusers")
 
@@ -44,7 +46,9 @@ class Attention(nn.Module):
     def forward(self, x):
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))  # [N, C, HW]
-        weights = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(x.shape[1]), dim=2)  # [N, query, key]
+        weights = torch.softmax(
+            q.transpose(1, 2) @ k / math.sqrt(x.shape[1]), dim=2
+        )  # [N, query, key]
         return x + self.proj_out((v @ weights.transpose(1, 2)).view_as(x))
 
 
@@ -57,8 +61,13 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(Attention(after) for _ in widths if attends)
         if resample:
             way = nn.Module()
-            way.conv = nn.Conv2d(after, after, 3, stride=2 if resample == "downsample" else 1,
-                                 padding=0 if resample == "downsample" else 1)
+            way.conv = nn.Conv2d(
+                after,
+                after,
+                3,
+                stride=2 if resample == "downsample" else 1,
+                padding=0 if resample == "downsample" else 1,
+            )
             setattr(self, resample, way)
 
     def run(self, number, h, emb):
@@ -79,12 +88,23 @@ class Official(nn.Module):
         skips, h, self.down = [WIDTH], WIDTH, nn.ModuleList()
         for level, m in enumerate(mult):
             after = m * WIDTH
-            self.down.append(Level([h] + [after] * (blocks - 1), after, emb, level in attending,
-                                   "downsample" if level < last else ""))
+            self.down.append(
+                Level(
+                    [h] + [after] * (blocks - 1),
+                    after,
+                    emb,
+                    level in attending,
+                    "downsample" if level < last else "",
+                )
+            )
             skips += [after] * (blocks + (level < last))
             h = after
         self.mid = nn.Module()
-        self.mid.block_1, self.mid.attn_1, self.mid.block_2 = Block(h, h, emb), Attention(h), Block(h, h, emb)
+        self.mid.block_1, self.mid.attn_1, self.mid.block_2 = (
+            Block(h, h, emb),
+            Attention(h),
+            Block(h, h, emb),
+        )
         ups = []
         for level in range(last, -1, -1):
             after, widths = mult[level] * WIDTH, []
@@ -97,7 +117,9 @@ class Official(nn.Module):
 
     def forward(self, x, t):
         half = WIDTH // 2
-        angles = t.float()[:, None] * torch.exp(torch.arange(half) * (-math.log(10000) / (half - 1)))
+        angles = t.float()[:, None] * torch.exp(
+            torch.arange(half) * (-math.log(10000) / (half - 1))
+        )
         emb = self.temb.dense[0](torch.cat([angles.sin(), angles.cos()], dim=1))
         emb = self.temb.dense[1](F.silu(emb))
         states = [self.conv_in(x)]
@@ -147,16 +169,31 @@ def test_the_converted_network_computes_the_same(name):
 
 def test_flags_are_read_off_the_shapes():
     _, flags = convert_ddim_state(official("one_block").state_dict(), image_size=SIZE)
-    assert flags["model"] == dict(framework="ddpm", image_size=16, in_channels=3, num_channels=32, channel_mult="1,1,2,4",
-                                  num_res_blocks=1, attention_resolutions="16,4", learn_sigma=False)
-    assert convert_ddim_state(official("learned_variance").state_dict())[1]["model"]["learn_sigma"] is True
+    assert flags["model"] == dict(
+        framework="ddpm",
+        image_size=16,
+        in_channels=3,
+        num_channels=32,
+        channel_mult="1,1,2,4",
+        num_res_blocks=1,
+        attention_resolutions="16,4",
+        learn_sigma=False,
+    )
+    assert (
+        convert_ddim_state(official("learned_variance").state_dict())[1]["model"]["learn_sigma"]
+        is True
+    )
     unknown = convert_ddim_state(official("no_attention").state_dict())[1]["model"]
     assert "image_size" not in unknown and "attention_resolutions" not in unknown
 
 
 def test_without_an_image_size_the_network_attends_at_16_pixels_like_all_published_ones():
     """CIFAR-10 (attention at level 1), CelebA 64 (level 2), LSUN 256 (level 4)."""
-    for mult, attending, size in (((1, 2, 2, 2), 1, 32), ((1, 2, 2, 2, 4), 2, 64), ((1, 1, 2, 2, 4, 4), 4, 256)):
+    for mult, attending, size in (
+        ((1, 2, 2, 2), 1, 32),
+        ((1, 2, 2, 2, 4), 2, 64),
+        ((1, 1, 2, 2, 4, 4), 4, 256),
+    ):
         with torch.device("meta"):
             state = Official(mult, 2, (attending,)).state_dict()
         flags = convert_ddim_state(state)[1]["model"]
@@ -167,13 +204,24 @@ def test_without_an_image_size_the_network_attends_at_16_pixels_like_all_publish
 def test_averages_and_prefixes():
     reference = official("cifar").state_dict()
     average = {name: value + 1 for name, value in reference.items()}
-    content = [{f"module.{name}": value for name, value in reference.items()},
-               {"state": {0: {"exp_avg": torch.zeros(1)}}, "param_groups": [{"lr": 2e-4}]}, 3, 790000, average]
+    content = [
+        {f"module.{name}": value for name, value in reference.items()},
+        {"state": {0: {"exp_avg": torch.zeros(1)}}, "param_groups": [{"lr": 2e-4}]},
+        3,
+        790000,
+        average,
+    ]
     plain = convert_ddim_state(reference)[0]
-    assert is_ddim_state(content) and is_ddim_state(reference) and not is_ddim_state({"out.2.weight": torch.zeros(1)})
+    assert (
+        is_ddim_state(content)
+        and is_ddim_state(reference)
+        and not is_ddim_state({"out.2.weight": torch.zeros(1)})
+    )
     for ema, shift in ((True, 1), (False, 0)):
         state = convert_ddim_state(content, ema=ema)[0]
-        assert state.keys() == plain.keys() and all(torch.equal(state[k], plain[k] + shift) for k in plain)
+        assert state.keys() == plain.keys() and all(
+            torch.equal(state[k], plain[k] + shift) for k in plain
+        )
     without = convert_ddim_state(content[:4])[0]
     assert all(torch.equal(without[k], plain[k]) for k in plain)
 
@@ -184,7 +232,9 @@ def test_a_file_of_a_run_is_read_without_unpickling(tmp_path):
     model = official("cifar")
     optimizer = torch.optim.Adam(model.parameters())
     path = tmp_path / "ckpt.pth"
-    torch.save([model.state_dict(), optimizer.state_dict(), 1, 2, dict(model.named_parameters())], path)
+    torch.save(
+        [model.state_dict(), optimizer.state_dict(), 1, 2, dict(model.named_parameters())], path
+    )
     state, _ = convert_ddim_state(dist_util.load_state_dict(path))
     assert torch.equal(state["conv_in.weight"], model.conv_in.weight)
 
@@ -193,7 +243,9 @@ def test_other_files_and_other_networks_are_refused():
     with pytest.raises(ValueError, match="not a checkpoint of DDIM's official code"):
         convert_ddim_state({"out.2.weight": torch.zeros(1)})
     state = official("cifar").state_dict()
-    with pytest.raises(ValueError, match=r"down.0.block.0.conv_shortcut.weight \[1\] has no counterpart"):
+    with pytest.raises(
+        ValueError, match=r"down.0.block.0.conv_shortcut.weight \[1\] has no counterpart"
+    ):
         convert_ddim_state({**state, "down.0.block.0.conv_shortcut.weight": torch.zeros(1)})
     with torch.device("meta"):
         wide = Official((2, 2), 1, ()).state_dict()

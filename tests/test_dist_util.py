@@ -1,4 +1,5 @@
 """dist_util: launchers as a table of environments, then real processes under two launchers."""
+
 import os
 import pickle
 import socket
@@ -7,63 +8,130 @@ import textwrap
 import types
 from concurrent.futures import ThreadPoolExecutor
 
+import launch
 import pytest
 import torch
 
-import launch
 from guided_diffusion_ip import dist_util, logger
 from guided_diffusion_ip.dist_util import rendezvous
-from guided_diffusion_ip.dist_util.launcher import (LaunchInfo, choose_gpu, expand_nodelist,
-                                                    slurm_address)
+from guided_diffusion_ip.dist_util.launcher import (
+    LaunchInfo,
+    choose_gpu,
+    expand_nodelist,
+    slurm_address,
+)
 
 
 def torchrun_env(rank, world, local_rank, local_world, **more):
-    return {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local_rank,
-            "LOCAL_WORLD_SIZE": local_world, "TORCHELASTIC_RUN_ID": "none",
-            "MASTER_ADDR": "node1", "MASTER_PORT": 29500, **more}
+    return {
+        "RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": local_world,
+        "TORCHELASTIC_RUN_ID": "none",
+        "MASTER_ADDR": "node1",
+        "MASTER_PORT": 29500,
+        **more,
+    }
 
 
 def openmpi_env(rank, world, local_rank, local_world, **more):
-    return {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": world, "PMIX_RANK": rank,
-            "OMPI_COMM_WORLD_LOCAL_RANK": local_rank, "OMPI_COMM_WORLD_LOCAL_SIZE": local_world,
-            **more}
+    return {
+        "OMPI_COMM_WORLD_RANK": rank,
+        "OMPI_COMM_WORLD_SIZE": world,
+        "PMIX_RANK": rank,
+        "OMPI_COMM_WORLD_LOCAL_RANK": local_rank,
+        "OMPI_COMM_WORLD_LOCAL_SIZE": local_world,
+        **more,
+    }
 
 
-BATCH = {"SLURM_JOB_ID": 71, "SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_NTASKS": 8,
-         "SLURM_NODEID": 0, "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_JOB_NODELIST": "n[1-2]"}
-SRUN = {**BATCH, "SLURM_PROCID": 5, "SLURM_LOCALID": 1, "SLURM_NODEID": 1, "SLURM_STEP_ID": 0,
-        "SLURM_STEP_NUM_TASKS": 8, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+BATCH = {
+    "SLURM_JOB_ID": 71,
+    "SLURM_PROCID": 0,
+    "SLURM_LOCALID": 0,
+    "SLURM_NTASKS": 8,
+    "SLURM_NODEID": 0,
+    "SLURM_TASKS_PER_NODE": "4(x2)",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+}
+SRUN = {
+    **BATCH,
+    "SLURM_PROCID": 5,
+    "SLURM_LOCALID": 1,
+    "SLURM_NODEID": 1,
+    "SLURM_STEP_ID": 0,
+    "SLURM_STEP_NUM_TASKS": 8,
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+}
 
 LAUNCHES = {
     "plain python": ({}, LaunchInfo("none", 0, 1, 0, 1)),
     "torchrun": (torchrun_env(5, 8, 1, 4), LaunchInfo("torchrun", 5, 8, 1, 4)),
-    "by hand": ({"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1},
-                LaunchInfo("torchrun", 1, 2, 1, 2)),
-    "one process per pod": ({"RANK": 3, "WORLD_SIZE": 4, "MASTER_ADDR": "job-0", "MASTER_PORT": 1},
-                            LaunchInfo("torchrun", 3, 4, 0, 1)),
+    "by hand": (
+        {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1},
+        LaunchInfo("torchrun", 1, 2, 1, 2),
+    ),
+    "one process per pod": (
+        {"RANK": 3, "WORLD_SIZE": 4, "MASTER_ADDR": "job-0", "MASTER_PORT": 1},
+        LaunchInfo("torchrun", 3, 4, 0, 1),
+    ),
     "stale RANK without a place to meet": ({"WORLD_SIZE": 2, "RANK": 0}, LaunchInfo("none")),
     "srun": (SRUN, LaunchInfo("slurm", 5, 8, 1, 4)),
     "srun, uneven nodes": (
-        {**SRUN, "SLURM_STEP_NUM_TASKS": 11, "SLURM_PROCID": 9, "SLURM_NODEID": 2,
-         "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}, LaunchInfo("slurm", 9, 11, 1, 3)),
+        {
+            **SRUN,
+            "SLURM_STEP_NUM_TASKS": 11,
+            "SLURM_PROCID": 9,
+            "SLURM_NODEID": 2,
+            "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+        },
+        LaunchInfo("slurm", 9, 11, 1, 3),
+    ),
     "srun of a part of the job": (
-        {**BATCH, "SLURM_STEP_ID": 1, "SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1,
-         "SLURM_LOCALID": 1}, LaunchInfo("slurm", 1, 2, 1, 2)),
+        {
+            **BATCH,
+            "SLURM_STEP_ID": 1,
+            "SLURM_STEP_NUM_TASKS": 2,
+            "SLURM_PROCID": 1,
+            "SLURM_LOCALID": 1,
+        },
+        LaunchInfo("slurm", 1, 2, 1, 2),
+    ),
     "python in a job script": (BATCH, LaunchInfo("none")),
-    "python in salloc's shell": ({**BATCH, "SLURM_STEP_ID": 4294967290, "SLURM_STEP_NUM_TASKS": 1},
-                                 LaunchInfo("slurm", 0, 1, 0, 1)),
-    "torchrun inside srun": ({**SRUN, **torchrun_env(2, 4, 0, 2)},
-                             LaunchInfo("torchrun", 2, 4, 0, 2)),
+    "python in salloc's shell": (
+        {**BATCH, "SLURM_STEP_ID": 4294967290, "SLURM_STEP_NUM_TASKS": 1},
+        LaunchInfo("slurm", 0, 1, 0, 1),
+    ),
+    "torchrun inside srun": (
+        {**SRUN, **torchrun_env(2, 4, 0, 2)},
+        LaunchInfo("torchrun", 2, 4, 0, 2),
+    ),
     "Open MPI": (openmpi_env(3, 4, 1, 2), LaunchInfo("openmpi", 3, 4, 1, 2)),
-    "Open MPI inside a job script": ({**BATCH, **openmpi_env(3, 8, 3, 4)},
-                                     LaunchInfo("openmpi", 3, 8, 3, 4)),
-    "Open MPI inside a step": ({**SRUN, **openmpi_env(3, 4, 3, 4)},
-                               LaunchInfo("openmpi", 3, 4, 3, 4)),
-    "MPICH": ({"PMI_RANK": 1, "PMI_SIZE": 2, "MPI_LOCALRANKID": 1, "MPI_LOCALNRANKS": 2},
-              LaunchInfo("mpich", 1, 2, 1, 2)),
+    "Open MPI inside a job script": (
+        {**BATCH, **openmpi_env(3, 8, 3, 4)},
+        LaunchInfo("openmpi", 3, 8, 3, 4),
+    ),
+    "Open MPI inside a step": (
+        {**SRUN, **openmpi_env(3, 4, 3, 4)},
+        LaunchInfo("openmpi", 3, 4, 3, 4),
+    ),
+    "MPICH": (
+        {"PMI_RANK": 1, "PMI_SIZE": 2, "MPI_LOCALRANKID": 1, "MPI_LOCALNRANKS": 2},
+        LaunchInfo("mpich", 1, 2, 1, 2),
+    ),
     "MPICH inside Slurm, started through a step of one task per node": (
-        {**BATCH, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 2, "PMI_RANK": 6, "PMI_SIZE": 8,
-         "MPI_LOCALRANKID": 2, "MPI_LOCALNRANKS": 4}, LaunchInfo("mpich", 6, 8, 2, 4)),
+        {
+            **BATCH,
+            "SLURM_STEP_ID": 0,
+            "SLURM_STEP_NUM_TASKS": 2,
+            "PMI_RANK": 6,
+            "PMI_SIZE": 8,
+            "MPI_LOCALRANKID": 2,
+            "MPI_LOCALNRANKS": 4,
+        },
+        LaunchInfo("mpich", 6, 8, 2, 4),
+    ),
     "srun --mpi=pmi2": ({**SRUN, "PMI_RANK": 5, "PMI_SIZE": 8}, LaunchInfo("slurm", 5, 8, 1, 4)),
     "PMI without machines": ({"PMI_RANK": 1, "PMI_SIZE": 4}, LaunchInfo("pmi", 1, 4, 1, 4)),
     "PMIx": ({"PMIX_RANK": 1, "WORLD_SIZE": 4}, LaunchInfo("pmi", 1, 4, 1, 4)),
@@ -81,34 +149,44 @@ def test_launchers_are_told_apart_by_their_environment(name, monkeypatch):
         assert logger.get_rank_without_mpi_import() == expected.rank
 
 
-@pytest.mark.parametrize("env, words", [
-    (torchrun_env("x", 2, 0, 1), ["RANK", "'x'"]),
-    (torchrun_env(2, 2, 0, 1), ["rank=2", "world=2"]),
-    ({"OMPI_COMM_WORLD_RANK": 1}, ["OMPI_COMM_WORLD_SIZE"]),
-    ({"PMIX_RANK": 1}, ["PMIX_RANK", "WORLD_SIZE"]),
-])
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        (torchrun_env("x", 2, 0, 1), ["RANK", "'x'"]),
+        (torchrun_env(2, 2, 0, 1), ["rank=2", "world=2"]),
+        ({"OMPI_COMM_WORLD_RANK": 1}, ["OMPI_COMM_WORLD_SIZE"]),
+        ({"PMIX_RANK": 1}, ["PMIX_RANK", "WORLD_SIZE"]),
+    ],
+)
 def test_contradictory_environments_are_errors(env, words):
     with pytest.raises(ValueError) as caught:
         dist_util.launch_info({key: str(value) for key, value in env.items()})
     assert all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("text, hosts", [
-    ("node1", ["node1"]),
-    ("node[01-03,07],other", ["node01", "node02", "node03", "node07", "other"]),
-    ("a,b", ["a", "b"]),
-    ("n[8-11]", ["n8", "n9", "n10", "n11"]),
-    ("n[098-101]-ib", ["n098-ib", "n099-ib", "n100-ib", "n101-ib"]),
-    ("r[1-2]n[3,5]", ["r1n3", "r1n5", "r2n3", "r2n5"]),
-    ("", []),
-])
+@pytest.mark.parametrize(
+    "text, hosts",
+    [
+        ("node1", ["node1"]),
+        ("node[01-03,07],other", ["node01", "node02", "node03", "node07", "other"]),
+        ("a,b", ["a", "b"]),
+        ("n[8-11]", ["n8", "n9", "n10", "n11"]),
+        ("n[098-101]-ib", ["n098-ib", "n099-ib", "n100-ib", "n101-ib"]),
+        ("r[1-2]n[3,5]", ["r1n3", "r1n5", "r2n3", "r2n5"]),
+        ("", []),
+    ],
+)
 def test_nodelists_expand(text, hosts):
     assert expand_nodelist(text) == hosts
 
 
 def test_slurm_ranks_agree_on_an_address():
-    env = {"SLURM_JOB_ID": "4000123", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu[07-09]",
-           "SLURM_JOB_NODELIST": "gpu[01-09]"}
+    env = {
+        "SLURM_JOB_ID": "4000123",
+        "SLURM_STEP_ID": "2",
+        "SLURM_STEP_NODELIST": "gpu[07-09]",
+        "SLURM_JOB_NODELIST": "gpu[01-09]",
+    }
     host, port = slurm_address(env)
     assert host == "gpu07" and 15000 <= port < 32768
     assert slurm_address({**env, "SLURM_STEP_ID": "3"}) != (host, port)
@@ -124,9 +202,11 @@ def test_gpus():
 
     assert gpu(4) == 1 and gpu(8) == 1
     assert gpu(1, cards="abcd") == 0  # srun --gpus-per-task=1: to each its own
-    for launcher, command in (("openmpi", "mpiexec -n 2 python"),
-                              ("torchrun", "torchrun --nproc_per_node 2"),
-                              ("slurm", "srun --ntasks-per-node=2")):
+    for launcher, command in (
+        ("openmpi", "mpiexec -n 2 python"),
+        ("torchrun", "torchrun --nproc_per_node 2"),
+        ("slurm", "srun --ntasks-per-node=2"),
+    ):
         with pytest.raises(ValueError) as caught:
             gpu(2, launcher=launcher)
         assert "4 processes" in str(caught.value) and "2 visible" in str(caught.value)
@@ -135,8 +215,9 @@ def test_gpus():
         gpu(1, cards="aabc")
 
 
-@pytest.mark.parametrize("cuda, nccl, backend", [
-    (True, True, "nccl"), (True, False, "gloo"), (False, True, "gloo")])
+@pytest.mark.parametrize(
+    "cuda, nccl, backend", [(True, True, "nccl"), (True, False, "gloo"), (False, True, "gloo")]
+)
 def test_nccl_is_taken_where_there_is_one(cuda, nccl, backend, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
@@ -144,6 +225,7 @@ def test_nccl_is_taken_where_there_is_one(cuda, nccl, backend, monkeypatch):
 
 
 # ---- one process ----
+
 
 def test_a_single_process_has_a_group_and_every_collective_is_the_identity():
     code = """
@@ -266,8 +348,12 @@ def test_beside_another_backend_hosts_have_a_group_of_their_own_from_the_start()
             du.cleanup()
             assert rendezvous._control is None
     """
-    done = launch.torchrun(2, ["-c", textwrap.dedent(code)], CUDA_VISIBLE_DEVICES="",
-                           GUIDED_DIFFUSION_IP_TIMEOUT="2000")
+    done = launch.torchrun(
+        2,
+        ["-c", textwrap.dedent(code)],
+        CUDA_VISIBLE_DEVICES="",
+        GUIDED_DIFFUSION_IP_TIMEOUT="2000",
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -280,12 +366,23 @@ def test_tasks_of_a_slurm_step_meet_by_themselves():
         print(du.launch_info().launcher, ranks.tolist())
         du.cleanup()
     """
+
     def task(rank):
-        env = {"JOB_ID": os.getpid(), "STEP_ID": 0, "STEP_NUM_TASKS": 2, "PROCID": rank,
-               "LOCALID": rank, "NODEID": 0, "STEP_TASKS_PER_NODE": "2",
-               "STEP_NODELIST": "no-such-host"}
-        return launch.run([sys.executable, "-c", textwrap.dedent(code)], CUDA_VISIBLE_DEVICES="",
-                          **{f"SLURM_{key}": str(value) for key, value in env.items()})
+        env = {
+            "JOB_ID": os.getpid(),
+            "STEP_ID": 0,
+            "STEP_NUM_TASKS": 2,
+            "PROCID": rank,
+            "LOCALID": rank,
+            "NODEID": 0,
+            "STEP_TASKS_PER_NODE": "2",
+            "STEP_NODELIST": "no-such-host",
+        }
+        return launch.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            CUDA_VISIBLE_DEVICES="",
+            **{f"SLURM_{key}": str(value) for key, value in env.items()},
+        )
 
     with ThreadPoolExecutor(2) as pool:
         for done in pool.map(task, range(2)):
@@ -307,9 +404,16 @@ def test_a_rank_that_fails_ends_the_job(start):
 
 def lonely(rank, world=2, timeout_s=5, **env):
     code = f"from guided_diffusion_ip import dist_util; dist_util.setup_dist(timeout_s={timeout_s})"
-    return launch.run([sys.executable, "-c", code], timeout=40, CUDA_VISIBLE_DEVICES="",
-                      RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
-                      MASTER_ADDR="127.0.0.1", **{"MASTER_PORT": str(launch.free_port()), **env})
+    return launch.run(
+        [sys.executable, "-c", code],
+        timeout=40,
+        CUDA_VISIBLE_DEVICES="",
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        **{"MASTER_PORT": str(launch.free_port()), **env},
+    )
 
 
 def test_absent_ranks_are_named():
@@ -328,10 +432,18 @@ def test_the_wait_for_a_missing_rank_is_not_silent():
         from guided_diffusion_ip.settings.config import command
         command(dist_util.setup_dist)
     """
+
     def alone(rank):
-        return launch.run([sys.executable, "-c", textwrap.dedent(code)], CUDA_VISIBLE_DEVICES="",
-                          RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(launch.free_port()), GUIDED_DIFFUSION_IP_START_TIMEOUT="11")
+        return launch.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            CUDA_VISIBLE_DEVICES="",
+            RANK=str(rank),
+            WORLD_SIZE="2",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(launch.free_port()),
+            GUIDED_DIFFUSION_IP_START_TIMEOUT="11",
+        )
 
     with ThreadPoolExecutor(2) as pool:
         for rank, done in enumerate(pool.map(alone, range(2))):
@@ -370,15 +482,19 @@ def test_without_mpi4py_the_remedies_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ValueError) as caught:
         rendezvous._meet(MPI_LAUNCH, {}, 5)
-    for remedy in ('pip install "guided_diffusion_ip[mpi]"', "MASTER_ADDR",
-                   "torchrun --nproc_per_node 4"):
+    for remedy in (
+        'pip install "guided_diffusion_ip[mpi]"',
+        "MASTER_ADDR",
+        "torchrun --nproc_per_node 4",
+    ):
         assert remedy in str(caught.value)
 
 
 def test_mpiexec_of_another_mpi_is_recognised(monkeypatch):
     comm = types.SimpleNamespace(Get_size=lambda: 1)
-    mpi = types.SimpleNamespace(COMM_WORLD=comm,
-                                Get_library_version=lambda: "Toy MPI 1.2\nand more")
+    mpi = types.SimpleNamespace(
+        COMM_WORLD=comm, Get_library_version=lambda: "Toy MPI 1.2\nand more"
+    )
     monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=mpi))
     with pytest.raises(ValueError) as caught:
         rendezvous._meet(MPI_LAUNCH, {}, 5)
@@ -396,12 +512,18 @@ def test_master_address_makes_mpi4py_needless():
         assert dist_util.get_world_size() == 2 and dist_util.launch_info().launcher != "none"
         dist_util.cleanup()
     """
-    done = launch.mpiexec(2, ["-c", textwrap.dedent(code)], MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(launch.free_port()), CUDA_VISIBLE_DEVICES="")
+    done = launch.mpiexec(
+        2,
+        ["-c", textwrap.dedent(code)],
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(launch.free_port()),
+        CUDA_VISIBLE_DEVICES="",
+    )
     assert done.returncode == 0, done.stderr
 
 
 # ---- checkpoints ----
+
 
 class Bomb:
     def __init__(self, path):
@@ -419,9 +541,14 @@ def test_a_checkpoint_loads(tmp_path):
     assert got.keys() == state.keys() and all(torch.equal(got[key], state[key]) for key in state)
 
 
-@pytest.mark.parametrize("save", [torch.save,
-                                  lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2)),
-                                  lambda x, path: path.write_bytes(pickle.dumps(x))])
+@pytest.mark.parametrize(
+    "save",
+    [
+        torch.save,
+        lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2)),
+        lambda x, path: path.write_bytes(pickle.dumps(x)),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_checkpoint_cannot_run_code(save, tmp_path):
     path, mark = tmp_path / "evil.pt", tmp_path / "mark"
@@ -441,8 +568,11 @@ def test_an_unreadable_checkpoint_is_one_line_with_the_path(content, tmp_path):
     path = tmp_path / "model.pt"
     torch.save({"w": torch.randn(1000)}, path)
     data = path.read_bytes()
-    path.write_bytes({"half": data[: len(data) // 2], "cut header": data[:3],
-                      "text": b"hello " * 30}.get(content, b""))
+    path.write_bytes(
+        {"half": data[: len(data) // 2], "cut header": data[:3], "text": b"hello " * 30}.get(
+            content, b""
+        )
+    )
     if content in ("missing", "folder"):
         path.unlink()
     if content == "folder":

@@ -1,8 +1,10 @@
-"""EDM's networks: published outputs, names and sizes; conditions; training; their parts; errors. Beside it: test_denoiser.py.
+"""EDM's networks: published outputs, names and sizes; conditions; training; their parts; errors.
+Beside it: test_denoiser.py.
 
-edm_networks_golden.npz holds D(x, sigma, labels) of three small networks of the published code, edm_networks_golden.json how they
-were made and the names and shapes of their state_dicts.
+edm_networks_golden.npz holds D(x, sigma, labels) of three small networks of the published code,
+edm_networks_golden.json how they were made and the names and shapes of their state_dicts.
 """
+
 import copy
 import json
 import math
@@ -12,11 +14,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from edm_tools import BOTH, NCSN, NOISE, SEED, SMALL, TINY, images, seeded, small
 from golden_tools import DATA, relative_error, seeded_normal, state_dict_lines
+
 from guided_diffusion_ip.diffusion.denoiser import EDMPrecond
-from guided_diffusion_ip.networks.edm_layers import Resample, Resampler, ResamplingConv2d, filter_kernel
+from guided_diffusion_ip.networks.edm_layers import (
+    Resample,
+    Resampler,
+    ResamplingConv2d,
+    filter_kernel,
+)
 from guided_diffusion_ip.networks.edm_unets import DhariwalUNet, SongUNet
 from guided_diffusion_ip.script_util import create_edm_denoiser
 
@@ -41,10 +48,29 @@ def test_published_names_and_outputs(name):
     assert got.dtype == torch.float32 and relative_error(got, GOLDEN[name]) < 5e-5
 
 
-@pytest.mark.parametrize("precond, kwargs, count", [
-    ("vp", dict(model_type="SongUNet", img_resolution=32, channel_mult=[2, 2, 2], augment_dim=9), 55_733_891),
-    ("ve", dict(model_type="SongUNet", img_resolution=32, channel_mult=[2, 2, 2], augment_dim=9, label_dim=10, **NCSN), 56_400_643),
-    ("edm", dict(model_type="DhariwalUNet", img_resolution=64, label_dim=1000), 295_899_267)])
+@pytest.mark.parametrize(
+    "precond, kwargs, count",
+    [
+        (
+            "vp",
+            dict(model_type="SongUNet", img_resolution=32, channel_mult=[2, 2, 2], augment_dim=9),
+            55_733_891,
+        ),
+        (
+            "ve",
+            dict(
+                model_type="SongUNet",
+                img_resolution=32,
+                channel_mult=[2, 2, 2],
+                augment_dim=9,
+                label_dim=10,
+                **NCSN,
+            ),
+            56_400_643,
+        ),
+        ("edm", dict(model_type="DhariwalUNet", img_resolution=64, label_dim=1000), 295_899_267),
+    ],
+)
 def test_published_sizes(precond, kwargs, count):
     with torch.device("meta"):
         denoiser = create_edm_denoiser(precond, img_channels=3, **kwargs)
@@ -90,10 +116,16 @@ def test_dropout_is_for_training_only(cls):
 # ---- training ----
 
 
-@pytest.mark.parametrize("network", [
-    lambda: SongUNet(**SMALL), lambda: SongUNet(**SMALL, **NCSN),
-    lambda: SongUNet(**SMALL, encoder_type="skip", decoder_type="skip"), lambda: DhariwalUNet(**SMALL)],
-    ids=["ddpmpp", "ncsnpp", "skip", "adm"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: SongUNet(**SMALL),
+        lambda: SongUNet(**SMALL, **NCSN),
+        lambda: SongUNet(**SMALL, encoder_type="skip", decoder_type="skip"),
+        lambda: DhariwalUNet(**SMALL),
+    ],
+    ids=["ddpmpp", "ncsnpp", "skip", "adm"],
+)
 @pytest.mark.filterwarnings("ignore:no attention over")
 def test_a_fresh_network_says_little_and_learns_at_once(network):
     torch.manual_seed(0)
@@ -112,23 +144,35 @@ def test_a_fresh_network_says_little_and_learns_at_once(network):
         loss.backward()
         optimizer.step()
     # Silence is a loss near the variance of the network's target: a few tenths to 1.
-    silent = (weight * (noisy * (0.25 / (0.25 + sigma**2)).view(-1, 1, 1, 1) - x) ** 2).mean().item()
+    silent = (
+        (weight * (noisy * (0.25 / (0.25 + sigma**2)).view(-1, 1, 1, 1) - x) ** 2).mean().item()
+    )
     assert losses[0] == pytest.approx(silent, rel=2e-3)
     assert losses[-1] < 0.7 * losses[0]
     assert denoiser.training
-    unmoved = [name for name, p in denoiser.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    unmoved = [
+        name
+        for name, p in denoiser.named_parameters()
+        if p.grad is None or not p.grad.abs().max() > 0
+    ]
     assert not unmoved
 
 
 def test_how_weights_start():
-    """SongUNet: Glorot's uniform weights; DhariwalUNet: Kaiming's times sqrt(1/3). What ends a branch is almost or exactly 0."""
+    """SongUNet: Glorot's uniform weights; DhariwalUNet: Kaiming's times sqrt(1/3). What ends a
+    branch is almost or exactly 0.
+    """
     torch.manual_seed(0)
     kinds = {}
     for cls in (SongUNet, DhariwalUNet):
         model = cls(**{**SMALL, "channel_mult": (2, 4), "label_dim": 30, "augment_dim": 9})
         kinds[cls] = dict(model.named_modules())
         for name, layer in kinds[cls].items():
-            if not isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)) or name == "map_label" and cls is DhariwalUNet:
+            if (
+                not isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))
+                or name == "map_label"
+                and cls is DhariwalUNet
+            ):
                 continue
             pixels, last = layer.weight[0, 0].numel(), name.rpartition(".")[2]
             fan_in, fan_out = pixels * layer.weight.shape[1], pixels * layer.weight.shape[0]
@@ -141,9 +185,12 @@ def test_how_weights_start():
             for values, limit in ((layer.weight, bound), (layer.bias, bias)):
                 if values is not None:
                     assert values.abs().max() <= limit * (1 + 1e-6), name
-                    # With n uniform numbers, the root of their mean square is the limit / sqrt(3) within a few parts of sqrt(n).
+                    # With n uniform numbers, the root of their mean square is the limit / sqrt(3)
+                    # within a few parts of sqrt(n).
                     rms = values.detach().square().mean().sqrt().item()
-                    assert rms == pytest.approx(limit / math.sqrt(3), rel=2 / math.sqrt(values.numel())), name
+                    assert rms == pytest.approx(
+                        limit / math.sqrt(3), rel=2 / math.sqrt(values.numel())
+                    ), name
     assert kinds[DhariwalUNet]["map_label"].weight.std().item() == pytest.approx(1, abs=0.05)
 
 
@@ -160,7 +207,10 @@ def test_checkpointed_blocks_have_the_same_gradients(cls):
 
 
 def test_a_denoiser_can_be_copied_and_reloaded():
-    denoiser, other = create_edm_denoiser("iddpm", **TINY).eval(), create_edm_denoiser("iddpm", **TINY).eval()
+    denoiser, other = (
+        create_edm_denoiser("iddpm", **TINY).eval(),
+        create_edm_denoiser("iddpm", **TINY).eval(),
+    )
     with torch.no_grad():
         denoiser.model.out_conv.weight.fill_(0.1)
     other.load_state_dict(copy.deepcopy(denoiser).state_dict())
@@ -199,7 +249,9 @@ def test_convolving_first_is_a_convolution_of_the_plane_and_then_the_filter():
     first = ResamplingConv2d(3, 4, 3, "down", [1, 3, 3, 1], convolve_first=True)
     x = images()
     plane = F.conv2d(F.pad(x, (8,) * 4), first.weight, first.bias, padding=1)
-    want = F.conv2d(plane, filter_kernel([1, 3, 3, 1]).expand(4, -1, -1, -1), stride=2, padding=1, groups=4)[..., 4:-4, 4:-4]
+    want = F.conv2d(
+        plane, filter_kernel([1, 3, 3, 1]).expand(4, -1, -1, -1), stride=2, padding=1, groups=4
+    )[..., 4:-4, 4:-4]
     torch.testing.assert_close(first(x), want, rtol=1e-4, atol=1e-5)
     last = ResamplingConv2d(3, 4, 3, "down", [1, 3, 3, 1])
     last.load_state_dict(first.state_dict())
@@ -210,7 +262,9 @@ def test_the_skip_encoder_shows_every_level_the_means_of_the_input():
     network = small(encoder_type="skip", channel_mult=(1, 2, 2))
     seen = {}
     for r in (8, 4):
-        network.enc[f"{r}x{r}_aux_skip"].register_forward_pre_hook(lambda _, args, r=r: seen.update({r: args[0]}))
+        network.enc[f"{r}x{r}_aux_skip"].register_forward_pre_hook(
+            lambda _, args, r=r: seen.update({r: args[0]})
+        )
     x = images()
     network(x, NOISE)
     assert all(torch.allclose(seen[r], F.avg_pool2d(x, 16 // r), atol=1e-6) for r in (8, 4))
@@ -227,7 +281,9 @@ def test_the_skip_decoder_adds_up_one_image_per_level():
 
 @BOTH
 def test_sinusoids_of_the_noise_level(cls):
-    """SongUNet: sines first, the last frequency 1/10000; DhariwalUNet: cosines first, one step short of it."""
+    """SongUNet: sines first, the last frequency 1/10000; DhariwalUNet: cosines first, one step
+    short of it.
+    """
     network, seen = small(cls), []
     network.map_layer0.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     noise = torch.tensor([-0.7, 421.5])
@@ -242,7 +298,9 @@ def test_attention_is_that_of_the_paper_with_interleaved_queries_keys_and_values
     block = small(DhariwalUNet, channel_mult=(1, 4)).dec["8x8_in0"]  # two heads of 64
     assert block.num_heads == 2
     x = seeded_normal("attention", (2, 128, 8, 8))
-    qkv = F.conv2d(block.norm2(x), block.qkv.weight, block.qkv.bias).reshape(2, 2, 64, 3, 64)  # n, head, channel, q k v, pixel
+    qkv = F.conv2d(block.norm2(x), block.qkv.weight, block.qkv.bias).reshape(
+        2, 2, 64, 3, 64
+    )  # n, head, channel, q k v, pixel
     q, k, v = qkv.unbind(3)
     weights = torch.einsum("nhcq,nhck->nhqk", q, k / 8).softmax(-1)
     mixed = torch.einsum("nhqk,nhck->nhcq", weights, v).reshape(2, 128, 8, 8)
@@ -256,7 +314,9 @@ def test_layout_in_memory_changes_nothing_and_stays(cls):
     network.to(memory_format=torch.channels_last)
     seen = []
     network.dec["16x16_block0"].register_forward_hook(lambda *args: seen.append(args[2]))
-    torch.testing.assert_close(network(x.to(memory_format=torch.channels_last), NOISE), plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        network(x.to(memory_format=torch.channels_last), NOISE), plain, rtol=1e-4, atol=1e-4
+    )
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -267,16 +327,25 @@ def test_images_of_other_sizes_pass():
 # ---- what is refused, and what to do ----
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(img_resolution=18, channel_mult=(1, 1, 1)), "18 does not fit .* multiples of 4.* 16 or 20"),
-    (dict(model_channels=144), "144 channels cannot be normalised in 32 groups"),
-    (dict(model_channels=2), "normalised"),
-    (dict(label_dropout=1.0), "label_dropout is 1.0: give a probability"),
-    (dict(embedding_type="sine"), "embedding_type 'sine': use one of positional, fourier"),
-    (dict(encoder_type="res"), "encoder_type 'res': use one of standard, skip, residual"),
-    (dict(decoder_type="residual"), "decoder_type 'residual': use one of standard, skip"),
-    (dict(resample_filter=(1, 2, 1), encoder_type="skip"), r"resample_filter is \[1, 2, 1\]: give an even number"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(img_resolution=18, channel_mult=(1, 1, 1)),
+            "18 does not fit .* multiples of 4.* 16 or 20",
+        ),
+        (dict(model_channels=144), "144 channels cannot be normalised in 32 groups"),
+        (dict(model_channels=2), "normalised"),
+        (dict(label_dropout=1.0), "label_dropout is 1.0: give a probability"),
+        (dict(embedding_type="sine"), "embedding_type 'sine': use one of positional, fourier"),
+        (dict(encoder_type="res"), "encoder_type 'res': use one of standard, skip, residual"),
+        (dict(decoder_type="residual"), "decoder_type 'residual': use one of standard, skip"),
+        (
+            dict(resample_filter=(1, 2, 1), encoder_type="skip"),
+            r"resample_filter is \[1, 2, 1\]: give an even number",
+        ),
+    ],
+)
 def test_networks_that_cannot_be_built(changes, message):
     with pytest.raises(ValueError, match=message):
         SongUNet(**{**SMALL, **changes})
@@ -297,14 +366,22 @@ def test_attention_that_has_no_effect_is_told():
 def test_inputs_that_do_not_fit():
     network = small(augment_dim=9)
     for x, noise, more, message in (
-            (images(), torch.zeros(3), {}, r"noise_labels have shape \(3,\) for 2 images"),
-            (images()[:, :1], NOISE, {}, r"takes \[N, 3, H, W\]"),
-            (images()[..., :15], NOISE, {}, "15 does not fit"),
-            (images(), NOISE, {"class_labels": torch.zeros(2, 3)}, "label_dim 0: leave them out, or build it with label_dim"),
-            (images(), NOISE, {"augment_labels": torch.zeros(2, 8)}, r"give shape \(2, 9\)")):
+        (images(), torch.zeros(3), {}, r"noise_labels have shape \(3,\) for 2 images"),
+        (images()[:, :1], NOISE, {}, r"takes \[N, 3, H, W\]"),
+        (images()[..., :15], NOISE, {}, "15 does not fit"),
+        (
+            images(),
+            NOISE,
+            {"class_labels": torch.zeros(2, 3)},
+            "label_dim 0: leave them out, or build it with label_dim",
+        ),
+        (images(), NOISE, {"augment_labels": torch.zeros(2, 8)}, r"give shape \(2, 9\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             network(x, noise, **more)
-    with pytest.raises(ValueError, match="augment_dim 0: leave them out, or build it with augment_dim"):
+    with pytest.raises(
+        ValueError, match="augment_dim 0: leave them out, or build it with augment_dim"
+    ):
         small()(images(), NOISE, augment_labels=torch.zeros(2, 9))
     with pytest.raises(ValueError, match="label_dim 3: give one-hot rows"):
         small(label_dim=3)(images(), NOISE)

@@ -1,19 +1,32 @@
-"""EDM's samplers: numbers of the published code, orders of convergence on Gaussian data, and where epsilon scaling acts.
+"""EDM's samplers: numbers of the published code, orders of convergence on Gaussian data, and where
+epsilon scaling acts.
 
-For data N(0, s^2) the best denoiser is D = x s^2 / (s^2 + sigma^2), and dx/dsigma = (x - D) / (sigma lambda) has the solution
-x(sigma) = x(sigma_T) ((s^2 + sigma^2) / (s^2 + sigma_T^2))^(1 / (2 lambda)).
+For data N(0, s^2) the best denoiser is D = x s^2 / (s^2 + sigma^2), and dx/dsigma = (x - D) /
+(sigma lambda) has the solution x(sigma) = x(sigma_T) ((s^2 + sigma^2) / (s^2 + sigma_T^2))^(1 / (2
+lambda)).
 """
+
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-
 from golden_tools import DATA, relative_error, seeded_normal
+
 from guided_diffusion_ip.diffusion.edm_sampling import (
-    ablation_sample, ablation_sample_progressive, edm_sample, edm_sample_progressive)
-from guided_diffusion_ip.diffusion.edm_schedules import NoiseLevels, VPSchedule, default_range, iddpm_levels, make_path
+    ablation_sample,
+    ablation_sample_progressive,
+    edm_sample,
+    edm_sample_progressive,
+)
+from guided_diffusion_ip.diffusion.edm_schedules import (
+    NoiseLevels,
+    VPSchedule,
+    default_range,
+    iddpm_levels,
+    make_path,
+)
 
 GOLDEN = np.load(DATA / "edm_samplers_golden.npz")
 CASES = json.loads(GOLDEN["cases"].tobytes())
@@ -22,7 +35,9 @@ STEPS = (36, 72, 144, 288)
 
 
 class Denoiser:
-    """A function of (x, sigma) as a denoiser; remembers the sigmas and labels that it was asked for."""
+    """A function of (x, sigma) as a denoiser; remembers the sigmas and labels that it was asked
+    for.
+    """
 
     label_dim = 0
 
@@ -63,13 +78,19 @@ def test_published_numbers(i):
     options = dict(CASES["samplers"][i])
     sample = {"edm": edm_sample, "ablation": ablation_sample}[options.pop("kind")]
     start = seeded_normal(f"samplers/{i}/latents", (3, 3, 4, 4), CASES["seed"]).double()
-    got = sample(Denoiser(wavy), start, eps_scaler=options.pop("lam"), randn_like=numbered(f"samplers/{i}", CASES["seed"]),
-                 **options)
+    got = sample(
+        Denoiser(wavy),
+        start,
+        eps_scaler=options.pop("lam"),
+        randn_like=numbered(f"samplers/{i}", CASES["seed"]),
+        **options,
+    )
     assert got.dtype == torch.float64
     assert relative_error(got, GOLDEN[f"samplers/{i}"]) < 1e-12
 
 
 # ---- convergence ----
+
 
 def scaled(function, lam):
     """The denoiser whose implied epsilon is that of `function` divided by lam."""
@@ -83,11 +104,17 @@ def at_predictors_only(function, lam):
 
 
 def errors(lam=1.0, function=lambda: exact, **options):
-    """Largest relative errors at sigma_min for each of STEPS, against the closed form; `function` makes D's function anew."""
+    """Largest relative errors at sigma_min for each of STEPS, against the closed form; `function`
+    makes D's function anew.
+    """
     eps_scaler = options.pop("eps_scaler", lam)
     result = []
     for steps in STEPS:
-        outs = list(ablation_sample_progressive(Denoiser(function()), latents(), num_steps=steps, eps_scaler=eps_scaler, **options))
+        outs = list(
+            ablation_sample_progressive(
+                Denoiser(function()), latents(), num_steps=steps, eps_scaler=eps_scaler, **options
+            )
+        )
         sigma = outs[-2]["sigma"]
         high = min(default_range(options.get("discretization", "edm"), 1e-3)[1], 80.0)
         s_of_t = 1 / math.sqrt(1 + sigma**2) if options.get("scaling") == "vp" else 1.0
@@ -110,8 +137,15 @@ def test_order_of_convergence_on_gaussian_data(solver, order, lam):
 
 
 @pytest.mark.parametrize("lam", [1.0, 1.01])
-@pytest.mark.parametrize("path", [{"schedule": "vp", "scaling": "vp"}, {"schedule": "vp", "scaling": "none"},
-                                  {"schedule": "linear", "scaling": "vp"}, {"schedule": "ve", "scaling": "none"}])
+@pytest.mark.parametrize(
+    "path",
+    [
+        {"schedule": "vp", "scaling": "vp"},
+        {"schedule": "vp", "scaling": "none"},
+        {"schedule": "linear", "scaling": "vp"},
+        {"schedule": "ve", "scaling": "none"},
+    ],
+)
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_all_paths_lead_to_the_same_closed_form(path, lam, solver, order):
     e = errors(lam, solver=solver, **path)
@@ -121,14 +155,31 @@ def test_all_paths_lead_to_the_same_closed_form(path, lam, solver, order):
 
 
 @pytest.mark.parametrize("lam", [1.0, 1.01])
-@pytest.mark.parametrize("discretization, path", [("vp", ("vp", "vp")), ("ve", ("ve", "none")), ("iddpm", ("linear", "none")),
-                                                  ("iddpm", ("vp", "vp"))])
+@pytest.mark.parametrize(
+    "discretization, path",
+    [
+        ("vp", ("vp", "vp")),
+        ("ve", ("ve", "none")),
+        ("iddpm", ("linear", "none")),
+        ("iddpm", ("vp", "vp")),
+    ],
+)
 def test_all_discretisations_converge(discretization, path, lam):
-    # iddpm's levels are a list, taken by rounding, without a clean order and without 80 itself: the ODE's start is its own.
+    # iddpm's levels are a list, taken by rounding, without a clean order and without 80 itself: the
+    # ODE's start is its own.
     schedule, scaling = path
     if discretization == "iddpm":
-        out = list(ablation_sample_progressive(Denoiser(exact), latents(), discretization="iddpm", schedule=schedule,
-                                               scaling=scaling, num_steps=300, eps_scaler=lam))[-2]
+        out = list(
+            ablation_sample_progressive(
+                Denoiser(exact),
+                latents(),
+                discretization="iddpm",
+                schedule=schedule,
+                scaling=scaling,
+                num_steps=300,
+                eps_scaler=lam,
+            )
+        )[-2]
         high, sigma = next(u for u in iddpm_levels(1000, 0.001, 0.008) if u <= 80), out["sigma"]
         s_of_t = 1 / math.sqrt(1 + sigma**2) if scaling == "vp" else 1.0
         want = latents() * high * ((S**2 + sigma**2) / (S**2 + high**2)) ** (0.5 / lam)
@@ -145,6 +196,7 @@ def test_other_second_order_methods(alpha):
 
 
 # ---- the checks above notice scaling in the wrong places ----
+
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_scaling_twice_is_noticed(solver, order):
@@ -163,14 +215,45 @@ def test_no_scaling_and_the_inverse_are_noticed(solver, order):
 
 # ---- lambda ----
 
-@pytest.mark.parametrize("options", [{}, {"solver": "euler"}, {"schedule": "vp", "scaling": "vp", "discretization": "vp"},
-                                     {"S_churn": 30.0}])
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"solver": "euler"},
+        {"schedule": "vp", "scaling": "vp", "discretization": "vp"},
+        {"S_churn": 30.0},
+    ],
+)
 def test_lambda_one_is_the_baseline_bitwise(options):
-    runs = [ablation_sample(Denoiser(wavy), latents(), num_steps=9, randn_like=numbered("x", 1), **scaling, **options)
-            for scaling in ({}, {"eps_scaler": 1}, {"eps_scaler": [1.0] * 9}, {"eps_scaler": 1.0, "eps_scaler_k": 0.0})]
+    runs = [
+        ablation_sample(
+            Denoiser(wavy),
+            latents(),
+            num_steps=9,
+            randn_like=numbered("x", 1),
+            **scaling,
+            **options,
+        )
+        for scaling in (
+            {},
+            {"eps_scaler": 1},
+            {"eps_scaler": [1.0] * 9},
+            {"eps_scaler": 1.0, "eps_scaler_k": 0.0},
+        )
+    ]
     assert all(torch.equal(runs[0], run) for run in runs[1:])
-    assert not torch.equal(runs[0], ablation_sample(Denoiser(wavy), latents(), num_steps=9, randn_like=numbered("x", 1),
-                                                    eps_scaler=1.001, **options))
+    assert not torch.equal(
+        runs[0],
+        ablation_sample(
+            Denoiser(wavy),
+            latents(),
+            num_steps=9,
+            randn_like=numbered("x", 1),
+            eps_scaler=1.001,
+            **options,
+        ),
+    )
 
 
 @pytest.mark.parametrize("solver", ["heun", "euler"])
@@ -180,7 +263,8 @@ def test_lambda_counts_from_the_clean_end_and_both_calls_of_a_step_share_it(solv
     by_sigma = {}
 
     def by_hand(x, sigma):
-        # The calls of step i are at t_i and, corrected, at t_{i + 1}: predictor first, so that calls pair up.
+        # The calls of step i are at t_i and, corrected, at t_{i + 1}: predictor first, so that
+        # calls pair up.
         call = len(by_sigma)
         i = call // 2 if solver == "heun" else call
         by_sigma[call] = i
@@ -190,14 +274,19 @@ def test_lambda_counts_from_the_clean_end_and_both_calls_of_a_step_share_it(solv
     want = ablation_sample(Denoiser(by_hand), latents(), **options)
     got = ablation_sample(Denoiser(wavy), latents(), eps_scaler=b, eps_scaler_k=k, **options)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    listed = ablation_sample(Denoiser(wavy), latents(), eps_scaler=[k * t + b for t in range(steps)], **options)
+    listed = ablation_sample(
+        Denoiser(wavy), latents(), eps_scaler=[k * t + b for t in range(steps)], **options
+    )
     torch.testing.assert_close(listed, want, rtol=1e-12, atol=1e-12)
 
 
 # ---- steps, noise, states ----
 
+
 def test_edm_is_the_default_of_the_generalised_sampler():
-    assert torch.equal(edm_sample(Denoiser(wavy), latents()), ablation_sample(Denoiser(wavy), latents()))
+    assert torch.equal(
+        edm_sample(Denoiser(wavy), latents()), ablation_sample(Denoiser(wavy), latents())
+    )
 
 
 @pytest.mark.parametrize("solver, calls", [("heun", 11), ("euler", 6)])
@@ -239,7 +328,10 @@ def test_float32_latents_and_denoiser_give_float64_states():
 
 
 def test_labels_reach_the_denoiser_and_no_graph_is_kept():
-    d, labels = Denoiser(lambda x, sigma: wavy(x, sigma) * torch.ones((), requires_grad=True)), torch.tensor([3, 4])
+    d, labels = (
+        Denoiser(lambda x, sigma: wavy(x, sigma) * torch.ones((), requires_grad=True)),
+        torch.tensor([3, 4]),
+    )
     assert not edm_sample(d, latents(), labels, num_steps=3).requires_grad
     assert all(got is labels for got in d.labels)
 
@@ -249,27 +341,45 @@ def test_noise_is_drawn_once_per_step_or_never():
     draw = lambda x: count.append(1) or torch.randn_like(x)  # noqa: E731
     edm_sample(Denoiser(wavy), latents(), num_steps=7, randn_like=draw)
     assert not count
-    edm_sample(Denoiser(wavy), latents(), num_steps=7, randn_like=draw, S_churn=5, S_min=1.0, S_max=10.0)
+    edm_sample(
+        Denoiser(wavy), latents(), num_steps=7, randn_like=draw, S_churn=5, S_min=1.0, S_max=10.0
+    )
     assert len(count) == 7
 
 
-@pytest.mark.parametrize("S_churn, factor", [(2.0, 1.25), (3.2, 1.4), (3.4, math.sqrt(2)), (100.0, math.sqrt(2))])
+@pytest.mark.parametrize(
+    "S_churn, factor", [(2.0, 1.25), (3.2, 1.4), (3.4, math.sqrt(2)), (100.0, math.sqrt(2))]
+)
 def test_the_network_is_asked_at_levels_raised_by_churn_over_steps(S_churn, factor):
-    """sigma (1 + min(S_churn / N, sqrt(2) - 1)), N = 8, within [S_min, S_max], ends included (Algorithm 2)."""
+    """sigma (1 + min(S_churn / N, sqrt(2) - 1)), N = 8, within [S_min, S_max], ends included
+    (Algorithm 2).
+    """
     levels = NoiseLevels(8, 0.002, 80.0).sigmas()
     inside = (levels >= levels[5]) & (levels <= levels[2])
     d = Denoiser(wavy)
-    edm_sample(d, latents(), num_steps=8, solver="euler", S_churn=S_churn, S_min=float(levels[5]),
-               S_max=float(levels[2]))
+    edm_sample(
+        d,
+        latents(),
+        num_steps=8,
+        solver="euler",
+        S_churn=S_churn,
+        S_min=float(levels[5]),
+        S_max=float(levels[2]),
+    )
     np.testing.assert_allclose(d.sigmas, torch.where(inside, levels * factor, levels), rtol=1e-12)
 
 
 @pytest.mark.parametrize("scaling", ["none", "vp"])
 def test_churn_keeps_the_distribution(scaling):
-    # A stochastic sampler of Gaussian data ends with the data's variance; without its fresh noise it would not.
+    # A stochastic sampler of Gaussian data ends with the data's variance; without its fresh noise
+    # it would not.
     torch.manual_seed(0)
     start = torch.randn(32, 1, 32, 32, dtype=torch.float64)
-    run = lambda **o: ablation_sample(Denoiser(exact), start, num_steps=128, S_churn=40, scaling=scaling, **o).std().item()  # noqa: E731
+    run = lambda **o: (
+        ablation_sample(Denoiser(exact), start, num_steps=128, S_churn=40, scaling=scaling, **o)
+        .std()
+        .item()
+    )  # noqa: E731
     assert run() == pytest.approx(S, rel=0.025)
     assert run(S_noise=0.0) < 0.8 * S
 
@@ -281,6 +391,7 @@ def test_noise_outside_its_range_changes_nothing():
 
 
 # ---- noise levels ----
+
 
 @pytest.mark.parametrize("discretization", ["edm", "vp", "ve", "iddpm"])
 def test_levels_run_from_the_highest_to_the_lowest(discretization):
@@ -295,7 +406,9 @@ def test_levels_run_from_the_highest_to_the_lowest(discretization):
 
 @pytest.mark.parametrize("discretization", ["edm", "vp", "ve"])
 def test_two_levels_are_the_ends(discretization):
-    np.testing.assert_allclose(NoiseLevels(2, 0.01, 50.0, discretization).sigmas(), [50.0, 0.01], rtol=1e-9)
+    np.testing.assert_allclose(
+        NoiseLevels(2, 0.01, 50.0, discretization).sigmas(), [50.0, 0.01], rtol=1e-9
+    )
     assert NoiseLevels(1, 0.01, 50.0, discretization).sigmas().tolist() == pytest.approx([50.0])
 
 
@@ -312,7 +425,7 @@ def test_derivatives_and_inverses_of_paths(schedule, scaling):
     sigma = torch.tensor([0.004, 0.1, 1.0, 30.0], dtype=torch.float64)
     t = path.schedule.sigma_inv(sigma).requires_grad_()
     torch.testing.assert_close(path.schedule.sigma(t), sigma, rtol=1e-9, atol=0)
-    slope, = torch.autograd.grad(path.schedule.sigma(t).sum(), t)
+    (slope,) = torch.autograd.grad(path.schedule.sigma(t).sum(), t)
     torch.testing.assert_close(path.schedule.sigma_deriv(t.detach()), slope, rtol=1e-9, atol=0)
     log_s = path.s(t).log().sum()
     s_slope = torch.autograd.grad(log_s, t)[0] if log_s.requires_grad else torch.zeros_like(t)
@@ -327,24 +440,52 @@ def test_a_vp_schedule_goes_through_the_ends():
 
 def test_iddpm_levels_are_adm_cosine_schedule():
     from guided_diffusion_ip.script_util import create_gaussian_diffusion
-    ours = create_gaussian_diffusion(noise_schedule="cosine", steps=1000).sqrt_recipm1_alphas_cumprod
+
+    ours = create_gaussian_diffusion(
+        noise_schedule="cosine", steps=1000
+    ).sqrt_recipm1_alphas_cumprod
     np.testing.assert_allclose(iddpm_levels(1000, 0.001, 0.008)[:-1], ours[::-1], rtol=1e-6)
 
 
 # ---- mistakes ----
 
-@pytest.mark.parametrize("options, message", [
-    ({"num_steps": 0}, "num_steps"), ({"num_steps": 2.5}, "num_steps"), ({"solver": "rk4"}, "solver.*heun, euler"),
-    ({"discretization": "log"}, "discretization.*vp"), ({"schedule": "cosine"}, "schedule.*linear"), ({"scaling": "ve"}, "scaling"),
-    ({"sigma_min": 3.0, "sigma_max": 3.0}, "sigma_min"), ({"sigma_min": 90.0}, "0.002 and 80"), ({"rho": 0}, "rho"),
-    ({"S_churn": -1}, "S_churn"), ({"S_churn": math.nan}, "S_churn"), ({"S_noise": -1}, "S_noise"),
-    ({"S_min": 3, "S_max": 2}, "S_min"),
-    ({"eps_scaler": 0}, "lambda"), ({"eps_scaler": 1.0, "eps_scaler_k": -0.2}, "lambda"), ({"eps_scaler": [1.0] * 3}, "3 values"),
-    ({"alpha": 0}, "alpha"), ({"alpha": 1.5}, "alpha"), ({"epsilon_s": 0.0}, "epsilon_s"), ({"epsilon_s": 1.5}, "epsilon_s"),
-    ({"C_2": -1}, "C_2"), ({"C_1": 0}, "C_1"), ({"M": 0}, "M must"),
-    ({"schedule": "vp", "sigma_min": 1.0}, "vp schedule cannot rise.*lower sigma_min below 0.13"),
-    ({"discretization": "iddpm", "M": 2, "sigma_min": 0.5, "sigma_max": 0.6}, "none of iddpm's"),
-])
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_steps": 0}, "num_steps"),
+        ({"num_steps": 2.5}, "num_steps"),
+        ({"solver": "rk4"}, "solver.*heun, euler"),
+        ({"discretization": "log"}, "discretization.*vp"),
+        ({"schedule": "cosine"}, "schedule.*linear"),
+        ({"scaling": "ve"}, "scaling"),
+        ({"sigma_min": 3.0, "sigma_max": 3.0}, "sigma_min"),
+        ({"sigma_min": 90.0}, "0.002 and 80"),
+        ({"rho": 0}, "rho"),
+        ({"S_churn": -1}, "S_churn"),
+        ({"S_churn": math.nan}, "S_churn"),
+        ({"S_noise": -1}, "S_noise"),
+        ({"S_min": 3, "S_max": 2}, "S_min"),
+        ({"eps_scaler": 0}, "lambda"),
+        ({"eps_scaler": 1.0, "eps_scaler_k": -0.2}, "lambda"),
+        ({"eps_scaler": [1.0] * 3}, "3 values"),
+        ({"alpha": 0}, "alpha"),
+        ({"alpha": 1.5}, "alpha"),
+        ({"epsilon_s": 0.0}, "epsilon_s"),
+        ({"epsilon_s": 1.5}, "epsilon_s"),
+        ({"C_2": -1}, "C_2"),
+        ({"C_1": 0}, "C_1"),
+        ({"M": 0}, "M must"),
+        (
+            {"schedule": "vp", "sigma_min": 1.0},
+            "vp schedule cannot rise.*lower sigma_min below 0.13",
+        ),
+        (
+            {"discretization": "iddpm", "M": 2, "sigma_min": 0.5, "sigma_max": 0.6},
+            "none of iddpm's",
+        ),
+    ],
+)
 def test_mistakes_are_told_before_anything_is_computed(options, message):
     d = Denoiser(exact)
     with pytest.raises(ValueError, match=message):

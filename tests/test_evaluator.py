@@ -1,16 +1,19 @@
-"""evaluations/evaluator.py and make_reference.py as programs on files, and the parts around the numbers."""
+"""evaluations/evaluator.py and make_reference.py as programs on files, and the parts around the
+numbers.
+"""
+
 import json
 import re
 import sys
 import zipfile
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
-import launch
 from guided_diffusion_ip.data.image_io import center_crop_arr
 from guided_diffusion_ip.evaluation.evaluate import parse_metrics
 from guided_diffusion_ip.evaluation.images import open_images
@@ -18,8 +21,14 @@ from guided_diffusion_ip.evaluation.report import published_values
 from guided_diffusion_ip.metrics import frechet_distance, precision_recall
 
 ROOT = Path(__file__).resolve().parent.parent
-EVALUATOR, MAKE, NPZ_TO_PNG = (str(ROOT / path) for path in (
-    "evaluations/evaluator.py", "evaluations/make_reference.py", "scripts/npz_to_png.py"))
+EVALUATOR, MAKE, NPZ_TO_PNG = (
+    str(ROOT / path)
+    for path in (
+        "evaluations/evaluator.py",
+        "evaluations/make_reference.py",
+        "scripts/npz_to_png.py",
+    )
+)
 
 
 def smooth(n, seed, size=8, channels=3):
@@ -48,7 +57,10 @@ def evaluate(*args):
 
 
 def numbers(path):
-    return {name: entry["value"] for name, entry in json.loads(Path(path).read_text())["metrics"].items()}
+    return {
+        name: entry["value"]
+        for name, entry in json.loads(Path(path).read_text())["metrics"].items()
+    }
 
 
 def moments(x):
@@ -57,25 +69,57 @@ def moments(x):
 
 
 def test_numbers_are_those_of_the_arrays_and_the_json_tells_how(sets, tmp_path):
-    out = evaluate(sets / "ref.npz", sets / "samples.npz", "--json", tmp_path / "r.json", "--batch_size", "37")
+    out = evaluate(
+        sets / "ref.npz", sets / "samples.npz", "--json", tmp_path / "r.json", "--batch_size", "37"
+    )
     said = json.loads((tmp_path / "r.json").read_text())
     ref, samples = smooth(400, 0), smooth(300, 1)
     rows = [x.reshape(len(x), -1).astype(np.float32) / 255 for x in (ref, samples)]
     expected = frechet_distance(*moments(ref), *moments(samples))
-    assert said["metrics"]["fid"]["value"] == pytest.approx(expected, rel=1e-6)  # pixels are float32
-    assert (said["metrics"]["prec"]["value"], said["metrics"]["recall"]["value"]) == precision_recall(*rows)
+    assert said["metrics"]["fid"]["value"] == pytest.approx(
+        expected, rel=1e-6
+    )  # pixels are float32
+    assert (
+        said["metrics"]["prec"]["value"],
+        said["metrics"]["recall"]["value"],
+    ) == precision_recall(*rows)
     assert said["metrics"]["fid"]["samples"] == 300 and said["metrics"]["fid"]["reference"] == 400
-    assert said["samples"]["sha256"] and said["versions"]["torch"] and said["features"]["name"] == "pixels"
-    assert "\nFrechet distance between covariances of 192 dimensions\n" in out, "what takes long is said while it lasts"
-    assert "sFID left out" in out and "Frechet distance" in out and not re.search(r"\bFID\b", out.replace("sFID", ""))
+    assert (
+        said["samples"]["sha256"]
+        and said["versions"]["torch"]
+        and said["features"]["name"] == "pixels"
+    )
+    assert "\nFrechet distance between covariances of 192 dimensions\n" in out, (
+        "what takes long is said while it lasts"
+    )
+    assert (
+        "sFID left out" in out
+        and "Frechet distance" in out
+        and not re.search(r"\bFID\b", out.replace("sFID", ""))
+    )
 
 
 @pytest.mark.parametrize("launcher", [launch.mpiexec, launch.torchrun])
 def test_two_processes_give_the_same(launcher, sets, tmp_path):
     every = "fid,prec,recall,kid"
-    evaluate(sets / "ref.npz", sets / "samples.npz", "--metrics", every, "--json", tmp_path / "one.json")
-    done = launcher(2, [EVALUATOR, str(sets / "ref.npz"), str(sets / "samples.npz"), "--features", "pixels", "--metrics", every,
-                        "--json", str(tmp_path / "two.json")], timeout=120)
+    evaluate(
+        sets / "ref.npz", sets / "samples.npz", "--metrics", every, "--json", tmp_path / "one.json"
+    )
+    done = launcher(
+        2,
+        [
+            EVALUATOR,
+            str(sets / "ref.npz"),
+            str(sets / "samples.npz"),
+            "--features",
+            "pixels",
+            "--metrics",
+            every,
+            "--json",
+            str(tmp_path / "two.json"),
+        ],
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = numbers(tmp_path / "one.json"), numbers(tmp_path / "two.json")
     assert one.keys() == two.keys() == {"fid", "prec", "recall", "kid"}
@@ -99,7 +143,16 @@ def test_folder_zip_and_npz_of_the_same_images_agree(sets, tmp_path):
 
 
 def test_reference_statistics_replace_the_images(sets, tmp_path):
-    done = run(MAKE, sets / "ref.npz", "--out", tmp_path / "stats.npz", "--features", "pixels", "--keep_images", "50")
+    done = run(
+        MAKE,
+        sets / "ref.npz",
+        "--out",
+        tmp_path / "stats.npz",
+        "--features",
+        "pixels",
+        "--keep_images",
+        "50",
+    )
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "stats.npz") as stored:
         mean, cov = moments(smooth(400, 0))
@@ -108,7 +161,10 @@ def test_reference_statistics_replace_the_images(sets, tmp_path):
         assert stored["n"] == [400] and stored["arr_0"].shape == (50, 8, 8, 3)
     evaluate(tmp_path / "stats.npz", sets / "samples.npz", "--json", tmp_path / "a.json")
     evaluate(sets / "ref.npz", sets / "samples.npz", "--json", tmp_path / "b.json")
-    a, b = json.loads((tmp_path / "a.json").read_text())["metrics"], json.loads((tmp_path / "b.json").read_text())["metrics"]
+    a, b = (
+        json.loads((tmp_path / "a.json").read_text())["metrics"],
+        json.loads((tmp_path / "b.json").read_text())["metrics"],
+    )
     assert a["fid"]["value"] == pytest.approx(b["fid"]["value"], rel=1e-9)
     assert a["fid"]["reference"] == 400 and a["prec"]["reference"] == 50
 
@@ -117,14 +173,31 @@ def test_statistics_alone_serve_fid_but_not_precision(sets, tmp_path):
     run(MAKE, sets / "ref.npz", "--out", tmp_path / "stats.npz", "--features", "pixels")
     out = evaluate(tmp_path / "stats.npz", sets / "samples.npz")
     assert "Precision left out" in out and "statistics only" in out
-    done = run(EVALUATOR, tmp_path / "stats.npz", sets / "samples.npz", "--features", "pixels", "--metrics", "prec")
+    done = run(
+        EVALUATOR,
+        tmp_path / "stats.npz",
+        sets / "samples.npz",
+        "--features",
+        "pixels",
+        "--metrics",
+        "prec",
+    )
     assert done.returncode == 2 and "Precision cannot be had" in done.stderr
 
 
 def test_statistics_in_the_samples_are_ignored_and_said(sets, tmp_path):
     np.savez(tmp_path / "both.npz", arr_0=smooth(300, 1), mu=np.zeros(192), sigma=np.eye(192))
-    done = run(EVALUATOR, "--ref", sets / "ref.npz", "--samples", tmp_path / "both.npz", "--features", "pixels", "--json",
-               tmp_path / "r.json")
+    done = run(
+        EVALUATOR,
+        "--ref",
+        sets / "ref.npz",
+        "--samples",
+        tmp_path / "both.npz",
+        "--features",
+        "pixels",
+        "--json",
+        tmp_path / "r.json",
+    )
     assert done.returncode == 0 and "ignored" in done.stdout
     evaluate(sets / "ref.npz", sets / "samples.npz", "--json", tmp_path / "s.json")
     assert numbers(tmp_path / "r.json") == numbers(tmp_path / "s.json")
@@ -132,7 +205,9 @@ def test_statistics_in_the_samples_are_ignored_and_said(sets, tmp_path):
 
 def test_a_collapsed_set_has_high_precision_and_low_recall(sets, tmp_path):
     few = smooth(400, 0)[:4].repeat(60, axis=0).astype(int)
-    nearly = (few + np.random.default_rng(2).integers(-1, 2, few.shape)).clip(0, 255).astype(np.uint8)
+    nearly = (
+        (few + np.random.default_rng(2).integers(-1, 2, few.shape)).clip(0, 255).astype(np.uint8)
+    )
     np.savez(tmp_path / "collapsed.npz", arr_0=nearly)
     evaluate(sets / "ref.npz", tmp_path / "collapsed.npz", "--json", tmp_path / "r.json")
     found = numbers(tmp_path / "r.json")
@@ -140,12 +215,20 @@ def test_a_collapsed_set_has_high_precision_and_low_recall(sets, tmp_path):
 
 
 def test_sets_prepared_differently_are_a_warning(sets, tmp_path):
-    np.savez(tmp_path / "ref.npz", arr_0=smooth(400, 0), preprocessing=np.array(["faces > crop=center 8x8x3"]))
+    np.savez(
+        tmp_path / "ref.npz",
+        arr_0=smooth(400, 0),
+        preprocessing=np.array(["faces > crop=center 8x8x3"]),
+    )
     (tmp_path / "run").mkdir()
     np.savez(tmp_path / "run" / "samples.npz", arr_0=smooth(300, 1))
     for record, warned in (("faces > crop=center 8x8x3", False), ("faces > crop=none 8x8x3", True)):
-        (tmp_path / "run" / "settings.yaml").write_text(yaml.safe_dump({"trained_on": record, "seed": 3}))
-        out = evaluate(tmp_path / "ref.npz", tmp_path / "run" / "samples.npz", "--json", tmp_path / "r.json")
+        (tmp_path / "run" / "settings.yaml").write_text(
+            yaml.safe_dump({"trained_on": record, "seed": 3})
+        )
+        out = evaluate(
+            tmp_path / "ref.npz", tmp_path / "run" / "samples.npz", "--json", tmp_path / "r.json"
+        )
         assert ("prepared differently" in out) is warned
         assert json.loads((tmp_path / "r.json").read_text())["made_with"]["seed"] == 3
 
@@ -162,14 +245,23 @@ def save(path, **arrays):
 
 BAD = {
     "float 0..1": (dict(arr_0=np.full((8, 8, 8, 3), 0.5)), "looks like [0, 1]"),
-    "float -1..1": (dict(arr_0=np.linspace(-1, 1, 8 * 192).reshape(8, 8, 8, 3)), "looks like [-1, 1]"),
+    "float -1..1": (
+        dict(arr_0=np.linspace(-1, 1, 8 * 192).reshape(8, 8, 8, 3)),
+        "looks like [-1, 1]",
+    ),
     "float in between": (dict(arr_0=np.full((8, 8, 8, 3), 7.25)), "whole numbers"),
     "not finite": (dict(arr_0=np.full((8, 8, 8, 3), np.nan)), "not finite"),
     "NCHW": (dict(arr_0=np.zeros((8, 3, 8, 8), np.uint8)), "looks like [N, C, H, W]"),
     "another type": (dict(arr_0=np.zeros((8, 8, 8, 3), np.int32)), "expected uint8"),
-    "grey without channels": (dict(arr_0=np.zeros((8, 8, 8), np.uint8)), "expected uint8 [N, H, W, 3]"),
+    "grey without channels": (
+        dict(arr_0=np.zeros((8, 8, 8), np.uint8)),
+        "expected uint8 [N, H, W, 3]",
+    ),
     "other keys": (dict(images=np.zeros((8, 8, 8, 3), np.uint8)), "images may be what is meant"),
-    "another size": (dict(arr_0=np.zeros((8, 16, 16, 3), np.uint8)), "samples 16 x 16 (height x width)"),
+    "another size": (
+        dict(arr_0=np.zeros((8, 16, 16, 3), np.uint8)),
+        "samples 16 x 16 (height x width)",
+    ),
     "no images": (dict(arr_0=np.zeros((0, 8, 8, 3), np.uint8)), "no images"),
     "too few": (dict(arr_0=smooth(3, 0)), "at least 4"),
     "mu alone": (dict(arr_0=smooth(8, 0), mu=np.zeros(192)), "swapped|order is REF SAMPLES"),
@@ -184,7 +276,11 @@ def test_bad_samples_are_one_line(case, sets, tmp_path):
 
 def complains(words, *args):
     done = run(EVALUATOR, *args, "--features", "pixels")
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning:") and "img/s" not in line]
+    lines = [
+        line
+        for line in done.stderr.splitlines()
+        if not line.startswith("warning:") and "img/s" not in line
+    ]
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     assert any(word in lines[0] for word in words.split("|")), lines[0]
@@ -193,7 +289,7 @@ def complains(words, *args):
 def test_files_that_are_no_sets_of_images(sets, tmp_path):
     ref = sets / "ref.npz"
     whole = ref.read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     complains("cannot be read as an npz", ref, tmp_path / "cut.npz")
     np.save(tmp_path / "x.npy", smooth(8, 0))
     complains(".npy file", ref, tmp_path / "x.npy")
@@ -210,16 +306,22 @@ def test_pickled_objects_are_refused_and_do_not_run(sets, tmp_path):
     class Bomb:
         def __reduce__(self):
             return Path.touch, (tmp_path / "boom",)
+
     np.savez(tmp_path / "evil.npz", arr_0=np.array([Bomb()], dtype=object))
     complains("Python objects", sets / "ref.npz", tmp_path / "evil.npz")
     assert not (tmp_path / "boom").exists()
 
 
 def test_stored_statistics_are_checked(sets, tmp_path):
-    for arrays, words in ((dict(mu=np.zeros(192)), "not sigma"),
-                          (dict(mu=np.zeros(10), sigma=np.eye(10)), "expected [192]"),
-                          (dict(mu=np.full(192, np.nan), sigma=np.eye(192)), "not finite"),
-                          (dict(mu=np.zeros(192), sigma=np.eye(192), features=np.array(["inception 0123"])), "inception")):
+    for arrays, words in (
+        (dict(mu=np.zeros(192)), "not sigma"),
+        (dict(mu=np.zeros(10), sigma=np.eye(10)), "expected [192]"),
+        (dict(mu=np.full(192, np.nan), sigma=np.eye(192)), "not finite"),
+        (
+            dict(mu=np.zeros(192), sigma=np.eye(192), features=np.array(["inception 0123"])),
+            "inception",
+        ),
+    ):
         complains(words, save(tmp_path / "stats.npz", **arrays), sets / "samples.npz")
 
 
@@ -233,7 +335,9 @@ def test_pictures_of_different_sizes_need_image_size(sets, tmp_path):
     assert "5" in out
 
 
-def test_two_sides_of_different_sizes_are_an_error_that_names_the_flag_and_its_value(sets, tmp_path):
+def test_two_sides_of_different_sizes_are_an_error_that_names_the_flag_and_its_value(
+    sets, tmp_path
+):
     np.savez(tmp_path / "large.npz", arr_0=smooth(400, 0, 16))
     (tmp_path / "folder").mkdir()
     for i, image in enumerate(smooth(6, 0, 16)):
@@ -244,9 +348,20 @@ def test_two_sides_of_different_sizes_are_an_error_that_names_the_flag_and_its_v
     complains("give --image_size 8 ", sets / "ref.npz", tmp_path / "folder")
     complains("give --image_size 4x8 ", sets / "ref.npz", tmp_path / "wide.npz")
     # With the flag, both sides are scaled as training scales them, npz files too.
-    evaluate(tmp_path / "large.npz", sets / "samples.npz", "--image_size", "8", "--json", tmp_path / "a.json")
+    evaluate(
+        tmp_path / "large.npz",
+        sets / "samples.npz",
+        "--image_size",
+        "8",
+        "--json",
+        tmp_path / "a.json",
+    )
     small = np.stack([center_crop_arr(Image.fromarray(image), 8) for image in smooth(400, 0, 16)])
-    np.savez(tmp_path / "small.npz", arr_0=small, preprocessing=np.array(["images > crop=center resize=box+bicubic 8x8x3"]))
+    np.savez(
+        tmp_path / "small.npz",
+        arr_0=small,
+        preprocessing=np.array(["images > crop=center resize=box+bicubic 8x8x3"]),
+    )
     evaluate(tmp_path / "small.npz", sets / "samples.npz", "--json", tmp_path / "b.json")
     assert numbers(tmp_path / "a.json") == numbers(tmp_path / "b.json")
     a, b = (json.loads((tmp_path / f"{name}.json").read_text())["reference"] for name in "ab")
@@ -254,25 +369,53 @@ def test_two_sides_of_different_sizes_are_an_error_that_names_the_flag_and_its_v
 
 
 def test_images_with_statistics_are_not_scaled_away_from_them(sets, tmp_path):
-    done = run(MAKE, save(tmp_path / "large.npz", arr_0=smooth(30, 0, 16)), "--out", tmp_path / "stats.npz", "--features", "pixels",
-               "--keep_images", "10")
+    done = run(
+        MAKE,
+        save(tmp_path / "large.npz", arr_0=smooth(30, 0, 16)),
+        "--out",
+        tmp_path / "stats.npz",
+        "--features",
+        "pixels",
+        "--keep_images",
+        "10",
+    )
     assert done.returncode == 0, done.stderr
     complains("give --image_size 16 ", tmp_path / "stats.npz", sets / "samples.npz")
-    complains("images, which cannot be scaled to 8 x 8: make it again from its images with evaluations/make_reference.py "
-              "--image_size, or give --image_size 16", tmp_path / "stats.npz", sets / "samples.npz", "--image_size", "8")
+    complains(
+        "images, which cannot be scaled to 8 x 8: make it again from its images with "
+        "evaluations/make_reference.py --image_size, or give --image_size 16",
+        tmp_path / "stats.npz",
+        sets / "samples.npz",
+        "--image_size",
+        "8",
+    )
     evaluate(tmp_path / "stats.npz", sets / "samples.npz", "--image_size", "16")
 
 
 def test_pixels_of_large_images_are_refused_at_once_with_what_to_do(tmp_path):
     save(tmp_path / "a.npz", arr_0=smooth(10, 0, 64))
     save(tmp_path / "b.npz", arr_0=smooth(120, 1, 64))
-    complains("use inception or an ONNX model as features, or smaller images (evaluations: --image_size 32)",
-              tmp_path / "a.npz", tmp_path / "b.npz")
+    complains(
+        "use inception or an ONNX model as features, or smaller images (evaluations: "
+        "--image_size 32)",
+        tmp_path / "a.npz",
+        tmp_path / "b.npz",
+    )
     evaluate(tmp_path / "a.npz", tmp_path / "b.npz", "--image_size", "4")
 
 
-@pytest.mark.parametrize("shape, fine", [((2, 3, 8, 3), True), ((2, 1, 8, 1), True), ((2, 3, 8, 1), True), ((2, 1, 8, 3), True),
-                                         ((2, 3, 8, 8), False), ((2, 1, 8, 8), False), ((2, 3, 8, 4), False)])
+@pytest.mark.parametrize(
+    "shape, fine",
+    [
+        ((2, 3, 8, 3), True),
+        ((2, 1, 8, 1), True),
+        ((2, 3, 8, 1), True),
+        ((2, 1, 8, 3), True),
+        ((2, 3, 8, 8), False),
+        ((2, 1, 8, 8), False),
+        ((2, 3, 8, 4), False),
+    ],
+)
 def test_channels_first_is_told_from_images_of_one_or_three_rows(shape, fine, tmp_path):
     save(tmp_path / "x.npz", arr_0=np.zeros(shape, np.uint8))
     if fine:
@@ -294,13 +437,23 @@ def test_grey_npz_files_are_scaled(tmp_path):
 def test_npz_to_png_and_back(sets, tmp_path):
     images = smooth(12, 3)
     np.savez(tmp_path / "x.npz", arr_0=images, arr_1=np.arange(12) % 3)
-    assert run(NPZ_TO_PNG, tmp_path / "x.npz", "--out", tmp_path / "pictures", "--classes", "False").returncode == 0
+    assert (
+        run(
+            NPZ_TO_PNG, tmp_path / "x.npz", "--out", tmp_path / "pictures", "--classes", "False"
+        ).returncode
+        == 0
+    )
     assert run(NPZ_TO_PNG, tmp_path / "pictures", "--out", tmp_path / "back.npz").returncode == 0
     with np.load(tmp_path / "back.npz") as back:
         np.testing.assert_array_equal(back["arr_0"], images)
     assert run(NPZ_TO_PNG, tmp_path / "x.npz", "--out", tmp_path / "classes").returncode == 0
     assert sorted(path.name for path in (tmp_path / "classes").iterdir()) == ["0", "1", "2"]
-    assert run(NPZ_TO_PNG, tmp_path / "x.npz", "--out", tmp_path / "grid.png", "--count", "9").returncode == 0
+    assert (
+        run(
+            NPZ_TO_PNG, tmp_path / "x.npz", "--out", tmp_path / "grid.png", "--count", "9"
+        ).returncode
+        == 0
+    )
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 3 * 64
     again = run(NPZ_TO_PNG, tmp_path / "x.npz", "--out", tmp_path / "grid.png")
@@ -312,16 +465,29 @@ def test_published_values_need_the_papers_own_settings():
     base = {"timestep_respacing": "100", "eps_scaler": 1.0, "eps_scaler_k": 0.0, "use_ddim": False}
     assert published_values(paper, base) == {"fid": 3.37}
     assert published_values(paper, base | {"eps_scaler": 1.017}) == {"fid": 2.17}
-    for other in ({"eps_scaler": 1.01}, {"use_ddim": True}, {"timestep_respacing": "50"}, {"eps_scaler_k": 1e-3}):
+    for other in (
+        {"eps_scaler": 1.01},
+        {"use_ddim": True},
+        {"timestep_respacing": "50"},
+        {"eps_scaler_k": 1e-3},
+    ):
         assert published_values(paper, base | other) == {}
     assert published_values(paper, {}) == {}
     for guided in ({"guidance_scale": 2.0}, {"classifier_scale": 1.0}):
         assert published_values(paper, base | guided) == {}
-    paper |= {"classifier_scale": 0.5, "fid_guided_without": {100: 3.55}, "fid_guided_eps_scaler": {100: 3.4}}
+    paper |= {
+        "classifier_scale": 0.5,
+        "fid_guided_without": {100: 3.55},
+        "fid_guided_eps_scaler": {100: 3.4},
+    }
     guided = base | {"classifier_scale": 0.5, "guidance_scale": 1.0}
-    assert published_values(paper, guided) == {"fid": 3.55} and published_values(paper, base) == {"fid": 3.37}
+    assert published_values(paper, guided) == {"fid": 3.55} and published_values(paper, base) == {
+        "fid": 3.37
+    }
     assert published_values(paper, guided | {"eps_scaler": 1.017}) == {"fid": 3.4}
-    assert published_values(paper, guided | {"classifier_scale": 1.0}) == {}, "another scale is another table"
+    assert published_values(paper, guided | {"classifier_scale": 1.0}) == {}, (
+        "another scale is another table"
+    )
     assert published_values(paper | {"fid_guided": {100: 2.9}}, guided) == {"fid": 2.9}
 
 

@@ -1,37 +1,55 @@
 """The measures of exposure bias on Gaussian data, where every one of them has a closed form.
 
-Data N(0, s^2) and a network that is linear in x make every step linear: x_{t-1} = A_t x_t + sqrt(v_t) z, so that the chain's
-variance obeys V_{t-1} = A_t^2 V_t + v_t, whatever lambda, and what is left of x_0 shrinks by A_t.
+Data N(0, s^2) and a network that is linear in x make every step linear: x_{t-1} = A_t x_t +
+sqrt(v_t) z, so that the chain's variance obeys V_{t-1} = A_t^2 V_t + v_t, whatever lambda, and what
+is left of x_0 shrinks by A_t.
 """
+
 import math
 
 import numpy as np
 import pytest
 import torch
+from test_closed_forms import S, eps_slope, exact_network, make
 
 from guided_diffusion_ip.diffusion import ModelMeanType, ModelVarType
 from guided_diffusion_ip.exposure_bias.measures import NAMES, create_measures, measure
-from guided_diffusion_ip.exposure_bias.walks import CHAIN, Batch, Walk, noised, step_noise, walk, with_lambdas
-from guided_diffusion_ip.runs.sample_batch import Sampler
+from guided_diffusion_ip.exposure_bias.walks import (
+    CHAIN,
+    Batch,
+    Walk,
+    noised,
+    step_noise,
+    walk,
+    with_lambdas,
+)
 from guided_diffusion_ip.features.spaces import PixelSpace
 from guided_diffusion_ip.noise import Stream, normal
-from test_closed_forms import S, eps_slope, exact_network, make
+from guided_diffusion_ip.runs.sample_batch import Sampler
 
 T, N, SIDE = 25, 400, 16
 NUMBERS = N * SIDE**2  # 102,400: a variance has a standard error of 0.44 %, a norm of 0.22 %
-SAMPLERS = {"small": (ModelVarType.FIXED_SMALL, None), "large": (ModelVarType.FIXED_LARGE, None),
-            "ddim": (ModelVarType.FIXED_SMALL, 0.0), "ddim_eta": (ModelVarType.FIXED_SMALL, 0.6)}
+SAMPLERS = {
+    "small": (ModelVarType.FIXED_SMALL, None),
+    "large": (ModelVarType.FIXED_LARGE, None),
+    "ddim": (ModelVarType.FIXED_SMALL, 0.0),
+    "ddim_eta": (ModelVarType.FIXED_SMALL, 0.6),
+}
 LAMBDAS = {"plain": {}, "scaled": {"eps_scaler": 1.02, "eps_scaler_k": -0.001}}
 
 
 def linear_steps(process, eta=None, c=1.0, s=S):
-    """(A_t, v_t, x_0_hat / x_t) of every step when epsilon is c times the exact one, divided by lambda(t)."""
+    """(A_t, v_t, x_0_hat / x_t) of every step when epsilon is c times the exact one, divided by
+    lambda(t).
+    """
     ab, ab_prev = process.alphas_cumprod, process.alphas_cumprod_prev
     slope = c * eps_slope(process, s) / process.lambdas
     x0_slope = (1 - np.sqrt(1 - ab) * slope) / np.sqrt(ab)
     if eta is None:
         large = process.model_var_type is ModelVarType.FIXED_LARGE
-        noise = np.exp(process.fixed_large_log_variance if large else process.posterior_log_variance_clipped)
+        noise = np.exp(
+            process.fixed_large_log_variance if large else process.posterior_log_variance_clipped
+        )
         a = process.posterior_mean_coef1 * x0_slope + process.posterior_mean_coef2
     else:
         noise = eta**2 * (1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev)
@@ -52,13 +70,17 @@ def chain_variances(a, v, start=1.0):
 def gaussian_batches(n=N, side=SIDE, s=S, size=100):
     generator = torch.Generator().manual_seed(0)
     x = s * torch.randn(n, 1, side, side, generator=generator)
-    return [Batch(list(range(i, min(i + size, n))), x[i:i + size], {}) for i in range(0, n, size)]
+    return [Batch(list(range(i, min(i + size, n))), x[i : i + size], {}) for i in range(0, n, size)]
 
 
 def setting(sampler, lam, s=S):
     var_type, eta = SAMPLERS[sampler]
     process = make(var_type=var_type, steps=T, **LAMBDAS[lam])
-    return process, eta, Sampler(process, (1, SIDE, SIDE), 3, eta is not None, eta or 0.0, clip_denoised=False)
+    return (
+        process,
+        eta,
+        Sampler(process, (1, SIDE, SIDE), 3, eta is not None, eta or 0.0, clip_denoised=False),
+    )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -75,8 +97,13 @@ def test_norm_delta_and_variance_follow_the_recursion(sampler, lam):
     np.testing.assert_allclose(variance["chain"], chain, rtol=0.02)
     np.testing.assert_allclose(variance["expected"], perfect, rtol=0.02)
     np.testing.assert_allclose(variance["error"], chain - perfect, atol=0.02)
-    assert variance["final"] == pytest.approx(final, rel=0.02) and variance["final_expected"] == pytest.approx(S**2, rel=0.02)
-    assert variance["final_error"] == pytest.approx(final - S**2, abs=0.01) and abs(final - S**2) > 0.015
+    assert variance["final"] == pytest.approx(final, rel=0.02) and variance[
+        "final_expected"
+    ] == pytest.approx(S**2, rel=0.02)
+    assert (
+        variance["final_error"] == pytest.approx(final - S**2, abs=0.01)
+        and abs(final - S**2) > 0.015
+    )
 
     norm, slope = found["norm"], eps_slope(process)
     side = math.sqrt(SIDE**2) * (1 - 1 / (4 * SIDE**2))  # the mean length of a normal vector
@@ -86,26 +113,42 @@ def test_norm_delta_and_variance_follow_the_recursion(sampler, lam):
     np.testing.assert_allclose(norm["ratio_published"], norm["ratio"] / process.lambdas)
     assert (np.abs(norm["ratio"] - np.sqrt(chain / perfect)) < 4.5 * norm["ratio_error"]).all()
     # Each norm scatters by 1 / sqrt(2 D), and there are two of them.
-    np.testing.assert_allclose(norm["ratio_error"] / norm["ratio"], 1 / math.sqrt(NUMBERS), rtol=0.2)
+    np.testing.assert_allclose(
+        norm["ratio_error"] / norm["ratio"], 1 / math.sqrt(NUMBERS), rtol=0.2
+    )
 
     delta = found["delta"]
     kept, noise, multi = math.sqrt(ab[-1]), 1 - ab[-1], []
     for t in range(T - 1, -1, -1):  # x_t = kept x_0 + sqrt(noise) z
         multi.insert(0, math.sqrt((kept - math.sqrt(ab[t])) ** 2 * S**2 + noise))
         kept, noise = a[t] * kept, a[t] ** 2 * noise + v[t]
-    single = [math.sqrt((a[t] * math.sqrt(ab[t]) - math.sqrt(ab[t - 1])) ** 2 * S**2 + a[t] ** 2 * (1 - ab[t]) + v[t])
-              for t in range(1, T)] + [math.sqrt(1 - ab[-1])]
+    single = [
+        math.sqrt(
+            (a[t] * math.sqrt(ab[t]) - math.sqrt(ab[t - 1])) ** 2 * S**2
+            + a[t] ** 2 * (1 - ab[t])
+            + v[t]
+        )
+        for t in range(1, T)
+    ] + [math.sqrt(1 - ab[-1])]
     np.testing.assert_allclose(delta["std_multi"], multi, rtol=0.012)
     np.testing.assert_allclose(delta["std_single"], single, rtol=0.012)
-    np.testing.assert_allclose(delta["delta_multi"], (np.array(multi) - np.sqrt(1 - ab)) ** 2, atol=0.012)
+    np.testing.assert_allclose(
+        delta["delta_multi"], (np.array(multi) - np.sqrt(1 - ab)) ** 2, atol=0.012
+    )
     np.testing.assert_allclose(delta["expected_std"], np.sqrt(1 - ab))
 
 
 def test_delta_of_a_perfect_sampler_is_not_zero():
-    """Fixed-large is exact for s = 1: the variance is right at every t, and delta still ends near ((sqrt(2) - 0) s)^2."""
+    """Fixed-large is exact for s = 1: the variance is right at every t, and delta still ends near
+    ((sqrt(2) - 0) s)^2.
+    """
     process = make(var_type=ModelVarType.FIXED_LARGE, steps=T)
-    found = measure(["delta", "variance", "norm"], Sampler(process, (1, SIDE, SIDE), clip_denoised=False),
-                    exact_network(process, s=1.0), gaussian_batches(s=1.0))
+    found = measure(
+        ["delta", "variance", "norm"],
+        Sampler(process, (1, SIDE, SIDE), clip_denoised=False),
+        exact_network(process, s=1.0),
+        gaussian_batches(s=1.0),
+    )
     assert np.abs(found["variance"]["error"][1:]).max() < 0.02
     assert np.abs(found["norm"]["ratio"][1:] - 1).max() < 0.01
     assert found["delta"]["delta_multi"][0] > 1.5
@@ -132,10 +175,14 @@ def test_errors_that_are_not_normal_are_found_and_constant_pixels_left_out():
 
     def network(x, t):
         out = torch.zeros_like(x)
-        out[..., :8, :] = x[..., :8, :].sign()  # half of the picture is +-1, the other half is x_0 = 0 exactly
+        out[..., :8, :] = x[
+            ..., :8, :
+        ].sign()  # half of the picture is +-1, the other half is x_0 = 0 exactly
         return out
 
-    batches = [Batch(batch.index, torch.zeros_like(batch.x_start), {}) for batch in gaussian_batches()]
+    batches = [
+        Batch(batch.index, torch.zeros_like(batch.x_start), {}) for batch in gaussian_batches()
+    ]
     found = measure(["prediction"], how, network, batches)["prediction"]
     assert (found["tested"] == SIDE**2 // 2).all() and (found["rejected"] == 1).all()
 
@@ -145,18 +192,29 @@ def test_errors_that_are_not_normal_are_found_and_constant_pixels_left_out():
 def test_accumulation_has_a_closed_form(lam):
     s, n, side, lengths = 0.2, 12_000, 2, (5, T)  # 5 s fit into [-1, 1]
     process, _, how = setting("small", lam)
-    found = measure(["accumulation"], how, exact_network(process, s=s), gaussian_batches(n, side, s, 4000), lengths,
-                    PixelSpace())["accumulation"]
+    found = measure(
+        ["accumulation"],
+        how,
+        exact_network(process, s=s),
+        gaussian_batches(n, side, s, 4000),
+        lengths,
+        PixelSpace(),
+    )["accumulation"]
     ab, (a, v, x0) = process.alphas_cumprod, linear_steps(process, s=s)
     for row, length in enumerate(lengths):
         start = ab[length - 1] * s**2 + 1 - ab[length - 1]
         final = chain_variances(a[:length], v[:length], start)[1]
-        # Pixels are (x + 1) / 2; the distance of two isotropic Gaussians is D times that of the standard deviations, squared.
-        assert found["frechet"][row] == pytest.approx(side**2 * (math.sqrt(final) - s) ** 2 / 4, rel=0.15)
+        # Pixels are (x + 1) / 2; the distance of two isotropic Gaussians is D times that of the
+        # standard deviations, squared.
+        assert found["frechet"][row] == pytest.approx(
+            side**2 * (math.sqrt(final) - s) ** 2 / 4, rel=0.15
+        )
         kept, noise = math.sqrt(ab[length - 1]), 1 - ab[length - 1]
         for t in range(length - 1, -1, -1):
             wrong = math.sqrt((x0[t] * kept - 1) ** 2 * s**2 + x0[t] ** 2 * noise)
-            assert found["noise_free"][row, t] == pytest.approx(wrong * math.sqrt(2 / math.pi), rel=0.03)
+            assert found["noise_free"][row, t] == pytest.approx(
+                wrong * math.sqrt(2 / math.pi), rel=0.03
+            )
             kept, noise = a[t] * kept, a[t] ** 2 * noise
         assert not found["noise_free"][row, length:].any()
         assert found["noise_free_final"][row] == found["noise_free"][row, 0]
@@ -166,8 +224,14 @@ def test_one_step_alone_can_be_accumulated():
     """From q(x_0 | x_0) one step to x_0_hat, and the real images beside it."""
     s, n, side = 0.2, 3000, 2
     process, _, how = setting("small", "plain")
-    found = measure(["accumulation"], how, exact_network(process, s=s), gaussian_batches(n, side, s, 1000), (1,),
-                    PixelSpace())["accumulation"]
+    found = measure(
+        ["accumulation"],
+        how,
+        exact_network(process, s=s),
+        gaussian_batches(n, side, s, 1000),
+        (1,),
+        PixelSpace(),
+    )["accumulation"]
     ab, (a, _, x0) = process.alphas_cumprod[0], linear_steps(process, s=s)
     final = a[0] ** 2 * (ab * s**2 + 1 - ab)
     assert found["frechet"] == pytest.approx(side**2 * (math.sqrt(final) - s) ** 2 / 4, abs=2e-4)
@@ -179,12 +243,19 @@ def test_noise_has_the_address_of_its_image_and_step():
     process, index, x = make(steps=T), [5, 2], torch.full((2, 1, 4, 4), 0.3)
     how, batch = Sampler(process, (1, 4, 4), seed=3), Batch(index, x, {})
     draw = lambda stream, t: normal(3, stream, index, t, (1, 4, 4))  # noqa: E731
-    torch.testing.assert_close(noised(how, batch, 7), process.q_sample(x, torch.full((2,), 7), draw(Stream.MEASURE_INPUT, 7)))
+    torch.testing.assert_close(
+        noised(how, batch, 7),
+        process.q_sample(x, torch.full((2,), 7), draw(Stream.MEASURE_INPUT, 7)),
+    )
     assert torch.equal(step_noise(how, index, 7)(x), draw(Stream.MEASURE_STEP, 7))
     first = next(walk(Walk(CHAIN, T), how, exact_network(process), batch))
     assert torch.equal(first.x, draw(Stream.MEASURE_STEP, T)) and first.t == T - 1
-    rest = process.p_sample(exact_network(process), first.x, torch.full((2,), T - 1),
-                            randn_like=lambda x: draw(Stream.MEASURE_STEP, T - 1))["sample"]
+    rest = process.p_sample(
+        exact_network(process),
+        first.x,
+        torch.full((2,), T - 1),
+        randn_like=lambda x: draw(Stream.MEASURE_STEP, T - 1),
+    )["sample"]
     assert torch.equal(first.sample, rest)
 
 
@@ -211,21 +282,36 @@ def test_class_labels_reach_the_network_and_results_do_not_depend_on_batches():
 
     def batches(size):
         for i in range(0, 24, size):
-            yield Batch(list(range(i, min(i + size, 24))), whole.x_start[i:i + size], {"y": labels[i:i + size]})
+            yield Batch(
+                list(range(i, min(i + size, 24))),
+                whole.x_start[i : i + size],
+                {"y": labels[i : i + size]},
+            )
 
-    one, many = (measure(NAMES, how, network, batches(size), (3, T), PixelSpace()) for size in (24, 7))
+    one, many = (
+        measure(NAMES, how, network, batches(size), (3, T), PixelSpace()) for size in (24, 7)
+    )
     for name, figures in one.items():
         for key, value in figures.items():
             if not isinstance(value, str):
-                np.testing.assert_allclose(many[name][key], value, rtol=1e-5, atol=1e-7, err_msg=f"{name}.{key}")
+                np.testing.assert_allclose(
+                    many[name][key], value, rtol=1e-5, atol=1e-7, err_msg=f"{name}.{key}"
+                )
     shares = measure(["norm"], how, lambda x, t, y: x, batches(24))["norm"]["inputs"]
-    assert (one["norm"]["inputs"] / shares > 1.5).all(), "labels 0, 1, 2 make the mean of the factors 2"
+    assert (one["norm"]["inputs"] / shares > 1.5).all(), (
+        "labels 0, 1, 2 make the mean of the factors 2"
+    )
 
 
-@pytest.mark.parametrize("names, lengths, text", [
-    (["norms"], (), "norms is no measure; allowed: norm, delta"), ([], (), "no measure asked for"),
-    (["accumulation"], (0,), r"over \[0\] steps: give numbers from 1 to 25"),
-    (["accumulation"], (26,), "give numbers from 1 to 25")])
+@pytest.mark.parametrize(
+    "names, lengths, text",
+    [
+        (["norms"], (), "norms is no measure; allowed: norm, delta"),
+        ([], (), "no measure asked for"),
+        (["accumulation"], (0,), r"over \[0\] steps: give numbers from 1 to 25"),
+        (["accumulation"], (26,), "give numbers from 1 to 25"),
+    ],
+)
 def test_what_cannot_be_measured_is_refused(names, lengths, text):
     with pytest.raises(ValueError, match=text):
         for kind in create_measures(names, lengths, PixelSpace()):

@@ -1,4 +1,7 @@
-"""EDM's and DDPM's models through the same scripts as ADM's: training, resuming, sampling along sigma, and what is refused."""
+"""EDM's and DDPM's models through the same scripts as ADM's: training, resuming, sampling along
+sigma, and what is refused.
+"""
+
 import os
 import runpy
 import subprocess
@@ -8,29 +11,77 @@ import numpy as np
 import pytest
 import torch
 import yaml
-
-from guided_diffusion_ip import script_util
-from guided_diffusion_ip.settings.config import parse
-from guided_diffusion_ip.runs.sample_batch import draw_images
-from guided_diffusion_ip.runs.samples import SampleRun
-from guided_diffusion_ip.settings.sampling import (
-    make_sampler, sampling_precision, settle_sampler, what_decides_the_images)
-from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
-from guided_diffusion_ip.training.train_loop import TrainLoop
 from test_scripts import ROOT, TINY, flags, images, run  # noqa: F401 (images is a fixture)
 
-EDM = dict(framework="edm", image_size=8, in_channels=1, num_channels=32, num_res_blocks=1, channel_mult="1,1",
-           attention_resolutions="4", augment_dim=9, augment=0.5, class_cond=True, num_classes=3, label_dropout=0.2,
-           input_perturbation=0.1)
-DDPM = dict(framework="ddpm", image_size=8, in_channels=1, num_channels=32, num_res_blocks=1, channel_mult="1,1",
-            attention_resolutions="4", dropout=0.1, input_perturbation=0.1)
+from guided_diffusion_ip import script_util
+from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
+from guided_diffusion_ip.runs.sample_batch import draw_images
+from guided_diffusion_ip.runs.samples import SampleRun
+from guided_diffusion_ip.settings.config import parse
+from guided_diffusion_ip.settings.sampling import (
+    make_sampler,
+    sampling_precision,
+    settle_sampler,
+    what_decides_the_images,
+)
+from guided_diffusion_ip.training.train_loop import TrainLoop
+
+EDM = dict(
+    framework="edm",
+    image_size=8,
+    in_channels=1,
+    num_channels=32,
+    num_res_blocks=1,
+    channel_mult="1,1",
+    attention_resolutions="4",
+    augment_dim=9,
+    augment=0.5,
+    class_cond=True,
+    num_classes=3,
+    label_dropout=0.2,
+    input_perturbation=0.1,
+)
+DDPM = dict(
+    framework="ddpm",
+    image_size=8,
+    in_channels=1,
+    num_channels=32,
+    num_res_blocks=1,
+    channel_mult="1,1",
+    attention_resolutions="4",
+    dropout=0.1,
+    input_perturbation=0.1,
+)
 
 
 def train(out, images, steps, *more, **model):  # noqa: F811
     done = subprocess.run(
-        [sys.executable, "scripts/image_train.py", *flags(**model), "--data_dir", images, "--out_dir", str(out), "--max_steps",
-         str(steps), "--batch_size", "4", "--ema_rate", "0.5", "--save_interval", "2", "--log_interval", "1", "--random_flip",
-         "False", *more], cwd=ROOT, capture_output=True, text=True)
+        [
+            sys.executable,
+            "scripts/image_train.py",
+            *flags(**model),
+            "--data_dir",
+            images,
+            "--out_dir",
+            str(out),
+            "--max_steps",
+            str(steps),
+            "--batch_size",
+            "4",
+            "--ema_rate",
+            "0.5",
+            "--save_interval",
+            "2",
+            "--log_interval",
+            "1",
+            "--random_flip",
+            "False",
+            *more,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -38,8 +89,20 @@ def train(out, images, steps, *more, **model):  # noqa: F811
 @pytest.fixture(scope="module")
 def edm(images, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("edm") / "run"
-    said = train(out, images, 4, "--sample_interval", "4", "--sample_count", "4", "--sample_respacing", "2",
-                 "--lr_warmup_steps", "3", **EDM)
+    said = train(
+        out,
+        images,
+        4,
+        "--sample_interval",
+        "4",
+        "--sample_count",
+        "4",
+        "--sample_respacing",
+        "2",
+        "--lr_warmup_steps",
+        "3",
+        **EDM,
+    )
     return out, said
 
 
@@ -47,7 +110,18 @@ def edm(images, tmp_path_factory):  # noqa: F811
 def ddpm(images, tmp_path_factory):  # noqa: F811
     pytest.importorskip("diffusers")
     out = tmp_path_factory.mktemp("ddpm") / "run"
-    return out, train(out, images, 4, "--sample_interval", "4", "--sample_count", "4", "--sample_respacing", "2", **DDPM)
+    return out, train(
+        out,
+        images,
+        4,
+        "--sample_interval",
+        "4",
+        "--sample_count",
+        "4",
+        "--sample_respacing",
+        "2",
+        **DDPM,
+    )
 
 
 def test_edm_trains_through_the_same_loop(edm):
@@ -68,16 +142,46 @@ def test_a_continued_run_equals_an_uninterrupted_one_bitwise(model, request, ima
     train(tmp_path, images, 2, *more, **settings)
     train(tmp_path, images, 4, *more, "--resume", "auto", **settings)
     for name in ("model000004.pt", "ema_0.5_000004.pt"):
-        whole, continued = (torch.load(folder / name, weights_only=True) for folder in (out, tmp_path))
+        whole, continued = (
+            torch.load(folder / name, weights_only=True) for folder in (out, tmp_path)
+        )
         assert all(torch.equal(whole[key], continued[key]) for key in whole)
 
 
-@pytest.mark.parametrize("more", [(), ("--sampler", "euler", "--edm_steps", "3", "--eps_scaler", "1.01"),
-                                  ("--S_churn", "4", "--edm_steps", "3", "--discretization", "vp", "--noise_level_schedule", "vp",
-                                   "--noise_level_scaling", "vp")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--sampler", "euler", "--edm_steps", "3", "--eps_scaler", "1.01"),
+        (
+            "--S_churn",
+            "4",
+            "--edm_steps",
+            "3",
+            "--discretization",
+            "vp",
+            "--noise_level_schedule",
+            "vp",
+            "--noise_level_scaling",
+            "vp",
+        ),
+    ],
+)
 def test_edm_samples_by_heun_and_euler(edm, tmp_path, capsys, monkeypatch, more):
-    code, said, err = run("image_sample", "--model_path", str(edm[0] / "ema_0.5_000004.pt"), "--num_samples", "5", "--batch_size",
-                          "2", "--out_dir", str(tmp_path), *more, capsys=capsys, monkeypatch=monkeypatch)
+    code, said, err = run(
+        "image_sample",
+        "--model_path",
+        str(edm[0] / "ema_0.5_000004.pt"),
+        "--num_samples",
+        "5",
+        "--batch_size",
+        "2",
+        "--out_dir",
+        str(tmp_path),
+        *more,
+        capsys=capsys,
+        monkeypatch=monkeypatch,
+    )
     assert code in (0, None), err
     assert ("Euler, steps 3" if "euler" in more else "Heun, steps") in said
     with np.load(tmp_path / "samples_5x8x8x1.npz") as file:
@@ -86,18 +190,46 @@ def test_edm_samples_by_heun_and_euler(edm, tmp_path, capsys, monkeypatch, more)
 
 def test_images_do_not_depend_on_the_batch(edm, tmp_path, capsys, monkeypatch):
     def sample(batch, name):
-        run("image_sample", "--model_path", str(edm[0] / "ema_0.5_000004.pt"), "--num_samples", "5", "--batch_size", str(batch),
-            "--S_churn", "4", "--edm_steps", "3", "--out_dir", str(tmp_path / name), capsys=capsys, monkeypatch=monkeypatch)
+        run(
+            "image_sample",
+            "--model_path",
+            str(edm[0] / "ema_0.5_000004.pt"),
+            "--num_samples",
+            "5",
+            "--batch_size",
+            str(batch),
+            "--S_churn",
+            "4",
+            "--edm_steps",
+            "3",
+            "--out_dir",
+            str(tmp_path / name),
+            capsys=capsys,
+            monkeypatch=monkeypatch,
+        )
         return np.load(tmp_path / name / "samples_5x8x8x1.npz")["arr_0"].astype(int)
 
     assert np.abs(sample(2, "a") - sample(5, "b")).max() <= 1
 
 
 def test_ddpm_samples_by_every_sampler(ddpm, tmp_path, capsys, monkeypatch):
-    for name, more in (("ddpm", ["--timestep_respacing", "3"]), ("ddim", ["--sampler", "ddim", "--timestep_respacing", "3"]),
-                       ("heun", ["--sampler", "heun", "--edm_steps", "3", "--eps_scaler", "1.01"])):
-        code, said, err = run("image_sample", "--model_path", str(ddpm[0] / "ema_0.5_000004.pt"), "--num_samples", "3", "--out_dir",
-                              str(tmp_path / name), *more, capsys=capsys, monkeypatch=monkeypatch)
+    for name, more in (
+        ("ddpm", ["--timestep_respacing", "3"]),
+        ("ddim", ["--sampler", "ddim", "--timestep_respacing", "3"]),
+        ("heun", ["--sampler", "heun", "--edm_steps", "3", "--eps_scaler", "1.01"]),
+    ):
+        code, said, err = run(
+            "image_sample",
+            "--model_path",
+            str(ddpm[0] / "ema_0.5_000004.pt"),
+            "--num_samples",
+            "3",
+            "--out_dir",
+            str(tmp_path / name),
+            *more,
+            capsys=capsys,
+            monkeypatch=monkeypatch,
+        )
         assert code in (0, None), err
         assert os.path.exists(tmp_path / name / "samples_3x8x8x1.npz")
 
@@ -108,7 +240,9 @@ LEVEL = 100.7  # of 0 to 255
 
 
 class ConstantDenoiser(torch.nn.Module):
-    """D = LEVEL whatever it is asked: every chain ends at it exactly, since D stands alone at sigma = 0."""
+    """D = LEVEL whatever it is asked: every chain ends at it exactly, since D stands alone at sigma
+    = 0.
+    """
 
     sigma_min, sigma_max, label_dim = 0.0, float("inf"), 0
 
@@ -126,7 +260,9 @@ def test_pixels_of_edm_models_are_rounded(tmp_path):
     model = ConstantDenoiser()
     for sampler in ("heun", "euler"):
         sampler = make_sampler(settled(*EDM_8, "--sampler", sampler), model, (8, 8))
-        path = SampleRun(sampler, 3, str(tmp_path / str(sampler.options["solver"])), {})(model, 2, torch.device("cpu"))
+        path = SampleRun(sampler, 3, str(tmp_path / str(sampler.options["solver"])), {})(
+            model, 2, torch.device("cpu")
+        )
         assert np.unique(np.load(path)["arr_0"]).tolist() == [101]
 
 
@@ -136,7 +272,9 @@ def test_pixels_of_adm_models_are_truncated_by_every_sampler(tmp_path):
 
     process = script_util.create_gaussian_diffusion(predict_xstart=True, timestep_respacing="3")
     for kind in ("ddpm", "ddim", "heun", "euler"):
-        sampler = make_sampler(settled(*flags(image_size=8, in_channels=1), "--sampler", kind), process, (8, 8))
+        sampler = make_sampler(
+            settled(*flags(image_size=8, in_channels=1), "--sampler", kind), process, (8, 8)
+        )
         assert not sampler.rounded
         if kind in ("ddpm", "ddim"):  # the others stop at the lowest of the process's noise levels
             path = SampleRun(sampler, 3, str(tmp_path / kind), {})(model, 2, torch.device("cpu"))
@@ -148,29 +286,53 @@ def test_pictures_and_evaluations_during_training_have_the_pixels_of_their_frame
     model = ConstantDenoiser()
     cfg = parse("image_train", "", EDM_8)
     for respacing in ("sample_respacing", "eval_respacing"):
-        pixels = draw_images(on_the_way(cfg, model, (1, 8, 8), respacing), model, 3, 2, lambda index: {})
+        pixels = draw_images(
+            on_the_way(cfg, model, (1, 8, 8), respacing), model, 3, 2, lambda index: {}
+        )
         assert np.unique(pixels).tolist() == [101]
-    assert not on_the_way(parse("image_train", "", flags(**TINY)), None, (1, 8, 8), "sample_respacing").rounded
+    assert not on_the_way(
+        parse("image_train", "", flags(**TINY)), None, (1, 8, 8), "sample_respacing"
+    ).rounded
 
 
 def test_rounded_images_are_not_mixed_with_truncated_ones(edm, tmp_path, capsys, monkeypatch):
-    command = ["image_sample", "--model_path", str(edm[0] / "ema_0.5_000004.pt"), "--num_samples", "3", "--edm_steps", "2",
-               "--out_dir", str(tmp_path)]
+    command = [
+        "image_sample",
+        "--model_path",
+        str(edm[0] / "ema_0.5_000004.pt"),
+        "--num_samples",
+        "3",
+        "--edm_steps",
+        "2",
+        "--out_dir",
+        str(tmp_path),
+    ]
     code, _, err = run(*command, capsys=capsys, monkeypatch=monkeypatch)
     assert code in (0, None), err
     path = tmp_path / "settings.yaml"
     settings = yaml.safe_load(path.read_text())
     assert settings["quantisation"] == "rounded"
-    path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if key != "quantisation"}))
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in settings.items() if key != "quantisation"})
+    )
     code, _, err = run(*command, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 2 and "quantisation None instead of 'rounded'" in err and "--out_dir" in err
 
 
 # ---- number formats ----
 
-@pytest.mark.parametrize("half, argv, halves", [
-    ("True", [], "fp16"), ("True", ["--precision", "fp32"], "fp32"), ("True", ["--precision", "bf16"], "bf16"),
-    ("False", [], "fp32"), ("False", ["--precision", "fp16"], "fp16"), ("False", ["--precision", "fp32"], "fp32")])
+
+@pytest.mark.parametrize(
+    "half, argv, halves",
+    [
+        ("True", [], "fp16"),
+        ("True", ["--precision", "fp32"], "fp32"),
+        ("True", ["--precision", "bf16"], "bf16"),
+        ("False", [], "fp32"),
+        ("False", ["--precision", "fp16"], "fp16"),
+        ("False", ["--precision", "fp32"], "fp32"),
+    ],
+)
 def test_precision_wins_over_the_use_fp16_of_an_edm_checkpoint(edm, tmp_path, half, argv, halves):
     saved = yaml.safe_load((edm[0] / "config.yaml").read_text())
     saved["model"]["use_fp16"] = half == "True"
@@ -186,8 +348,13 @@ def test_precision_wins_over_the_use_fp16_of_an_edm_checkpoint(edm, tmp_path, ha
 
 # ---- settings ----
 
+
 def settled(*argv, config=""):
-    cfg = parse("image_sample", "", [*argv, *(["--config", str(ROOT / "configs" / config)] if config else [])])
+    cfg = parse(
+        "image_sample",
+        "",
+        [*argv, *(["--config", str(ROOT / "configs" / config)] if config else [])],
+    )
     settle_sampler(cfg)
     return cfg
 
@@ -207,24 +374,36 @@ def test_edm_models_are_clipped_only_if_asked_for_and_the_settings_tell():
     assert settled("--framework", "edm", "--clip_denoised", "True").clip_denoised is True
 
 
-@pytest.mark.parametrize("config, sampler, steps, b", [
-    ("edm_cifar10.yaml", "heun", 18, 1.0005), ("edm_cifar10.yaml", "heun", 11, 0.9985), ("edm_cifar10.yaml", "euler", 13, 1.0048),
-    ("edm_cifar10_cond.yaml", "heun", 7, 1.0070), ("edm_cifar10_cond.yaml", "euler", 35, 1.0035)])
+@pytest.mark.parametrize(
+    "config, sampler, steps, b",
+    [
+        ("edm_cifar10.yaml", "heun", 18, 1.0005),
+        ("edm_cifar10.yaml", "heun", 11, 0.9985),
+        ("edm_cifar10.yaml", "euler", 13, 1.0048),
+        ("edm_cifar10_cond.yaml", "heun", 7, 1.0070),
+        ("edm_cifar10_cond.yaml", "euler", 35, 1.0035),
+    ],
+)
 def test_published_lambdas_of_heun_and_euler(config, sampler, steps, b):
-    cfg = settled("--sampler", sampler, "--edm_steps", str(steps), "--eps_scaler", "published", config=config)
+    cfg = settled(
+        "--sampler", sampler, "--edm_steps", str(steps), "--eps_scaler", "published", config=config
+    )
     script_util.settle_lambda(cfg)
     assert (cfg.eps_scaler, cfg.eps_scaler_k) == (b, 0.0)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--sampler", "ddim", "--framework", "edm"], "alpha_bar"),
-    (["--sampler", "heun", "--use_ddim", "True"], "two samplers"),
-    (["--sampler", "heun", "--eta", "0.5"], "S_churn"),
-    (["--sampler", "heun", "--timestep_respacing", "10"], "--edm_steps"),
-    (["--edm_steps", "10"], "--timestep_respacing"),
-    (["--S_churn", "10"], "heun"),
-    (["--framework", "edm", "--guidance_scale", "2", "--class_cond", "True"], "no class"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--sampler", "ddim", "--framework", "edm"], "alpha_bar"),
+        (["--sampler", "heun", "--use_ddim", "True"], "two samplers"),
+        (["--sampler", "heun", "--eta", "0.5"], "S_churn"),
+        (["--sampler", "heun", "--timestep_respacing", "10"], "--edm_steps"),
+        (["--edm_steps", "10"], "--timestep_respacing"),
+        (["--S_churn", "10"], "heun"),
+        (["--framework", "edm", "--guidance_scale", "2", "--class_cond", "True"], "no class"),
+    ],
+)
 def test_meaningless_combinations_are_refused(argv, words):
     with pytest.raises(ValueError, match=words):
         make_sampler(settled(*flags(**TINY), *argv), None, (8, 8))
@@ -237,15 +416,41 @@ def test_guided_and_super_resolution_sampling_say_why_not_heun(script):
         make_sampler(cfg, None, (8, 8))
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--noise_schedule", "cosine"], "noise_schedule"), (["--schedule_sampler", "loss-second-moment"], "continuous"),
-    (["--augment", "0.1"], "--augment_dim 9"), (["--class_dropout", "0.1", "--class_cond", "True"], "--label_dropout"),
-    (["--learn_sigma", "True"], "learn_sigma"), (["--image_size", "8x16"], "square"),
-    (["--sample_interval", "1", "--sample_respacing", "ddim5"], "Heun")])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--noise_schedule", "cosine"], "noise_schedule"),
+        (["--schedule_sampler", "loss-second-moment"], "continuous"),
+        (["--augment", "0.1"], "--augment_dim 9"),
+        (["--class_dropout", "0.1", "--class_cond", "True"], "--label_dropout"),
+        (["--learn_sigma", "True"], "learn_sigma"),
+        (["--image_size", "8x16"], "square"),
+        (["--sample_interval", "1", "--sample_respacing", "ddim5"], "Heun"),
+    ],
+)
 def test_training_refuses_what_edm_has_not(argv, words, images, tmp_path, capsys, monkeypatch):  # noqa: F811
-    code, _, err = run("image_train", "--framework", "edm", "--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1",
-                       "--channel_mult", "1", "--in_channels", "1", "--data_dir", images, "--out_dir", str(tmp_path / "out"), *argv,
-                       capsys=capsys, monkeypatch=monkeypatch)
+    code, _, err = run(
+        "image_train",
+        "--framework",
+        "edm",
+        "--image_size",
+        "8",
+        "--num_channels",
+        "32",
+        "--num_res_blocks",
+        "1",
+        "--channel_mult",
+        "1",
+        "--in_channels",
+        "1",
+        "--data_dir",
+        images,
+        "--out_dir",
+        str(tmp_path / "out"),
+        *argv,
+        capsys=capsys,
+        monkeypatch=monkeypatch,
+    )
     assert code == 2 and words in err and err.strip().count("\n") == 0, err
     assert not (tmp_path / "out").exists()
 
@@ -253,8 +458,19 @@ def test_training_refuses_what_edm_has_not(argv, words, images, tmp_path, capsys
 def test_learning_rate_warms_up_linearly():
     model = torch.nn.Conv2d(1, 1, 1)
     process = script_util.create_gaussian_diffusion(steps=100)
-    loop = TrainLoop(model=model, diffusion=process, data=iter([]), batch_size=1, microbatch=1, lr=0.4, ema_rate="",
-                     log_interval=1, save_interval=10, resume_checkpoint="", lr_warmup_steps=4)
+    loop = TrainLoop(
+        model=model,
+        diffusion=process,
+        data=iter([]),
+        batch_size=1,
+        microbatch=1,
+        lr=0.4,
+        ema_rate="",
+        log_interval=1,
+        save_interval=10,
+        resume_checkpoint="",
+        lr_warmup_steps=4,
+    )
     rates = []
     for loop.step in range(6):
         loop._set_lr()
@@ -265,10 +481,23 @@ def test_learning_rate_warms_up_linearly():
 def test_a_checkpoint_of_another_framework_is_named(edm, tmp_path, capsys, monkeypatch):
     bare = tmp_path / "bare.pt"  # without config.yaml beside it
     torch.save(torch.load(edm[0] / "ema_0.5_000004.pt", weights_only=True), bare)
-    code, _, err = run("image_sample", *flags(**TINY), "--model_path", str(bare), capsys=capsys, monkeypatch=monkeypatch)
+    code, _, err = run(
+        "image_sample",
+        *flags(**TINY),
+        "--model_path",
+        str(bare),
+        capsys=capsys,
+        monkeypatch=monkeypatch,
+    )
     assert code == 2 and "--framework edm" in err
-    code, _, err = run("image_sample", *flags(**(EDM | dict(num_channels=64, augment=0))), "--model_path", str(bare), capsys=capsys,
-                       monkeypatch=monkeypatch)
+    code, _, err = run(
+        "image_sample",
+        *flags(**(EDM | dict(num_channels=64, augment=0))),
+        "--model_path",
+        str(bare),
+        capsys=capsys,
+        monkeypatch=monkeypatch,
+    )
     assert code == 2 and "tensors differ" in err and err.strip().count("\n") == 0
 
 
@@ -278,8 +507,19 @@ def test_gradients_are_clipped_to_their_norm(limit, clipped):
     model, process = script_util.create_model_and_diffusion(**TINY)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    loop = TrainLoop(model=model, diffusion=process, data=iter([]), batch_size=2, microbatch=2, lr=1e-3, ema_rate="",
-                     log_interval=1, save_interval=10, resume_checkpoint="", grad_clip=limit)
+    loop = TrainLoop(
+        model=model,
+        diffusion=process,
+        data=iter([]),
+        batch_size=2,
+        microbatch=2,
+        lr=1e-3,
+        ema_rate="",
+        log_interval=1,
+        save_interval=10,
+        resume_checkpoint="",
+        grad_clip=limit,
+    )
     loop.run_step(torch.rand(2, 1, 8, 8) * 2 - 1, {})
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     assert float(loop.grad_norm) > 1e-2, "what is logged is the norm before clipping"
@@ -287,15 +527,36 @@ def test_gradients_are_clipped_to_their_norm(limit, clipped):
 
 
 @pytest.mark.parametrize("sampler, steps", [("heun", 2), ("euler", 3)])
-def test_adm_checkpoints_are_sampled_along_sigma(sampler, steps, images, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_adm_checkpoints_are_sampled_along_sigma(
+    sampler, steps, images, tmp_path, capsys, monkeypatch
+):  # noqa: F811
     model, _ = script_util.create_model_and_diffusion(**TINY, class_cond=True, num_classes=3)
     torch.save(model.state_dict(), tmp_path / "adm.pt")
-    code, said, err = run("image_sample", *flags(**TINY, class_cond=True, num_classes=3), "--model_path", str(tmp_path / "adm.pt"),
-                          "--num_samples", "3", "--sampler", sampler, "--edm_steps", str(steps), "--eps_scaler",
-                          ",".join(["1.01"] * steps), "--out_dir", str(tmp_path / "out"), capsys=capsys, monkeypatch=monkeypatch)
+    code, said, err = run(
+        "image_sample",
+        *flags(**TINY, class_cond=True, num_classes=3),
+        "--model_path",
+        str(tmp_path / "adm.pt"),
+        "--num_samples",
+        "3",
+        "--sampler",
+        sampler,
+        "--edm_steps",
+        str(steps),
+        "--eps_scaler",
+        ",".join(["1.01"] * steps),
+        "--out_dir",
+        str(tmp_path / "out"),
+        capsys=capsys,
+        monkeypatch=monkeypatch,
+    )
     assert code in (0, None), err
     settings = yaml.safe_load((tmp_path / "out" / "settings.yaml").read_text())
-    assert settings["sampler"] == sampler and settings["edm_steps"] == steps and settings["eps_scaler"] == [1.01] * steps
+    assert (
+        settings["sampler"] == sampler
+        and settings["edm_steps"] == steps
+        and settings["eps_scaler"] == [1.01] * steps
+    )
 
 
 @pytest.mark.slow
@@ -303,15 +564,33 @@ def test_compiled_networks_train_and_sample_alike(images, tmp_path, capsys, monk
     small = TINY | dict(input_perturbation=0.1)
     for name, more in (("plain", []), ("compiled", ["--compile"])):
         train(tmp_path / name, images, 2, "--lr", "1e-4", *more, **small)
-    plain, other = (torch.load(tmp_path / name / "model000002.pt", weights_only=True) for name in ("plain", "compiled"))
+    plain, other = (
+        torch.load(tmp_path / name / "model000002.pt", weights_only=True)
+        for name in ("plain", "compiled")
+    )
     moved = torch.cat([(plain[key] - other[key]).flatten().abs() for key in plain])
-    assert moved.mean() < 2e-6 and moved.max() <= 4.1e-4  # AdamW takes steps of lr, whatever the size of a gradient near 0
+    assert (
+        moved.mean() < 2e-6 and moved.max() <= 4.1e-4
+    )  # AdamW takes steps of lr, whatever the size of a gradient near 0
     pictures = []
     for more in ([], ["--compile"]):
         out = tmp_path / f"samples{len(more)}"
-        code, _, err = run("image_sample", "--model_path", str(tmp_path / "plain" / "ema_0.5_000002.pt"), "--num_samples", "4",
-                           "--batch_size", "4", "--timestep_respacing", "4", "--out_dir", str(out), *more, capsys=capsys,
-                           monkeypatch=monkeypatch)
+        code, _, err = run(
+            "image_sample",
+            "--model_path",
+            str(tmp_path / "plain" / "ema_0.5_000002.pt"),
+            "--num_samples",
+            "4",
+            "--batch_size",
+            "4",
+            "--timestep_respacing",
+            "4",
+            "--out_dir",
+            str(out),
+            *more,
+            capsys=capsys,
+            monkeypatch=monkeypatch,
+        )
         assert code in (0, None), err
         pictures.append(np.load(out / "samples_4x8x8x1.npz")["arr_0"].astype(int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1

@@ -1,4 +1,5 @@
 """Sampling runs: images that depend on (seed, number) alone, shards, gaps, merging, memory."""
+
 import os
 import subprocess
 import sys
@@ -8,16 +9,27 @@ import threading
 import numpy as np
 import pytest
 import torch
-
 from golden_tools import load_seeded_weights
+
+from guided_diffusion_ip.runs import shards as shards_module
 from guided_diffusion_ip.runs.sample_batch import Sampler, draw_labels, parse_class_ids
 from guided_diffusion_ip.runs.samples import SampleRun
-from guided_diffusion_ip.runs import shards as shards_module
 from guided_diffusion_ip.runs.shards import ShardFolder
 from guided_diffusion_ip.script_util import create_model_and_diffusion
 
-FLAGS = dict(image_size=8, in_channels=1, num_channels=32, num_res_blocks=1, channel_mult="1,1", attention_resolutions="4",
-             learn_sigma=True, noise_schedule="cosine", class_cond=True, num_classes=10, num_head_channels=32)
+FLAGS = dict(
+    image_size=8,
+    in_channels=1,
+    num_channels=32,
+    num_res_blocks=1,
+    channel_mult="1,1",
+    attention_resolutions="4",
+    learn_sigma=True,
+    noise_schedule="cosine",
+    class_cond=True,
+    num_classes=10,
+    num_head_channels=32,
+)
 
 
 def network_and_sampler(**options):
@@ -28,7 +40,9 @@ def network_and_sampler(**options):
 def in_batches(n, size, **options):
     model, sampler = network_and_sampler(**options)
     parts = [list(range(a, min(a + size, n))) for a in range(0, n, size)]
-    return torch.cat([sampler(model, part, {"y": draw_labels(0, part, range(10))}) for part in parts])
+    return torch.cat(
+        [sampler(model, part, {"y": draw_labels(0, part, range(10))}) for part in parts]
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"use_ddim": True}, {"use_ddim": True, "eta": 0.7}])
@@ -54,17 +68,29 @@ def test_noise_and_labels_are_bitwise_the_same_in_any_batch():
         for part in parts:
             seen.clear()
             sampler(Recorder(), part, {"y": draw_labels(0, part, range(10))})
-            by_number.update({i: (torch.stack([x[j] for x in seen]), int(draw_labels(0, [i], range(10))))
-                              for j, i in enumerate(part)})
+            by_number.update(
+                {
+                    i: (torch.stack([x[j] for x in seen]), int(draw_labels(0, [i], range(10))))
+                    for j, i in enumerate(part)
+                }
+            )
         if len(parts) == 1:
             first = by_number
-    assert all(torch.equal(first[i][0], by_number[i][0]) and first[i][1] == by_number[i][1] for i in range(5))
+    assert all(
+        torch.equal(first[i][0], by_number[i][0]) and first[i][1] == by_number[i][1]
+        for i in range(5)
+    )
 
 
 def sample_run(out_dir, n=10, settings=None):
     model, sampler = network_and_sampler()
-    run = SampleRun(sampler, n, str(out_dir), settings or {"seed": 0},
-                    lambda index: {"y": draw_labels(0, index, range(10))})
+    run = SampleRun(
+        sampler,
+        n,
+        str(out_dir),
+        settings or {"seed": 0},
+        lambda index: {"y": draw_labels(0, index, range(10))},
+    )
     return run, model
 
 
@@ -73,9 +99,21 @@ def test_a_run_writes_exactly_what_was_asked_for(tmp_path):
     path = run(model, 4, torch.device("cpu"), png=True)
     assert os.path.basename(path) == "samples_10x8x8x1.npz"
     with np.load(path) as npz:
-        assert npz["arr_0"].shape == (10, 8, 8, 1) and npz["arr_0"].dtype == np.uint8 and npz["arr_0"].std() > 10
-        assert npz["arr_1"].dtype == np.int64 and npz["arr_1"].tolist() == draw_labels(0, range(10), range(10)).tolist()
-    assert sorted(os.listdir(tmp_path / "out")) == ["grid.png", "png", "samples_10x8x8x1.npz", "settings.yaml"]
+        assert (
+            npz["arr_0"].shape == (10, 8, 8, 1)
+            and npz["arr_0"].dtype == np.uint8
+            and npz["arr_0"].std() > 10
+        )
+        assert (
+            npz["arr_1"].dtype == np.int64
+            and npz["arr_1"].tolist() == draw_labels(0, range(10), range(10)).tolist()
+        )
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "grid.png",
+        "png",
+        "samples_10x8x8x1.npz",
+        "settings.yaml",
+    ]
     assert len(os.listdir(tmp_path / "out" / "png")) == 10
 
 
@@ -91,11 +129,16 @@ def test_a_run_fills_gaps_with_any_batch_size(tmp_path):
     with np.load(run(model, 3, torch.device("cpu"))) as npz:
         got = npz["arr_0"]
     np.testing.assert_array_equal(got[4:8], marked)
-    assert np.abs(got[:4].astype(int) - whole[:4]).max() <= 1 and np.abs(got[8:].astype(int) - whole[8:]).max() <= 1
+    assert (
+        np.abs(got[:4].astype(int) - whole[:4]).max() <= 1
+        and np.abs(got[8:].astype(int) - whole[8:]).max() <= 1
+    )
 
 
 def hidden_shard(tmp_path, monkeypatch, limit_s):
-    """A set of 10 images whose second shard is not listed, as on a network file system; how to make it appear."""
+    """A set of 10 images whose second shard is not listed, as on a network file system; how to make
+    it appear.
+    """
     monkeypatch.setattr(shards_module, "LISTING_S", limit_s)
     folder = ShardFolder(str(tmp_path / "shards"), 10)
     rows = np.arange(10, dtype=np.int64)
@@ -118,7 +161,9 @@ def test_merging_waits_for_shards_that_are_listed_late(tmp_path, monkeypatch):
 
 def test_shards_that_never_appear_are_an_error_that_names_them(tmp_path, monkeypatch):
     folder, _ = hidden_shard(tmp_path, monkeypatch, limit_s=0.2)
-    with pytest.raises(ValueError, match="shards lacks the images 6 to 9.*share this folder.*same command again"):
+    with pytest.raises(
+        ValueError, match="shards lacks the images 6 to 9.*share this folder.*same command again"
+    ):
         folder.merge(str(tmp_path / "all.npz"))
     assert folder.present() == [(0, 6)], "nothing is removed"
 
@@ -132,7 +177,8 @@ def test_other_settings_do_not_mix(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    # 189 MB more of pixels through a constant "network"; half of it is allowed, since the peak itself scatters.
+    # 189 MB more of pixels through a constant "network"; half of it is allowed, since the peak
+    # itself scatters.
     script = textwrap.dedent("""
         import resource, sys, torch
         from guided_diffusion_ip.diffusion import *
@@ -147,8 +193,13 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     """)
 
     def peak(n):
-        out = subprocess.run([sys.executable, "-c", script, str(tmp_path / str(n)), str(n)], capture_output=True, text=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+        out = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / str(n)), str(n)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True,
+        )
         return int(out.stdout.split()[-1])
 
     assert peak(4160) - peak(320) < 95, "peak memory in MB"

@@ -1,9 +1,12 @@
-"""Guided sampling that has an exact answer: Gaussian data and a classifier whose log p(y | x_t) is a quadratic.
+"""Guided sampling that has an exact answer: Gaussian data and a classifier whose log p(y | x_t) is
+a quadratic.
 
-Data N(0, s^2); y is x_0 seen through noise of variance tau^2. The network and the classifier are exact, so that each step is
-x <- A x + B + noise, with A and B known, and mean and variance of the chain follow by recursion: with lambda where it belongs,
-once, and with the two mistakes that were made elsewhere (epsilon divided twice; the gradient divided too).
+Data N(0, s^2); y is x_0 seen through noise of variance tau^2. The network and the classifier are
+exact, so that each step is x <- A x + B + noise, with A and B known, and mean and variance of the
+chain follow by recursion: with lambda where it belongs, once, and with the two mistakes that were
+made elsewhere (epsilon divided twice; the gradient divided too).
 """
+
 import numpy as np
 import pytest
 import torch
@@ -16,11 +19,13 @@ NUMBERS = 64 * 4096
 
 
 def gradient_slope(process):
-    """(a, b) at every t: grad_x log p(y | x_t) = a x_t + b, with p(y | x_t) = N(E[x_0 | x_t], Var[x_0 | x_t] + tau^2)."""
+    """(a, b) at every t: grad_x log p(y | x_t) = a x_t + b, with p(y | x_t) = N(E[x_0 | x_t],
+    Var[x_0 | x_t] + tau^2).
+    """
     ab = process.alphas_cumprod
     total = ab * S**2 + 1 - ab
     mean, spread = np.sqrt(ab) * S**2 / total, S**2 * (1 - ab) / total + TAU**2
-    return -mean**2 / spread, mean * Y / spread
+    return -(mean**2) / spread, mean * Y / spread
 
 
 def exact_classifier(process):
@@ -30,7 +35,9 @@ def exact_classifier(process):
 
 
 def guided_recursion(process, eta, divide_epsilon=1, divide_gradient=0):
-    """(means, variances) of x_{t-1} down the chain; eta None is DDPM. The last two: how often lambda divides what."""
+    """(means, variances) of x_{t-1} down the chain; eta None is DDPM. The last two: how often
+    lambda divides what.
+    """
     ab, ab_prev = process.alphas_cumprod, process.alphas_cumprod_prev
     slope = eps_slope(process) / process.lambdas**divide_epsilon
     a, b = (values / process.lambdas**divide_gradient for values in gradient_slope(process))
@@ -38,9 +45,19 @@ def guided_recursion(process, eta, divide_epsilon=1, divide_gradient=0):
     for t in reversed(range(process.num_timesteps)):
         if eta is None:
             large = process.model_var_type is ModelVarType.FIXED_LARGE
-            noise = np.exp((process.fixed_large_log_variance if large else process.posterior_log_variance_clipped)[t])
+            noise = np.exp(
+                (
+                    process.fixed_large_log_variance
+                    if large
+                    else process.posterior_log_variance_clipped
+                )[t]
+            )
             x0_slope = (1 - np.sqrt(1 - ab[t]) * slope[t]) / np.sqrt(ab[t])
-            step = process.posterior_mean_coef1[t] * x0_slope + process.posterior_mean_coef2[t] + noise * a[t]
+            step = (
+                process.posterior_mean_coef1[t] * x0_slope
+                + process.posterior_mean_coef2[t]
+                + noise * a[t]
+            )
             shift = noise * b[t]
         else:
             noise = eta**2 * (1 - ab_prev[t]) / (1 - ab[t]) * (1 - ab[t] / ab_prev[t])
@@ -57,16 +74,31 @@ def guided_recursion(process, eta, divide_epsilon=1, divide_gradient=0):
 def sampled(process, eta, mean_type=ModelMeanType.EPSILON, values=NUMBERS):
     """(means, variances) of a run of the real sampler, over so many numbers."""
     generator = torch.Generator().manual_seed(1)
-    loop = process.p_sample_loop_progressive if eta is None else process.ddim_sample_loop_progressive
-    rows = [(out["sample"].mean().item(), out["sample"].var().item()) for out in loop(
-        exact_network(process, mean_type), (64, 1, 1, values // 64), clip_denoised=False, cond_fn=exact_classifier(process),
-        randn_like=lambda x: torch.randn(x.shape, generator=generator), **({} if eta is None else {"eta": eta}))]
+    loop = (
+        process.p_sample_loop_progressive if eta is None else process.ddim_sample_loop_progressive
+    )
+    rows = [
+        (out["sample"].mean().item(), out["sample"].var().item())
+        for out in loop(
+            exact_network(process, mean_type),
+            (64, 1, 1, values // 64),
+            clip_denoised=False,
+            cond_fn=exact_classifier(process),
+            randn_like=lambda x: torch.randn(x.shape, generator=generator),
+            **({} if eta is None else {"eta": eta}),
+        )
+    ]
     return np.array(rows).T
 
 
 def distance(got, expected):
-    """How far (means, variances) are away, in units of what is allowed: 5 standard errors and a little for float32."""
-    allowed = 5 * np.sqrt(expected[1] / NUMBERS) + 1e-3, expected[1] * (5 * np.sqrt(2 / NUMBERS) + 1e-3)
+    """How far (means, variances) are away, in units of what is allowed: 5 standard errors and a
+    little for float32.
+    """
+    allowed = (
+        5 * np.sqrt(expected[1] / NUMBERS) + 1e-3,
+        expected[1] * (5 * np.sqrt(2 / NUMBERS) + 1e-3),
+    )
     return float((np.abs(got - expected) / allowed).max())
 
 
@@ -74,7 +106,11 @@ SAMPLERS = pytest.mark.parametrize("eta", [None, 0.0, 0.6], ids=["ddpm", "ddim",
 
 
 @SAMPLERS
-@pytest.mark.parametrize("lam", [{}, {"eps_scaler": 1.4}, {"eps_scaler": 0.7, "eps_scaler_k": 0.004}], ids=["1", "b", "kt+b"])
+@pytest.mark.parametrize(
+    "lam",
+    [{}, {"eps_scaler": 1.4}, {"eps_scaler": 0.7, "eps_scaler_k": 0.004}],
+    ids=["1", "b", "kt+b"],
+)
 def test_guided_chains_follow_the_recursion_with_lambda_once(eta, lam):
     process = make(**lam)
     expected = guided_recursion(process, eta)
@@ -99,7 +135,9 @@ def test_the_fixed_large_variance_guides_by_itself():
 
 @SAMPLERS
 def test_exact_guidance_ends_at_bayes_posterior(eta):
-    """p(x_0 | y) = N(s^2 y / (s^2 + tau^2), s^2 tau^2 / (s^2 + tau^2)), by the recursion that the samplers were seen to follow."""
+    """p(x_0 | y) = N(s^2 y / (s^2 + tau^2), s^2 tau^2 / (s^2 + tau^2)), by the recursion that the
+    samplers were seen to follow.
+    """
     means, variances = guided_recursion(make(steps=4000), eta)
     assert means[-1] == pytest.approx(S**2 * Y / (S**2 + TAU**2), rel=0.01)
     assert variances[-1] == pytest.approx(S**2 * TAU**2 / (S**2 + TAU**2), rel=0.01)

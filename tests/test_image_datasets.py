@@ -1,4 +1,5 @@
 """image_datasets.py, sources.py, batches.py, dataset_prep.py and datasets/digits.py."""
+
 import os
 import pickle
 import random
@@ -15,11 +16,14 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from guided_diffusion_ip.preparation.writers import (count_images, write_image_folder,
-                                                   write_image_npz)
 from guided_diffusion_ip.data.image_datasets import ImageDataset, load_data
 from guided_diffusion_ip.data.image_io import random_crop_arr, to_model_range
 from guided_diffusion_ip.noise import Stream, uniform
+from guided_diffusion_ip.preparation.writers import (
+    count_images,
+    write_image_folder,
+    write_image_npz,
+)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 N, SIZE = 23, 8
@@ -57,8 +61,13 @@ def numbers(batch):
 
 
 def stream(data_dir, batch_size=4, image_size=SIZE, random_flip=False, **options):
-    return load_data(data_dir=data_dir, batch_size=batch_size, image_size=image_size,
-                     random_flip=random_flip, **options)
+    return load_data(
+        data_dir=data_dir,
+        batch_size=batch_size,
+        image_size=image_size,
+        random_flip=random_flip,
+        **options,
+    )
 
 
 def take(images, count):
@@ -69,6 +78,7 @@ def take(images, count):
 
 
 # Order
+
 
 def test_batch_form_and_deterministic_order(folder):
     images = stream(folder, deterministic=True, class_cond=True)
@@ -88,7 +98,7 @@ def test_batch_form_and_deterministic_order(folder):
 
 def test_each_epoch_is_a_permutation(folder):
     x, _ = take(stream(folder, batch_size=5), 23)
-    epochs = [numbers(x)[e * N:(e + 1) * N] for e in range(5)]
+    epochs = [numbers(x)[e * N : (e + 1) * N] for e in range(5)]
     assert all(sorted(epoch) == list(range(N)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 5
     assert numbers(take(stream(folder, seed=1), 3)[0]) != numbers(take(stream(folder), 3)[0])
@@ -100,12 +110,20 @@ def test_order_does_not_depend_on_the_batch_size(folder):
     assert torch.equal(threes, fives)
 
 
-@pytest.mark.parametrize("options", [dict(random_flip=True), dict(random_crop=True, num_workers=0),
-                                     dict(random_flip=True, random_crop=True, num_workers=0)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(random_flip=True),
+        dict(random_crop=True, num_workers=0),
+        dict(random_flip=True, random_crop=True, num_workers=0),
+    ],
+)
 def test_two_ranks_make_one_stream(folder, options):
     one = stream(folder, batch_size=6, class_cond=True, **options)
-    two = [stream(folder, batch_size=3, class_cond=True, rank=rank, world=2, **options)
-           for rank in (0, 1)]
+    two = [
+        stream(folder, batch_size=3, class_cond=True, rank=rank, world=2, **options)
+        for rank in (0, 1)
+    ]
     for _ in range(9):
         (x, c), parts = next(one), [next(part) for part in two]
         assert torch.equal(x, torch.cat([part for part, _ in parts]))
@@ -118,10 +136,18 @@ def test_fewer_images_than_the_batch(tmp_path):
     seen = []
     for _ in range(6):
         seen += [k for part in ranks for k in numbers(next(part)[0])]
-    epochs = [seen[p:p + 3] for p in range(0, 96, 3)]
+    epochs = [seen[p : p + 3] for p in range(0, 96, 3)]
     assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs) and len(set(map(tuple, epochs))) == 6
     assert numbers(next(stream(tmp_path / "three", batch_size=8, deterministic=True))[0]) == [
-        0, 1, 2, 0, 1, 2, 0, 1]
+        0,
+        1,
+        2,
+        0,
+        1,
+        2,
+        0,
+        1,
+    ]
 
 
 def test_seek_and_start_step(folder):
@@ -141,13 +167,14 @@ def test_seek_and_start_step(folder):
 
 # Flip and crop
 
+
 def test_flips(folder):
     plain, _ = take(stream(folder, batch_size=32), 40)
     flipped, _ = take(stream(folder, batch_size=32, random_flip=True), 40)
     same = (plain == flipped).flatten(1).all(1)
     mirrored = (plain.flip(-1) == flipped).flatten(1).all(1)
     assert (same ^ mirrored).all()
-    assert abs(mirrored.double().mean() - 0.5) < 4 * 0.5 / len(mirrored)**0.5
+    assert abs(mirrored.double().mean() - 0.5) < 4 * 0.5 / len(mirrored) ** 0.5
     by_step = mirrored.reshape(40, 32).double()
     assert stats.chisquare(by_step.sum(0)).pvalue > 1e-3 and len(by_step.unique(dim=0)) == 40
 
@@ -170,20 +197,32 @@ def test_sizes_and_channels(tmp_path):
     for size in (16, (24, 12), (12, 24)):
         for channels in (1, 3, 4):
             for crop in (False, True):
-                x, _ = next(stream(tmp_path / "odd", image_size=size, channels=channels,
-                                   random_crop=crop, num_workers=0))
+                x, _ = next(
+                    stream(
+                        tmp_path / "odd",
+                        image_size=size,
+                        channels=channels,
+                        random_crop=crop,
+                        num_workers=0,
+                    )
+                )
                 assert x.shape == (4, channels, *(size if isinstance(size, tuple) else (16, 16)))
                 assert channels < 4 or (x[:, 3] == 1).all()
 
 
 # Workers, memory, in-process
 
-@pytest.mark.parametrize("options", [dict(random_flip=True, class_cond=True),
-                                     dict(random_flip=True, random_crop=True)])
+
+@pytest.mark.parametrize(
+    "options", [dict(random_flip=True, class_cond=True), dict(random_flip=True, random_crop=True)]
+)
 def test_workers_equal_in_process_equal_memory(folder, options):
     before = torch.random.get_rng_state()
-    streams = [stream(folder, num_workers=2, cache_mb=0, **options),
-               stream(folder, num_workers=0, cache_mb=0, **options), stream(folder, **options)]
+    streams = [
+        stream(folder, num_workers=2, cache_mb=0, **options),
+        stream(folder, num_workers=0, cache_mb=0, **options),
+        stream(folder, **options),
+    ]
     streams[2:] = [] if "random_crop" in options else streams[2:]
     for step in (None, 5):
         if step is not None:
@@ -205,17 +244,27 @@ def test_log_says_what_happens(folder):
     stream(folder, class_cond=True, log=lines.append)
     stream(folder, cache_mb=0, num_workers=2, log=lines.append)
     stream(folder, cache_mb=0, num_workers=0, log=lines.append)
-    for line, parts in zip(lines, (["23 images", "2 classes from sub-folder names (ant, bee)",
-                                    "kept in memory", "8 x 8"], ["2 worker processes"],
-                                   ["this process"])):
+    for line, parts in zip(
+        lines,
+        (
+            ["23 images", "2 classes from sub-folder names (ant, bee)", "kept in memory", "8 x 8"],
+            ["2 worker processes"],
+            ["this process"],
+        ),
+    ):
         assert str(folder) in line and all(part in line for part in parts)
 
 
 def test_worker_count_shares_the_node(monkeypatch):
     from guided_diffusion_ip.data import image_datasets
+
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(12), raising=False)
-    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS",
-                 "SLURM_NTASKS_PER_NODE"):
+    for name in (
+        "LOCAL_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "MPI_LOCALNRANKS",
+        "SLURM_NTASKS_PER_NODE",
+    ):
         monkeypatch.delenv(name, raising=False)
     assert [image_datasets._cores_per_process(world) for world in (1, 4, 64)] == [8, 3, 1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -225,7 +274,7 @@ def test_worker_count_shares_the_node(monkeypatch):
 def test_a_broken_image_is_named(folder, tmp_path):
     write_image_folder(tmp_path / "set", ((image, None) for image in coded()))
     good = (tmp_path / "set" / "0007.png").read_bytes()
-    (tmp_path / "set" / "0007.png").write_bytes(good[:len(good) // 2])
+    (tmp_path / "set" / "0007.png").write_bytes(good[: len(good) // 2])
     with pytest.raises(ValueError, match="0007.png cannot be read as an image"):
         stream(tmp_path / "set")
     for workers in (0, 2):
@@ -239,18 +288,26 @@ def test_a_broken_image_is_named(folder, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_workers_end_with_their_process_and_survive_signals(folder):
     """A SIGTERM to the whole group must leave the workers to the trainer, and no exit may hang."""
-    code = ("import os, signal, sys, time\n"
-            "from guided_diffusion_ip.data.image_datasets import load_data\n"
-            "signal.signal(signal.SIGTERM, lambda *_: None)\n"
-            "s = load_data(data_dir=sys.argv[1], batch_size=4, image_size=8, cache_mb=0,"
-            " num_workers=2)\n"
-            "next(s)\n"
-            "os.killpg(0, signal.SIGTERM)\n"
-            "for _ in range(30): next(s)\n"
-            "print(os.getpid(), *(w.pid for w in s._batches._workers))")
+    code = (
+        "import os, signal, sys, time\n"
+        "from guided_diffusion_ip.data.image_datasets import load_data\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "s = load_data(data_dir=sys.argv[1], batch_size=4, image_size=8, cache_mb=0,"
+        " num_workers=2)\n"
+        "next(s)\n"
+        "os.killpg(0, signal.SIGTERM)\n"
+        "for _ in range(30): next(s)\n"
+        "print(os.getpid(), *(w.pid for w in s._batches._workers))"
+    )
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True,
-                          cwd=ROOT, start_new_session=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - begun < 12
     for pid in done.stdout.split():
@@ -260,6 +317,7 @@ def test_workers_end_with_their_process_and_survive_signals(folder):
 
 # Sources
 
+
 def test_zip_and_npz_equal_the_folder(folder, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as packed:
         for path in sorted(folder.rglob("*"), reverse=True):
@@ -268,8 +326,13 @@ def test_zip_and_npz_equal_the_folder(folder, tmp_path):
     labels = [0 if k % 3 == 0 else 1 for k in order]
     np.savez(tmp_path / "a.npz", arr_0=coded()[order], arr_1=np.array(labels, dtype=np.uint8))
     np.savez_compressed(tmp_path / "b.npz", arr_0=coded()[order], arr_1=labels)
-    for options in (dict(), dict(cache_mb=0, num_workers=2), dict(random_crop=True, num_workers=2),
-                    dict(image_size=5), dict(channels=1)):
+    for options in (
+        dict(),
+        dict(cache_mb=0, num_workers=2),
+        dict(random_crop=True, num_workers=2),
+        dict(image_size=5),
+        dict(channels=1),
+    ):
         wanted = take(stream(folder, class_cond=True, random_flip=True, **options), 6)
         for name in ("a.zip", "a.npz", "b.npz"):
             images = stream(tmp_path / name, class_cond=True, random_flip=True, **options)
@@ -289,17 +352,21 @@ def test_npz_of_the_right_shape_is_not_copied(tmp_path):
     assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], before)
 
 
-@pytest.mark.parametrize("arrays, text", [
-    (dict(x_train=coded()), r"has the arrays \['x_train'\], but needs arr_0"),
-    (dict(arr_0=coded().astype(np.float32)), r"float32 .* must be uint8"),
-    (dict(arr_0=coded(height=9).transpose(0, 3, 1, 2).copy()), r"looks like \[N, C, H, W\]"),
-    (dict(arr_0=coded()[..., 0]), r"needs a channel axis"),
-    (dict(arr_0=coded()[..., :2].copy()), r"C of 1, 3 or 4"),
-    (dict(arr_0=coded()[:0]), r"N >= 1"),
-    (dict(arr_0=coded()), r"has no labels"),
-    (dict(arr_0=coded(), arr_1=np.arange(5)), r"integers \[23\]"),
-    (dict(arr_0=coded(), arr_1=np.zeros(N)), r"integers \[23\]"),
-    (dict(arr_0=coded(), arr_1=np.arange(N) - 1), r"label -1")])
+@pytest.mark.parametrize(
+    "arrays, text",
+    [
+        (dict(x_train=coded()), r"has the arrays \['x_train'\], but needs arr_0"),
+        (dict(arr_0=coded().astype(np.float32)), r"float32 .* must be uint8"),
+        (dict(arr_0=coded(height=9).transpose(0, 3, 1, 2).copy()), r"looks like \[N, C, H, W\]"),
+        (dict(arr_0=coded()[..., 0]), r"needs a channel axis"),
+        (dict(arr_0=coded()[..., :2].copy()), r"C of 1, 3 or 4"),
+        (dict(arr_0=coded()[:0]), r"N >= 1"),
+        (dict(arr_0=coded()), r"has no labels"),
+        (dict(arr_0=coded(), arr_1=np.arange(5)), r"integers \[23\]"),
+        (dict(arr_0=coded(), arr_1=np.zeros(N)), r"integers \[23\]"),
+        (dict(arr_0=coded(), arr_1=np.arange(N) - 1), r"label -1"),
+    ],
+)
 def test_npz_errors(tmp_path, arrays, text):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(ValueError, match=f"bad.npz.*{text}"):
@@ -311,14 +378,22 @@ def test_data_dir_errors(folder, tmp_path):
     (tmp_path / "tape.tar").write_bytes(b"x")
     (tmp_path / "fake.zip").write_bytes(b"x")
     np.savez(tmp_path / "empty" / "inside.npz", arr_0=coded())
-    for name, text in (("gone", "does not exist"), ("tape.tar", "another kind"),
-                       ("fake.zip", "cannot be read as a zip"),
-                       ("empty", "holds no images .did you mean .*inside.npz"), ):
+    for name, text in (
+        ("gone", "does not exist"),
+        ("tape.tar", "another kind"),
+        ("fake.zip", "cannot be read as a zip"),
+        ("empty", "holds no images .did you mean .*inside.npz"),
+    ):
         with pytest.raises(ValueError, match=f"{name}.*{text}"):
             stream(tmp_path / name)
-    for options, text in ((dict(batch_size=0), "batch_size=0"), (dict(rank=2, world=2), "rank=2"),
-                          (dict(channels=2), "channels=2"), (dict(image_size=0), "image_size=0"),
-                          (dict(num_workers=-1), "num_workers=-1"), (dict(data_dir=""), "no data")):
+    for options, text in (
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(rank=2, world=2), "rank=2"),
+        (dict(channels=2), "channels=2"),
+        (dict(image_size=0), "image_size=0"),
+        (dict(num_workers=-1), "num_workers=-1"),
+        (dict(data_dir=""), "no data"),
+    ):
         with pytest.raises(ValueError, match=text):
             stream(**(dict(data_dir=folder) | options))
 
@@ -326,9 +401,12 @@ def test_data_dir_errors(folder, tmp_path):
 def test_remote_folder(folder, monkeypatch):
     """blobfile is imported only for remote paths; here a stand-in that serves the local folder."""
     fake = types.SimpleNamespace(
-        walk=lambda top: ((f"gs://bucket/{os.path.relpath(where, folder)}/".replace("/./", "/"), [],
-                           files) for where, _, files in os.walk(folder)),
-        BlobFile=lambda path, mode: open(str(path).replace("gs://bucket", str(folder)), mode))
+        walk=lambda top: (
+            (f"gs://bucket/{os.path.relpath(where, folder)}/".replace("/./", "/"), [], files)
+            for where, _, files in os.walk(folder)
+        ),
+        BlobFile=lambda path, mode: open(str(path).replace("gs://bucket", str(folder)), mode),
+    )
     monkeypatch.setitem(sys.modules, "blobfile", fake)
     got = take(stream("gs://bucket", class_cond=True), 6)
     wanted = take(stream(folder, class_cond=True), 6)
@@ -340,13 +418,18 @@ def test_remote_folder(folder, monkeypatch):
 
 # Classes
 
-@pytest.mark.parametrize("names, classes, labels, rule", [
-    (["b_1", "a_1", "b_2"], ["a", "b"], [0, 1, 1], "prefixes"),
-    (["x/b_1", "y/a_1", "y/b_2"], ["a", "b"], [1, 0, 1], "prefixes"),
-    (["b/1", "a/1", "b/2"], ["a", "b"], [0, 1, 1], "sub-folder"),
-    (["deep/b/1_1", "deep/a/1", "b/2_2"], ["a", "b"], [1, 0, 1], "sub-folder"),
-    (["cat/img_1", "dog/img_2"], ["cat", "dog"], [0, 1], "sub-folder"),
-    (["x/img_1", "x/img_2"], ["img"], [0, 0], "prefixes")])
+
+@pytest.mark.parametrize(
+    "names, classes, labels, rule",
+    [
+        (["b_1", "a_1", "b_2"], ["a", "b"], [0, 1, 1], "prefixes"),
+        (["x/b_1", "y/a_1", "y/b_2"], ["a", "b"], [1, 0, 1], "prefixes"),
+        (["b/1", "a/1", "b/2"], ["a", "b"], [0, 1, 1], "sub-folder"),
+        (["deep/b/1_1", "deep/a/1", "b/2_2"], ["a", "b"], [1, 0, 1], "sub-folder"),
+        (["cat/img_1", "dog/img_2"], ["cat", "dog"], [0, 1], "sub-folder"),
+        (["x/img_1", "x/img_2"], ["img"], [0, 0], "prefixes"),
+    ],
+)
 def test_class_rules(tmp_path, names, classes, labels, rule):
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -374,6 +457,7 @@ def test_more_classes_than_the_model(folder):
 
 
 # ImageDataset, dataset_prep, digits
+
 
 def test_image_dataset(folder):
     paths = sorted(str(path) for path in folder.rglob("[0-9]*.*"))
@@ -418,8 +502,11 @@ def test_dataset_prep(tmp_path):
     assert np.array_equal(Image.open(tmp_path / "set" / "b" / "0003.png"), items[3][0])
     with pytest.raises(ValueError, match="not empty"):
         write_image_folder(tmp_path / "set", items)
-    for bad, text in (([], "no images"), ([(items[0][0], "a/b")], "class name"),
-                      ([(items[0][0], "..")], "class name")):
+    for bad, text in (
+        ([], "no images"),
+        ([(items[0][0], "a/b")], "class name"),
+        ([(items[0][0], "..")], "class name"),
+    ):
         with pytest.raises(ValueError, match=text):
             write_image_folder(tmp_path / "other", items + bad if bad else bad)
     assert os.listdir(tmp_path) == ["set"] and count_images(tmp_path / "other") == 0
@@ -432,11 +519,18 @@ def test_dataset_prep(tmp_path):
 
 def test_digits(tmp_path):
     from sklearn.datasets import load_digits
-    command = [sys.executable, os.path.join(ROOT, "datasets", "digits.py"), "--out",
-               str(tmp_path / "digits")]
+
+    command = [
+        sys.executable,
+        os.path.join(ROOT, "datasets", "digits.py"),
+        "--out",
+        str(tmp_path / "digits"),
+    ]
     environment = os.environ | {"PYTHONPATH": ROOT}
-    say = [subprocess.run(command, capture_output=True, text=True, env=environment, check=True
-                          ).stdout for _ in range(2)]
+    say = [
+        subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+        for _ in range(2)
+    ]
     assert "wrote 1797" in say[0] and "already there" in say[1]
     assert all(text.count("\n") == 1 for text in say)
     images = stream(tmp_path / "digits", 1797, 16, channels=1, class_cond=True, deterministic=True)

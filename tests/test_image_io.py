@@ -1,4 +1,5 @@
 """image_io.py and npz_io.py: quantisation, decoding, crops, npz streaming, PNG files."""
+
 import io
 import os
 import subprocess
@@ -12,9 +13,20 @@ import torch
 from PIL import Image
 
 from guided_diffusion_ip.data import image_io
-from guided_diffusion_ip.data.image_io import (NpzReader, NpzWriter, center_crop_arr, decode_image,
-                                               merge_npz, random_crop_arr, read_npz_rows, save_grid,
-                                               save_png, to_model_range, to_uint8, write_npz)
+from guided_diffusion_ip.data.image_io import (
+    NpzReader,
+    NpzWriter,
+    center_crop_arr,
+    decode_image,
+    merge_npz,
+    random_crop_arr,
+    read_npz_rows,
+    save_grid,
+    save_png,
+    to_model_range,
+    to_uint8,
+    write_npz,
+)
 
 
 def pixels(*shape, seed=0):
@@ -28,6 +40,7 @@ def encode(image, kind="PNG", **options):
 
 
 # Quantisation
+
 
 def test_model_range_and_layout():
     images = pixels(2, 3, 5, 4)
@@ -44,10 +57,23 @@ def test_model_range_and_layout():
             to_model_range(bad)
 
 
-@pytest.mark.parametrize("value, byte", [
-    (-1.0, 0), (1.0, 255), (-7.0, 0), (3.0, 255), (float("inf"), 255), (-float("inf"), 0),
-    (0.0, 127), (1.01 / 127.5 - 1, 1), (1.99 / 127.5 - 1, 1), (254.99 / 127.5 - 1, 254),
-    (0.5, 191), (-0.5, 63)])
+@pytest.mark.parametrize(
+    "value, byte",
+    [
+        (-1.0, 0),
+        (1.0, 255),
+        (-7.0, 0),
+        (3.0, 255),
+        (float("inf"), 255),
+        (-float("inf"), 0),
+        (0.0, 127),
+        (1.01 / 127.5 - 1, 1),
+        (1.99 / 127.5 - 1, 1),
+        (254.99 / 127.5 - 1, 254),
+        (0.5, 191),
+        (-0.5, 63),
+    ],
+)
 def test_quantisation_truncates(value, byte):
     assert to_uint8(torch.full((1, 1, 1, 1), value)).item() == byte
 
@@ -64,9 +90,22 @@ def test_quantisation_round_trip():
     assert torch.equal(to_uint8(x + 0.5 / 127.5), levels)
 
 
-@pytest.mark.parametrize("value, byte", [
-    (-1.0, 0), (1.0, 255), (-7.0, 0), (3.0, 255), (float("inf"), 255), (-float("inf"), 0),
-    (0.0, 128), (0.49 / 127.5 - 1, 0), (0.51 / 127.5 - 1, 1), (1.49 / 127.5 - 1, 1), (254.51 / 127.5 - 1, 255)])
+@pytest.mark.parametrize(
+    "value, byte",
+    [
+        (-1.0, 0),
+        (1.0, 255),
+        (-7.0, 0),
+        (3.0, 255),
+        (float("inf"), 255),
+        (-float("inf"), 0),
+        (0.0, 128),
+        (0.49 / 127.5 - 1, 0),
+        (0.51 / 127.5 - 1, 1),
+        (1.49 / 127.5 - 1, 1),
+        (254.51 / 127.5 - 1, 255),
+    ],
+)
 def test_quantisation_rounds_if_asked_to(value, byte):
     assert to_uint8(torch.full((1, 1, 1, 1), value), rounded=True).item() == byte
 
@@ -95,6 +134,7 @@ def test_to_uint8_layout_precision_and_errors():
 
 
 # Decoding
+
 
 def every_mode():
     """(name, file bytes, expected RGBA of the top left pixel)."""
@@ -146,8 +186,8 @@ def test_exif_orientation_is_left_alone(tmp_path):
 def damaged():
     good = encode(Image.fromarray(pixels(64, 64, 3)))
     jpeg = encode(Image.fromarray(pixels(64, 64, 3)), "JPEG")
-    yield "truncated.png", good[:len(good) // 2]
-    yield "truncated.jpg", jpeg[:len(jpeg) // 2]
+    yield "truncated.png", good[: len(good) // 2]
+    yield "truncated.jpg", jpeg[: len(jpeg) // 2]
     yield "empty.png", b""
     yield "text.png", b"this is not an image"
     yield "header.png", good[:20]
@@ -175,6 +215,7 @@ def test_bomb_missing_file_and_channels(tmp_path, monkeypatch):
 
 
 # Crops
+
 
 def test_center_crop():
     image = Image.fromarray(pixels(5, 9, 3))
@@ -205,8 +246,11 @@ def test_random_crop_is_addressed():
     for other in ((0.1, 0.2, 0.3), (0.8, 0.9, 0.3), (0.8, 0.2, 0.9)):
         assert not np.array_equal(first, random_crop_arr(image, 32, uniforms=other))
     exact = random_crop_arr(image, 32, max_crop_frac=1, min_crop_frac=1, uniforms=(0, 0, 0.5))
-    wide = np.asarray(image.resize((60, 45), Image.Resampling.BOX)
-                      .resize((round(60 * 32 / 45), 32), Image.Resampling.BICUBIC))
+    wide = np.asarray(
+        image.resize((60, 45), Image.Resampling.BOX).resize(
+            (round(60 * 32 / 45), 32), Image.Resampling.BICUBIC
+        )
+    )
     assert np.array_equal(exact, wide[:, 6:38])  # floor(0.5 * (43 - 32 + 1)) columns in
     top = 1 - 2**-24  # the largest uniform
     for size in (1, 8, 49, (16, 40), (40, 16)):
@@ -237,9 +281,15 @@ def test_bad_sizes(size):
 
 # npz
 
+
 def test_write_npz_is_numpys_format(tmp_path):
-    arrays = {"arr_0": pixels(5, 4, 4, 3), "arr_1": np.arange(5), "mu": np.linspace(0, 1, 7),
-              "n": np.array(3.5), "none": np.zeros((0, 2))}
+    arrays = {
+        "arr_0": pixels(5, 4, 4, 3),
+        "arr_1": np.arange(5),
+        "mu": np.linspace(0, 1, 7),
+        "n": np.array(3.5),
+        "none": np.zeros((0, 2)),
+    }
     write_npz(tmp_path / "a.npz", arrays)
     with np.load(tmp_path / "a.npz", allow_pickle=False) as loaded:
         assert list(loaded) == list(arrays)
@@ -269,8 +319,9 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / "a.npz").read_bytes() == before and os.listdir(tmp_path) == ["a.npz"]
 
 
-@pytest.mark.parametrize("save", [write_npz, lambda p, a: np.savez(p, **a),
-                                  lambda p, a: np.savez_compressed(p, **a)])
+@pytest.mark.parametrize(
+    "save", [write_npz, lambda p, a: np.savez(p, **a), lambda p, a: np.savez_compressed(p, **a)]
+)
 def test_reader_rows(tmp_path, save):
     images, labels = pixels(50, 4, 6, 3), np.arange(50)
     save(tmp_path / "a.npz", {"arr_0": images, "arr_1": labels})
@@ -282,8 +333,9 @@ def test_reader_rows(tmp_path, save):
         assert np.array_equal(np.concatenate(list(reader.chunks("arr_1", 3))), labels[3:])
         mapped = reader.mapped("arr_0")
         assert mapped is None or np.array_equal(mapped, images)
-        assert (mapped is None) == (zipfile.ZipFile(tmp_path / "a.npz").infolist()[0].compress_type
-                                    != zipfile.ZIP_STORED)
+        assert (mapped is None) == (
+            zipfile.ZipFile(tmp_path / "a.npz").infolist()[0].compress_type != zipfile.ZIP_STORED
+        )
         for bad in ((-1, 2), (0, 51), (3, 2)):
             with pytest.raises(ValueError, match="has no rows"):
                 reader.rows("arr_0", *bad)
@@ -302,7 +354,7 @@ def test_reader_refuses_what_it_cannot_read(tmp_path):
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "cut.npz", arr_0=pixels(1000, 8, 8))
         data = (tmp_path / "cut.npz").read_bytes()
-        (tmp_path / "cut.npz").write_bytes(data[:len(data) // 2])
+        (tmp_path / "cut.npz").write_bytes(data[: len(data) // 2])
         with pytest.raises(ValueError, match="cut.npz"):
             read_npz_rows(tmp_path / "cut.npz", "arr_0", 0, 1000)
     data = bytearray(data)
@@ -330,7 +382,9 @@ def test_merge(tmp_path):
     with pytest.raises(ValueError, match="shard1.npz has the arrays"):
         merge_npz(tmp_path / "all.npz", shards, 10)
     write_npz(shards[1], {"arr_0": pixels(1, 4, 4, 1), "arr_1": labels[:1]})
-    with pytest.raises(ValueError, match=r"shard1.npz: arr_0 has rows uint8 \[4, 4, 1\], but uint8 \[4, 4, 3\] in"):
+    with pytest.raises(
+        ValueError, match=r"shard1.npz: arr_0 has rows uint8 \[4, 4, 1\], but uint8 \[4, 4, 3\] in"
+    ):
         merge_npz(tmp_path / "all.npz", shards, 10)
     with pytest.raises(ValueError, match="no shards"):
         merge_npz(tmp_path / "all.npz", [], 0)
@@ -344,20 +398,28 @@ def test_memory_of_merge_is_flat(tmp_path):
     for shard in shards:
         with NpzWriter(shard) as out:
             out.write("arr_0", (400, 512, 512, 1), np.uint8, [chunk] * 4)
-    code = ("import resource, sys\n"
-            "from guided_diffusion_ip.data.npz_io import merge_npz\n"
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "before = peak()\n"
-            "merge_npz(sys.argv[1], sys.argv[2:], 800)\n"
-            "print(peak() - before)")
+    code = (
+        "import resource, sys\n"
+        "from guided_diffusion_ip.data.npz_io import merge_npz\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "merge_npz(sys.argv[1], sys.argv[2:], 800)\n"
+        "print(peak() - before)"
+    )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "all.npz"), *shards],
-                          capture_output=True, text=True, check=True, cwd=root)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "all.npz"), *shards],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=root,
+    )
     assert int(done.stdout) < 64 * 1024
     assert np.array_equal(read_npz_rows(tmp_path / "all.npz", "arr_0", 795, 800), chunk[-5:])
 
 
 # PNG
+
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_grid_holds_exactly_its_images(tmp_path, channels):
@@ -366,10 +428,10 @@ def test_grid_holds_exactly_its_images(tmp_path, channels):
     grid = np.asarray(Image.open(tmp_path / "g.png")).reshape(2 * 42 + 2, 3 * 35 + 2, channels)
     seen = np.zeros(grid.shape[:2], dtype=bool)
     for k, image in enumerate(images):
-        part = np.s_[2 + 42 * (k // 3):42 + 42 * (k // 3), 2 + 35 * (k % 3):35 + 35 * (k % 3)]
+        part = np.s_[2 + 42 * (k // 3) : 42 + 42 * (k // 3), 2 + 35 * (k % 3) : 35 + 35 * (k % 3)]
         assert np.array_equal(grid[part], image)
         seen[part] = True
-    assert (grid[~seen][..., :min(channels, 3)] == 128).all()
+    assert (grid[~seen][..., : min(channels, 3)] == 128).all()
 
 
 def test_grid_enlarges_small_images_and_counts_columns(tmp_path):

@@ -1,4 +1,5 @@
 """logger: what arrives in which file, who writes, and that logging neither waits nor crashes."""
+
 import csv
 import io
 import json
@@ -9,11 +10,11 @@ import sys
 import tempfile
 import textwrap
 
+import launch
 import numpy as np
 import pytest
 import torch
 
-import launch
 from guided_diffusion_ip import logger
 
 
@@ -42,15 +43,24 @@ def dump(**values):
 
 # ---- values ----
 
+
 def test_values_of_all_kinds_reach_all_files(tmp_path, capsys):
     logger.configure(tmp_path / "run", rank=0)
-    logger.logkvs({"samples": 5, "lr": np.float32(0.5), "flag": True, "note": 'a,"b"',
-                   "loss": torch.tensor(0.25)})
+    logger.logkvs(
+        {
+            "samples": 5,
+            "lr": np.float32(0.5),
+            "flag": True,
+            "note": 'a,"b"',
+            "loss": torch.tensor(0.25),
+        }
+    )
     logger.logkv("step", torch.tensor([7]))
     assert dump() == {"samples": 5, "lr": 0.5, "flag": 1, "note": 'a,"b"', "loss": 0.25, "step": 7}
     assert dump() == {}
     assert rows(tmp_path / "run/progress.csv") == [
-        {"samples": "5", "lr": "0.5", "flag": "1", "note": 'a,"b"', "loss": "0.25", "step": "7"}]
+        {"samples": "5", "lr": "0.5", "flag": "1", "note": 'a,"b"', "loss": "0.25", "step": "7"}
+    ]
     assert objects(tmp_path / "run/progress.json")[0]["loss"] == 0.25
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "run/log.txt").read_text()
@@ -75,8 +85,9 @@ def test_a_tensor_is_copied_when_logged_and_read_when_dumped(tmp_path, monkeypat
     reads = []
     item = torch.Tensor.item
     for name in ("item", "__float__", "__bool__", "__int__", "tolist", "cpu", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name,
-                            lambda self, name=name: reads.append(name) or item(self))
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, name=name: reads.append(name) or item(self)
+        )
     last, mean = torch.tensor(1.0, requires_grad=True), torch.tensor(2.0)
     product = last * 1
     logger.logkv("last", product)
@@ -102,13 +113,16 @@ def test_nan_and_inf_are_written_not_raised(tmp_path, capsys):
     logger.configure(tmp_path, ["stdout", "log", "csv", "json", "tensorboard"], rank=0)
     dump(step=1, loss=math.nan, grad_norm=torch.tensor(math.inf), loss_q0=-math.inf, loss_q1=1.0)
     assert rows(tmp_path / "progress.csv") == [
-        {"step": "1", "loss": "nan", "grad_norm": "inf", "loss_q0": "-inf", "loss_q1": "1.0"}]
+        {"step": "1", "loss": "nan", "grad_norm": "inf", "loss_q0": "-inf", "loss_q1": "1.0"}
+    ]
     assert objects(tmp_path / "progress.json") == [
-        {"step": 1, "loss": None, "grad_norm": None, "loss_q0": None, "loss_q1": 1.0}]
+        {"step": 1, "loss": None, "grad_norm": None, "loss_q0": None, "loss_q1": 1.0}
+    ]
     assert "loss nan" in (tmp_path / "log.txt").read_text()
 
 
 # ---- files ----
+
 
 def test_a_new_key_adds_a_csv_column_and_pads_older_rows(tmp_path):
     logger.configure(tmp_path, ["csv"], rank=0)
@@ -120,7 +134,8 @@ def test_a_new_key_adds_a_csv_column_and_pads_older_rows(tmp_path):
     assert rows(tmp_path / "progress.csv") == [
         {"step": "1", "loss": "2.0", "note": ""},
         {"step": "2", "loss": "1.0", "note": "two\nlines"},
-        {"step": "3", "loss": "", "note": ""}]
+        {"step": "3", "loss": "", "note": ""},
+    ]
     assert sorted(os.listdir(tmp_path)) == ["progress.csv"]
 
 
@@ -132,12 +147,14 @@ def test_a_restart_continues_the_files_and_drops_a_torn_line(tmp_path):
     for name in ("progress.csv", "progress.json"):
         with open(tmp_path / name, "a") as file:
             # Killed while writing.
-            file.write('3,0.1' if name.endswith("csv") else '{"step": 3, "lo')
+            file.write("3,0.1" if name.endswith("csv") else '{"step": 3, "lo')
     logger.configure(tmp_path, ["csv", "json", "log"], rank=0)
     dump(lr=1.0, step=3)
     assert rows(tmp_path / "progress.csv") == [
-        {"step": "1", "loss": "0.5", "lr": ""}, {"step": "2", "loss": "0.5", "lr": ""},
-        {"step": "3", "loss": "", "lr": "1.0"}]
+        {"step": "1", "loss": "0.5", "lr": ""},
+        {"step": "2", "loss": "0.5", "lr": ""},
+        {"step": "3", "loss": "", "lr": "1.0"},
+    ]
     assert [row["step"] for row in objects(tmp_path / "progress.json")] == [1, 2, 3]
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 3
 
@@ -180,8 +197,10 @@ def test_an_unknown_format_names_those_there_are(tmp_path):
 
 # ---- who and where ----
 
-@pytest.mark.parametrize("variable", ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK",
-                                      "SLURM_PROCID"])
+
+@pytest.mark.parametrize(
+    "variable", ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"]
+)
 def test_ranks_other_than_0_write_and_print_nothing(variable, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(variable, "1")
     logger.warn("before configure")
@@ -286,21 +305,43 @@ def test_profile_adds_up_the_seconds(tmp_path):
 
 # ---- the line ----
 
-@pytest.mark.parametrize("key, value, text", [
-    ("step", 1234567, "1,234,567"), ("samples", 12800000, "12.8M"), ("n", 12345, "12,345"),
-    ("loss", 0.051234, "0.05123"), ("lr", 1e-4, "0.0001"), ("lr", 3e-6, "3e-06"),
-    ("loss_scale", 65536.0, "65.54k"), ("images/s", 1234.56, "1235"),
-    ("n_bytes", 3_200_000_000, "3.2GB"), ("data_wait_%", 12.6, "13%"), ("time_s", 12.345, "12.35"),
-    ("time_s", 3723.0, "1h02m"), ("time_s", 83.2, "1m23s"), ("eta", "2h", "2h"),
-    ("x", math.nan, "nan"), ("x", -math.inf, "-inf"), ("x", 0, "0"), ("x", -2.5e6, "-2.5M"),
-])
+
+@pytest.mark.parametrize(
+    "key, value, text",
+    [
+        ("step", 1234567, "1,234,567"),
+        ("samples", 12800000, "12.8M"),
+        ("n", 12345, "12,345"),
+        ("loss", 0.051234, "0.05123"),
+        ("lr", 1e-4, "0.0001"),
+        ("lr", 3e-6, "3e-06"),
+        ("loss_scale", 65536.0, "65.54k"),
+        ("images/s", 1234.56, "1235"),
+        ("n_bytes", 3_200_000_000, "3.2GB"),
+        ("data_wait_%", 12.6, "13%"),
+        ("time_s", 12.345, "12.35"),
+        ("time_s", 3723.0, "1h02m"),
+        ("time_s", 83.2, "1m23s"),
+        ("eta", "2h", "2h"),
+        ("x", math.nan, "nan"),
+        ("x", -math.inf, "-inf"),
+        ("x", 0, "0"),
+        ("x", -2.5e6, "-2.5M"),
+    ],
+)
 def test_human_units(key, value, text):
     assert logger.outputs.human(key, value) == text
 
 
-@pytest.mark.parametrize("seen, shown", [
-    ({0: 1.0, 1: 0.95, 3: 0.754}, "1/0.95/-/0.754"), ({2: 0.25}, "-/-/0.25/-"), ({3: math.nan}, "-/-/-/nan"),
-    ({3: 4.0, 0: 1.0, 2: 3.0, 1: 2.0}, "1/2/3/4")])
+@pytest.mark.parametrize(
+    "seen, shown",
+    [
+        ({0: 1.0, 1: 0.95, 3: 0.754}, "1/0.95/-/0.754"),
+        ({2: 0.25}, "-/-/0.25/-"),
+        ({3: math.nan}, "-/-/-/nan"),
+        ({3: 4.0, 0: 1.0, 2: 3.0, 1: 2.0}, "1/2/3/4"),
+    ],
+)
 def test_a_quartile_without_samples_keeps_its_place(seen, shown, capsys):
     dump(step=8, **{f"mse_q{q}": value for q, value in seen.items()}, mse_q10=7)
     assert capsys.readouterr().out.splitlines() == [f"step 8  mse_q {shown}  mse_q10 7"]

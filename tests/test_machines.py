@@ -2,6 +2,7 @@
 
 As Debian does it, each machine's own name is 127.0.1.1 to itself, which the other cannot reach.
 """
+
 import os
 import pathlib
 import shutil
@@ -10,11 +11,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import launch
 import numpy as np
 import pytest
 import torch
-
-import launch
 from test_distributed import TRAIN
 
 TALK = """
@@ -43,12 +43,26 @@ class Machines:
         for i, (name, etc) in enumerate(zip(self.names, self.etc)):
             ip("netns", "add", name)
             etc.mkdir(parents=True)
-            (etc / "hosts").write_text(f"127.0.0.1 localhost\n"
-                                       f"127.0.1.1 {os.uname().nodename} machine{i}\n"
-                                       f"10.99.0.{2 - i} machine{1 - i}\n")
+            (etc / "hosts").write_text(
+                f"127.0.0.1 localhost\n"
+                f"127.0.1.1 {os.uname().nodename} machine{i}\n"
+                f"10.99.0.{2 - i} machine{1 - i}\n"
+            )
         first, second = self.names
-        ip("link", "add", "cable", "netns", first, "type", "veth", "peer", "name", "cable",
-           "netns", second)
+        ip(
+            "link",
+            "add",
+            "cable",
+            "netns",
+            first,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable",
+            "netns",
+            second,
+        )
         for i, name in enumerate(self.names):
             ip("-n", name, "address", "add", f"10.99.0.{i + 1}/24", "dev", "cable")
             ip("-n", name, "address", "add", f"fd99::{i + 1}/64", "dev", "cable", "nodad")
@@ -62,6 +76,7 @@ class Machines:
 
     def run(self, commands, timeout=90, meanwhile=lambda: None):
         """One command on each machine, each with an environment; both CompletedProcess."""
+
         def on(name, command, env):
             command = ["ip", "netns", "exec", name, *command]
             return launch.run(command, timeout, CUDA_VISIBLE_DEVICES="", **env)
@@ -92,13 +107,27 @@ def machines():
 
 
 def by_hand(rank, address="10.99.0.1", **env):
-    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": address,
-            "MASTER_PORT": "29500", **env}
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": address,
+        "MASTER_PORT": "29500",
+        **env,
+    }
 
 
 def slurm_task(rank):
-    env = {"JOB_ID": 7, "STEP_ID": 0, "STEP_NUM_TASKS": 2, "PROCID": rank, "LOCALID": 0,
-           "NODEID": rank, "STEP_TASKS_PER_NODE": "1(x2)", "STEP_NODELIST": "machine[0-1]"}
+    env = {
+        "JOB_ID": 7,
+        "STEP_ID": 0,
+        "STEP_NUM_TASKS": 2,
+        "PROCID": rank,
+        "LOCALID": 0,
+        "NODEID": rank,
+        "STEP_TASKS_PER_NODE": "1(x2)",
+        "STEP_NODELIST": "machine[0-1]",
+    }
     return {f"SLURM_{key}": str(value) for key, value in env.items()}
 
 
@@ -108,20 +137,46 @@ def test_torchrun_trains_on_two_machines(machines, tmp_path):
     np.savez(tmp_path / "images.npz", arr_0=images)
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
-               "--master_addr", "10.99.0.1", "--master_port", "29500", "--no_python", "--node_rank"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--master_addr",
+        "10.99.0.1",
+        "--master_port",
+        "29500",
+        "--no_python",
+        "--node_rank",
+    ]
     work = [sys.executable, str(script), str(tmp_path / "images.npz"), str(tmp_path), "4", "-1"]
     for done in machines.run([([*command, str(rank), *work], {}) for rank in range(2)]):
         assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = (
+        torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"]))
 
 
-@pytest.mark.parametrize("name, env", [
-    pytest.param("torchrun", by_hand, id="address"), pytest.param("slurm", slurm_task, id="names"),
-    pytest.param("torchrun", lambda rank: by_hand(rank, "fd99::1"), id="IPv6", marks=pytest.mark.slow),
-    pytest.param("torchrun", lambda rank: by_hand(rank, GLOO_SOCKET_IFNAME="cable"), id="by user",
-                 marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name, env",
+    [
+        pytest.param("torchrun", by_hand, id="address"),
+        pytest.param("slurm", slurm_task, id="names"),
+        pytest.param(
+            "torchrun", lambda rank: by_hand(rank, "fd99::1"), id="IPv6", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "torchrun",
+            lambda rank: by_hand(rank, GLOO_SOCKET_IFNAME="cable"),
+            id="by user",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_two_machines_find_the_way_to_each_other(machines, name, env):
     for done in machines.run([(PYTHON, env(rank)) for rank in range(2)]):
         assert done.returncode == 0 and done.stdout == f"{name} [0, 1]\n", done.stderr
@@ -139,12 +194,15 @@ def test_an_interface_that_the_user_names_is_taken(machines):
 
 @pytest.mark.slow
 def test_a_cut_cable_ends_both_ranks(machines, tmp_path):
-    code = TALK + """
+    code = (
+        TALK
+        + """
     for _ in range(1200):
         dist.all_reduce(torch.ones(3))
         time.sleep(0.05)
         open(sys.argv[1], "w").close()
 """
+    )
     marks = [tmp_path / str(rank) for rank in range(2)]
 
     def cut():
@@ -154,9 +212,16 @@ def test_a_cut_cable_ends_both_ranks(machines, tmp_path):
         ip("-n", machines.names[1], "link", "set", "cable", "down")
 
     try:
-        ended = machines.run([([sys.executable, "-c", code + "command(main)", str(mark)],
-                               by_hand(rank, GUIDED_DIFFUSION_IP_TIMEOUT="5"))
-                              for rank, mark in enumerate(marks)], meanwhile=cut)
+        ended = machines.run(
+            [
+                (
+                    [sys.executable, "-c", code + "command(main)", str(mark)],
+                    by_hand(rank, GUIDED_DIFFUSION_IP_TIMEOUT="5"),
+                )
+                for rank, mark in enumerate(marks)
+            ],
+            meanwhile=cut,
+        )
     finally:
         ip("-n", machines.names[1], "link", "set", "cable", "up")
     for rank, done in enumerate(ended):

@@ -1,4 +1,7 @@
-"""Sets in hundreds of files, read by a process that may have 64 open: how many there are must not matter."""
+"""Sets in hundreds of files, read by a process that may have 64 open: how many there are must not
+matter.
+"""
+
 import json
 import subprocess
 import sys
@@ -6,7 +9,6 @@ import textwrap
 
 import numpy as np
 import pytest
-
 from launch import clean_env
 
 # Each function makes and reads one kind of set; what it raises is its result.
@@ -197,21 +199,37 @@ print(json.dumps(results))
 @pytest.fixture(scope="module")
 def results():
     """What became of each case, by its name."""
-    done = subprocess.run([sys.executable, "-c", CASES], capture_output=True, text=True, env=clean_env())
+    done = subprocess.run(
+        [sys.executable, "-c", CASES], capture_output=True, text=True, env=clean_env()
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", ["evaluation", "image_sets_and_training_batches", "preparation",
-                                  "merge", "parts", "sampling", "likelihood", "measures", "folder_and_zip",
-                                  "one_npz_after_another", "lmdb", "report"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "evaluation",
+        "image_sets_and_training_batches",
+        "preparation",
+        "merge",
+        "parts",
+        "sampling",
+        "likelihood",
+        "measures",
+        "folder_and_zip",
+        "one_npz_after_another",
+        "lmdb",
+        "report",
+    ],
+)
 def test_hundreds_of_files_by_a_process_that_may_open_64(results, case):
     if results[case].startswith("skip"):
         pytest.skip(results[case])
     assert results[case] == "ok", results[case]
 
 
-FIFTY_THOUSAND = textwrap.dedent('''
+FIFTY_THOUSAND = textwrap.dedent("""
     import resource, sys, time, torch
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     from guided_diffusion_ip.diffusion import *
@@ -228,23 +246,36 @@ FIFTY_THOUSAND = textwrap.dedent('''
     SampleRun(Sampler(process, (1, 8, 8), use_ddim=True), n, sys.argv[1], {}, lambda index: {"y": torch.tensor(index)})(
         model, 1, torch.device("cpu"))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, time.time() - start)
-''')
+""")
 
 
 @pytest.mark.slow
 def test_fifty_thousand_images_one_by_one(tmp_path):
-    """50,000 shards by a process that may open 256 files: every image in its place, and no more memory than for 500."""
+    """50,000 shards by a process that may open 256 files: every image in its place, and no more
+    memory than for 500.
+    """
+
     def run(n):
-        done = subprocess.run([sys.executable, "-c", FIFTY_THOUSAND, str(tmp_path / str(n)), str(n)], capture_output=True,
-                              text=True, env=clean_env())
+        done = subprocess.run(
+            [sys.executable, "-c", FIFTY_THOUSAND, str(tmp_path / str(n)), str(n)],
+            capture_output=True,
+            text=True,
+            env=clean_env(),
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         peak, seconds = done.stdout.split()[-2:]
         print(f"{n} images: {peak} MB at most, {float(seconds):.0f} s")
         with np.load(tmp_path / str(n) / f"samples_{n}x8x8x1.npz") as npz:
             assert npz["arr_1"].tolist() == list(range(n))
             seen = npz["arr_0"].reshape(n, 2, 32)
-            assert (seen == np.stack([np.arange(n) // 256, np.arange(n) % 256], axis=1)[..., None]).all()
-        assert sorted(p.name for p in (tmp_path / str(n)).iterdir()) == ["grid.png", f"samples_{n}x8x8x1.npz", "settings.yaml"]
+            assert (
+                seen == np.stack([np.arange(n) // 256, np.arange(n) % 256], axis=1)[..., None]
+            ).all()
+        assert sorted(p.name for p in (tmp_path / str(n)).iterdir()) == [
+            "grid.png",
+            f"samples_{n}x8x8x1.npz",
+            "settings.yaml",
+        ]
         return int(peak)
 
     small = run(500)

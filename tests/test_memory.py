@@ -1,4 +1,7 @@
-"""Freed memory stays in the process: the second round of the same allocations needs no pages from the system."""
+"""Freed memory stays in the process: the second round of the same allocations needs no pages from
+the system.
+"""
+
 import platform
 import subprocess
 import sys
@@ -22,7 +25,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(how: str) -> int:
-    return int(subprocess.run([sys.executable, "-c", COUNT, how], capture_output=True, text=True, check=True).stdout)
+    return int(
+        subprocess.run(
+            [sys.executable, "-c", COUNT, how], capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

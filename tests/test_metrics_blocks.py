@@ -1,14 +1,15 @@
 """Precision and recall against brute force; every metric in two real processes against one."""
+
 import sys
 
+import launch
 import numpy as np
 import pytest
 import torch
 
-import launch
-from tools.benchmark.machine import PeakMemory
-from guided_diffusion_ip.metrics import manifold, precision_recall
 from guided_diffusion_ip.ieee_float32 import ieee_float32
+from guided_diffusion_ip.metrics import manifold, precision_recall
+from tools.benchmark.machine import PeakMemory
 
 
 def normal(seed, *shape):
@@ -23,7 +24,9 @@ def brute_force(ref, sample, k, distances=differences):
     """From whole matrices of distances."""
     radius_ref, radius_sample = (np.sort(distances(x, x), axis=1)[:, k] for x in (ref, sample))
     across = distances(ref, sample)
-    return (across <= radius_ref[:, None]).any(axis=0).mean(), (across <= radius_sample).any(axis=1).mean()
+    return (across <= radius_ref[:, None]).any(axis=0).mean(), (across <= radius_sample).any(
+        axis=1
+    ).mean()
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])
@@ -34,8 +37,15 @@ def test_precision_and_recall_are_those_of_whole_matrices(arithmetic, k):
     assert 0.2 < min(expected) and max(expected) < 1 and expected[0] != expected[1]
     # 1 MB: one tile; 1 KB: tiles of 8 x 32 or 5 x 22; the last: single numbers
     for block_mb in (1, 1e-3, 1e-6) if k == 3 else (1e-3,):
-        assert precision_recall(ref, sample, k, arithmetic=arithmetic, block_mb=block_mb) == expected, block_mb
-    assert precision_recall(torch.from_numpy(ref), torch.from_numpy(sample).double(), k, arithmetic=arithmetic) == expected
+        assert (
+            precision_recall(ref, sample, k, arithmetic=arithmetic, block_mb=block_mb) == expected
+        ), block_mb
+    assert (
+        precision_recall(
+            torch.from_numpy(ref), torch.from_numpy(sample).double(), k, arithmetic=arithmetic
+        )
+        == expected
+    )
     assert precision_recall(sample, ref, k, arithmetic=arithmetic) == expected[::-1]
 
 
@@ -44,7 +54,9 @@ def test_collapsed_and_foreign_samples():
     assert precision_recall(ref, ref) == (1, 1)
     assert precision_recall(ref, ref + 100) == (0, 0)
     # All samples beside one typical image: all are believable, and nothing else is covered.
-    precision, recall = precision_recall(ref, ref[np.square(ref).sum(axis=1).argmin()] + 0.01 * normal(1, 1000, 4))
+    precision, recall = precision_recall(
+        ref, ref[np.square(ref).sum(axis=1).argmin()] + 0.01 * normal(1, 1000, 4)
+    )
     assert precision == 1 and recall < 0.01
     # Twice as wide: much is not believable, but all is covered.
     precision, recall = precision_recall(ref, 2 * normal(2, 1000, 4))
@@ -54,15 +66,31 @@ def test_collapsed_and_foreign_samples():
 @pytest.mark.parametrize("arithmetic", ["float32", "float64", "half"])
 def test_a_point_on_the_edge_is_inside_and_a_point_is_not_its_own_neighbour(arithmetic):
     ref = np.arange(0, 40, 2, dtype=np.float32)[:, None]  # neighbours at distance 2
-    outside, edge, copies = 41.0, 40.0, [[60.0], [60.0]]  # of two equal points, each is the other's neighbour: radius 0
-    assert precision_recall(ref, [[outside], [edge], [-2.0], *copies], 1, arithmetic=arithmetic)[0] == 0.4
-    assert precision_recall([[outside], [edge], [-2.0], *copies], ref, 1, arithmetic=arithmetic)[1] == 0.4
-    assert precision_recall([[8.0], [8.0]], [[8.0], [8.0], [8.5], [7.5]], 1, arithmetic=arithmetic)[0] == 0.5
+    outside, edge, copies = (
+        41.0,
+        40.0,
+        [[60.0], [60.0]],
+    )  # of two equal points, each is the other's neighbour: radius 0
+    assert (
+        precision_recall(ref, [[outside], [edge], [-2.0], *copies], 1, arithmetic=arithmetic)[0]
+        == 0.4
+    )
+    assert (
+        precision_recall([[outside], [edge], [-2.0], *copies], ref, 1, arithmetic=arithmetic)[1]
+        == 0.4
+    )
+    assert (
+        precision_recall([[8.0], [8.0]], [[8.0], [8.0], [8.5], [7.5]], 1, arithmetic=arithmetic)[0]
+        == 0.5
+    )
 
 
 def test_half_rounds_distances():
     """16 and 16.0039 are one number in half precision, whose steps there are 1/64."""
-    ref, sample = np.array([[0], [16], [1000]], np.float32), np.array([[-16.0039], [0], [100]], np.float32)
+    ref, sample = (
+        np.array([[0], [16], [1000]], np.float32),
+        np.array([[-16.0039], [0], [100]], np.float32),
+    )
     assert precision_recall(ref[:2], sample, 1)[0] == pytest.approx(1 / 3)
     assert precision_recall(ref[:2], sample, 1, arithmetic="half")[0] == pytest.approx(2 / 3)
     # An overflow anywhere, here of 1000^2, has the block redone in float32.
@@ -71,7 +99,9 @@ def test_half_rounds_distances():
 
 @pytest.mark.parametrize("largest", [10, 115, 1000])  # certain not to overflow, possible, happens
 def test_half_is_float16_but_for_blocks_that_overflow(largest, monkeypatch):
-    """With one entry a row nothing depends on the order of sums: equal to NumPy's float16, block by block."""
+    """With one entry a row nothing depends on the order of sums: equal to NumPy's float16, block by
+    block.
+    """
     monkeypatch.setattr(manifold, "_HALF_BLOCK", 50)
     redone = []
 
@@ -80,13 +110,13 @@ def test_half_is_float16_but_for_blocks_that_overflow(largest, monkeypatch):
         for i in range(0, len(u), 50):
             for j in range(0, len(v), 50):
                 for dtype in (np.float16, np.float32):
-                    a, b = u[i:i + 50].astype(dtype), v[j:j + 50].astype(dtype)
+                    a, b = u[i : i + 50].astype(dtype), v[j : j + 50].astype(dtype)
                     with np.errstate(all="ignore"):
                         block = np.maximum(a * a - 2 * (a * b.T) + (b * b).T, 0)
                     if np.isfinite(block).all():
                         break
                 redone.append(dtype is np.float32)
-                d[i:i + 50, j:j + 50] = block
+                d[i : i + 50, j : j + 50] = block
         return d
 
     ref, sample = 5 * normal(0, 120, 1) + 30, 7 * normal(1, 130, 1) + 30
@@ -111,10 +141,15 @@ def test_what_precision_and_recall_refuse():
     x = normal(0, 10, 3)
     assert precision_recall(x[:4], x) == brute_force(x[:4], x, 3)
     for ref, sample, options, message in [
-            (x[:3], x, {}, "at least 4 images, the reference features have 3"), (x, x[:5], {"k": 5}, "sample features have 5"),
-            (x, x[:, :2], {}, "use the same network"), (x, np.where(x > 1, np.inf, x), {}, r"row \d of the sample features"),
-            (x, x, {"arithmetic": "bf16"}, "not among float32, float64, half"), (x, x, {"k": 0}, "k must be at least 1"),
-            (x, x, {"block_mb": 0}, "block_mb positive"), (x[0], x, {}, "must be")]:
+        (x[:3], x, {}, "at least 4 images, the reference features have 3"),
+        (x, x[:5], {"k": 5}, "sample features have 5"),
+        (x, x[:, :2], {}, "use the same network"),
+        (x, np.where(x > 1, np.inf, x), {}, r"row \d of the sample features"),
+        (x, x, {"arithmetic": "bf16"}, "not among float32, float64, half"),
+        (x, x, {"k": 0}, "k must be at least 1"),
+        (x, x, {"block_mb": 0}, "block_mb positive"),
+        (x[0], x, {}, "must be"),
+    ]:
         with pytest.raises(ValueError, match=message):
             precision_recall(ref, sample, **options)
 
@@ -129,7 +164,10 @@ def test_a_surrounding_autocast_changes_no_distance(arithmetic):
 
 
 def switches():
-    """What stands in each of torch's switches for float32; "contradiction" for one that may not be asked."""
+    """What stands in each of torch's switches for float32; "contradiction" for one that may not be
+    asked.
+    """
+
     def ask(place, name):
         try:
             return getattr(place, name)
@@ -137,8 +175,16 @@ def switches():
             return "contradiction"
 
     b = torch.backends
-    new = [b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul] if hasattr(b.cudnn, "conv") else []
-    return [ask(b.cudnn, "allow_tf32"), ask(b.cuda.matmul, "allow_tf32"), *(place.fp32_precision for place in new)]
+    new = (
+        [b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul]
+        if hasattr(b.cudnn, "conv")
+        else []
+    )
+    return [
+        ask(b.cudnn, "allow_tf32"),
+        ask(b.cuda.matmul, "allow_tf32"),
+        *(place.fp32_precision for place in new),
+    ]
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -151,7 +197,9 @@ def test_programs_that_ask_cudnns_switch_may_run_while_float32_is_float32(old, n
     try:
         cudnn.allow_tf32 = old
         if new != "untouched":
-            cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = ("ieee", "tf32") if new == "one each" else (new, new)
+            cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = (
+                ("ieee", "tf32") if new == "one each" else (new, new)
+            )
         own = switches()
         with ieee_float32():
             inside = switches()
@@ -170,8 +218,11 @@ def test_float32_products_are_float32_and_the_callers_choice_stands(allowed, mon
     before, seen, matmul = torch.get_float32_matmul_precision(), set(), torch.Tensor.__matmul__
 
     def watched(a, b):
-        seen.add(torch.get_float32_matmul_precision() if not hasattr(torch.backends.cuda.matmul, "fp32_precision")
-                 else torch.backends.cuda.matmul.fp32_precision)
+        seen.add(
+            torch.get_float32_matmul_precision()
+            if not hasattr(torch.backends.cuda.matmul, "fp32_precision")
+            else torch.backends.cuda.matmul.fp32_precision
+        )
         return matmul(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
@@ -264,8 +315,13 @@ def test_two_processes_measure_as_one(launcher, one_process, tmp_path):
     assert "different sizes, in rank order: [20, 21]" in str(first.pop("message"))
     for key, value in one_process.items():
         if key.endswith(("mean", "cov", "score")):
-            np.testing.assert_allclose(first[key], value, rtol=0, atol=1e-13 * max(1, np.abs(value).max()), err_msg=key)
+            np.testing.assert_allclose(
+                first[key], value, rtol=0, atol=1e-13 * max(1, np.abs(value).max()), err_msg=key
+            )
         else:
             assert np.array_equal(first[key], value), key
-    assert one_process["uneven_n"] == one_process["uneven_score_n"] == 601 and one_process["nothing"] == 0
+    assert (
+        one_process["uneven_n"] == one_process["uneven_score_n"] == 601
+        and one_process["nothing"] == 0
+    )
     assert 0 < one_process["float32"].min() and one_process["float32"].max() < 1

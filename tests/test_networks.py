@@ -3,19 +3,39 @@
 Beside it: test_networks_memory.py (dtype and layout), test_networks_contracts.py (published numbers
 and names, sizes, errors).
 """
+
 import pytest
 import torch
 import torch.nn.functional as F
-
 from golden_tools import load_seeded_weights, seeded_normal
+
 from guided_diffusion_ip.networks import (
-    AttentionBlock, AttentionPool2d, Downsample, EncoderUNetModel, ResBlock, SuperResModel,
-    UNetModel, Upsample, checkpoint, normalization, scale_module, timestep_embedding, zero_module)
+    AttentionBlock,
+    AttentionPool2d,
+    Downsample,
+    EncoderUNetModel,
+    ResBlock,
+    SuperResModel,
+    UNetModel,
+    Upsample,
+    checkpoint,
+    normalization,
+    scale_module,
+    timestep_embedding,
+    zero_module,
+)
 from guided_diffusion_ip.networks.layers import Dropout
 
 SMALL = dict(
-    image_size=16, in_channels=3, model_channels=32, out_channels=6, num_res_blocks=1,
-    attention_resolutions=(2,), channel_mult=(1, 2), num_head_channels=16)
+    image_size=16,
+    in_channels=3,
+    model_channels=32,
+    out_channels=6,
+    num_res_blocks=1,
+    attention_resolutions=(2,),
+    channel_mult=(1, 2),
+    num_head_channels=16,
+)
 T = torch.tensor([3, 741])
 
 
@@ -29,18 +49,25 @@ def images(n=2, channels=3, height=16, width=16):
 
 # Primitives
 
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_dropout_keeps_a_share_and_the_mean_and_sends_back_the_gradient_of_what_it_kept(layout):
     torch.manual_seed(0)
-    x = torch.ones(7, 5, 33, 31).to(memory_format=layout).requires_grad_()  # an odd number of elements
+    x = (
+        torch.ones(7, 5, 33, 31).to(memory_format=layout).requires_grad_()
+    )  # an odd number of elements
     y = Dropout(0.3)(x)
     y.sum().backward()
     n = x.numel()
-    assert y.is_contiguous(memory_format=layout) and y.unique().tolist() == pytest.approx([0, 1 / 0.7], rel=1e-4)
+    assert y.is_contiguous(memory_format=layout) and y.unique().tolist() == pytest.approx(
+        [0, 1 / 0.7], rel=1e-4
+    )
     assert (y == 0).sum() / n == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / n) ** 0.5)
     assert torch.equal(x.grad, y.detach())
     # Neighbours in memory share a random word: they must not share their fate.
-    kept = (y.detach().permute(0, 2, 3, 1) if layout == torch.channels_last else y.detach()).flatten() > 0
+    kept = (
+        y.detach().permute(0, 2, 3, 1) if layout == torch.channels_last else y.detach()
+    ).flatten() > 0
     for distance in (1, 2, 3, 4):
         together = (kept[:-distance] & kept[distance:]).float().mean()
         assert together == pytest.approx(0.49, abs=0.02)
@@ -53,7 +80,6 @@ def test_dropout_at_its_limits_and_when_not_training():
     assert Dropout(0.5)(x).dtype == torch.float64 and Dropout(0.5)(x[:0]).shape == (0, 4, 5, 5)
     strided = Dropout(0.5)(x[:, ::2])
     assert ((strided == 0) | (strided == 2 * x[:, ::2])).all()
-
 
 
 def test_group_norm_takes_its_statistics_in_float32_and_keeps_dtype(monkeypatch):
@@ -178,9 +204,11 @@ def test_new_blocks_are_the_identity_and_a_new_model_predicts_zero():
 def test_recomputation_reaches_residual_and_attention_blocks_only_when_asked(on, monkeypatch):
     calls = {ResBlock: 0, AttentionBlock: 0}
     for cls in calls:
+
         def counted(self, *args, cls=cls, inner=cls._residual):
             calls[cls] += 1
             return inner(self, *args)
+
         monkeypatch.setattr(cls, "_residual", counted)
     model = small(use_checkpoint=on)
     blocks = {cls: sum(isinstance(m, cls) for m in model.modules()) for cls in calls}
@@ -219,7 +247,8 @@ def test_any_divisible_size_and_any_number_of_channels(height, width, channels):
     x = images(2, channels, height, width)
     assert model(x, T).shape == x.shape
     classifier = small(
-        EncoderUNetModel, in_channels=channels, image_size=(height, width), pool="attention")
+        EncoderUNetModel, in_channels=channels, image_size=(height, width), pool="attention"
+    )
     assert classifier(x, T).shape == (2, 6)
 
 
@@ -227,7 +256,7 @@ def test_an_image_does_not_depend_on_its_batch():
     model = small(num_classes=10, use_scale_shift_norm=True)
     x, y = images(), torch.tensor([1, 7])
     whole = model(x, T, y)
-    parts = [model(x[i:i + 1], T[i:i + 1], y[i:i + 1]) for i in range(2)]
+    parts = [model(x[i : i + 1], T[i : i + 1], y[i : i + 1]) for i in range(2)]
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(x, T[:1], y), model(x, T[[0, 0]], y))
 
@@ -244,13 +273,17 @@ def test_labels_and_timesteps_matter_and_labels_join_the_time_embedding():
         assert torch.equal(model(x, T, y), unconditional(x, T))
 
 
-@pytest.mark.parametrize("options", [
-    dict(resblock_updown=True, use_scale_shift_norm=True),
-    dict(conv_resample=False),
-    dict(num_head_channels=-1, num_heads=4, num_heads_upsample=2),
-    dict(channel_mult=(1, 1.5, 2), model_channels=64),
-    dict(attention_resolutions=[]),
-    dict(attention_resolutions={1, 2}, use_new_attention_order=True)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(resblock_updown=True, use_scale_shift_norm=True),
+        dict(conv_resample=False),
+        dict(num_head_channels=-1, num_heads=4, num_heads_upsample=2),
+        dict(channel_mult=(1, 1.5, 2), model_channels=64),
+        dict(attention_resolutions=[]),
+        dict(attention_resolutions={1, 2}, use_new_attention_order=True),
+    ],
+)
 def test_every_option_trains(options):
     model = small(dropout=0.1, **options).train()
     model(images(), T).square().mean().backward()
@@ -282,12 +315,26 @@ def test_super_resolution_sees_the_small_image_enlarged():
     assert torch.equal(model(x, T, low_res=low, y=y), want)
 
 
-@pytest.mark.parametrize("pool, names", [
-    ("adaptive", ["0.weight", "0.bias", "3.weight", "3.bias"]),
-    ("attention", ["0.weight", "0.bias", "2.positional_embedding", "2.qkv_proj.weight",
-                   "2.qkv_proj.bias", "2.c_proj.weight", "2.c_proj.bias"]),
-    ("spatial", ["0.weight", "0.bias", "2.weight", "2.bias"]),
-    ("spatial_v2", ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"])])
+@pytest.mark.parametrize(
+    "pool, names",
+    [
+        ("adaptive", ["0.weight", "0.bias", "3.weight", "3.bias"]),
+        (
+            "attention",
+            [
+                "0.weight",
+                "0.bias",
+                "2.positional_embedding",
+                "2.qkv_proj.weight",
+                "2.qkv_proj.bias",
+                "2.c_proj.weight",
+                "2.c_proj.bias",
+            ],
+        ),
+        ("spatial", ["0.weight", "0.bias", "2.weight", "2.bias"]),
+        ("spatial_v2", ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"]),
+    ],
+)
 def test_pools(pool, names):
     model = small(EncoderUNetModel, pool=pool, out_channels=7)
     assert [n[4:] for n in model.state_dict() if n.startswith("out.")] == names

@@ -3,6 +3,7 @@
 networks_golden.npz holds outputs (float32, every (H / 16)th pixel) and state_dicts of the published
 guided-diffusion code; networks_state_dicts.json the names of all published settings, as hashes.
 """
+
 import ast
 import hashlib
 import json
@@ -12,13 +13,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from golden_tools import (
-    DATA, load_seeded_weights, relative_error, seeded_image, seeded_normal, state_dict_lines)
+    DATA,
+    load_seeded_weights,
+    relative_error,
+    seeded_image,
+    seeded_normal,
+    state_dict_lines,
+)
+
 from guided_diffusion_ip import networks
 from guided_diffusion_ip.networks import (
-    EncoderUNetModel, SuperResModel, UNetModel, attention_downsample_rates, default_channel_mult,
-    parse_channel_mult)
+    EncoderUNetModel,
+    SuperResModel,
+    UNetModel,
+    attention_downsample_rates,
+    default_channel_mult,
+    parse_channel_mult,
+)
 
 GOLDEN = np.load(DATA / "networks_golden.npz")
 STATE_DICTS = json.loads((DATA / "networks_state_dicts.json").read_text())
@@ -39,13 +51,23 @@ GOLDEN_UNETS = {
     "cifar10_like": lambda: build(32, 32, 2, "16,8", num_head_channels=16, **NEW),
     "plain_ddpm_like": lambda: build(32, 32, 1, "16,8", out_channels=3, num_heads=1),
     "class_cond_legacy_attention": lambda: build(
-        32, 32, 1, "16,8", num_head_channels=8, num_classes=10, use_scale_shift_norm=True),
+        32, 32, 1, "16,8", num_head_channels=8, num_classes=10, use_scale_shift_norm=True
+    ),
     "image64": lambda: build(64, 32, 1, "32,16,8", num_head_channels=32, **NEW),
 }
 GOLDEN_CLASSIFIERS = {
     pool: lambda pool=pool, updown=updown: build(
-        64, 64, 2, "32,16,8", 1000, EncoderUNetModel, num_head_channels=64, pool=pool,
-        use_scale_shift_norm=True, resblock_updown=updown)
+        64,
+        64,
+        2,
+        "32,16,8",
+        1000,
+        EncoderUNetModel,
+        num_head_channels=64,
+        pool=pool,
+        use_scale_shift_norm=True,
+        resblock_updown=updown,
+    )
     for pool, updown in (("attention", True), ("adaptive", False))
 }
 
@@ -54,25 +76,45 @@ PUBLISHED = {
     "cifar10": lambda: build(32, 128, 3, "16,8", num_head_channels=32, **NEW),
     "imagenet32": lambda: build(32, 128, 3, "16,8", num_head_channels=32, **NEW),
     "imagenet32_no_scale_shift": lambda: build(
-        32, 128, 3, "16,8", num_head_channels=32, **{**NEW, "use_scale_shift_norm": False}),
+        32, 128, 3, "16,8", num_head_channels=32, **{**NEW, "use_scale_shift_norm": False}
+    ),
     "lsun_tower64": lambda: build(64, 192, 3, "32,16,8", num_head_channels=64, **NEW),
     "celeba64": lambda: build(64, 192, 3, "32,16,8", num_head_channels=64, **NEW),
     "ffhq128": lambda: build(128, 256, 3, "32,16,8", num_head_channels=64, **NEW),
     # ADM (Dhariwal & Nichol 2021)
     "imagenet64_cond": lambda: build(
-        64, 192, 3, "32,16,8", num_head_channels=64, num_classes=1000, **NEW),
+        64, 192, 3, "32,16,8", num_head_channels=64, num_classes=1000, **NEW
+    ),
     "imagenet128_cond": lambda: build(
-        128, 256, 2, "32,16,8", num_heads=4, num_classes=1000, **LEGACY),
-    **{f"openai{size}_{kind}": lambda size=size, classes=classes: build(
-        size, 256, 2, "32,16,8", num_head_channels=64, num_classes=classes, **LEGACY)
-        for size in (256, 512) for kind, classes in (("uncond", None), ("cond", 1000))},
+        128, 256, 2, "32,16,8", num_heads=4, num_classes=1000, **LEGACY
+    ),
+    **{
+        f"openai{size}_{kind}": lambda size=size, classes=classes: build(
+            size, 256, 2, "32,16,8", num_head_channels=64, num_classes=classes, **LEGACY
+        )
+        for size in (256, 512)
+        for kind, classes in (("uncond", None), ("cond", 1000))
+    },
     "upsampler_64_256": lambda: build(
-        256, 192, 2, "32,16,8", cls=SuperResModel, num_heads=4, num_classes=1000, **LEGACY),
+        256, 192, 2, "32,16,8", cls=SuperResModel, num_heads=4, num_classes=1000, **LEGACY
+    ),
     "upsampler_128_512": lambda: build(
-        512, 192, 2, "32,16", cls=SuperResModel, num_head_channels=64, num_classes=1000, **LEGACY),
-    **{f"classifier{size}": lambda size=size, depth=depth: build(
-        size, 128, depth, "32,16,8", 1000, EncoderUNetModel, num_head_channels=64, pool="attention",
-        **LEGACY) for size, depth in ((64, 4), (128, 2), (256, 2), (512, 2))},
+        512, 192, 2, "32,16", cls=SuperResModel, num_head_channels=64, num_classes=1000, **LEGACY
+    ),
+    **{
+        f"classifier{size}": lambda size=size, depth=depth: build(
+            size,
+            128,
+            depth,
+            "32,16,8",
+            1000,
+            EncoderUNetModel,
+            num_head_channels=64,
+            pool="attention",
+            **LEGACY,
+        )
+        for size, depth in ((64, 4), (128, 2), (256, 2), (512, 2))
+    },
 }
 
 
@@ -88,7 +130,7 @@ def test_unet_agrees_with_the_published_one(name, layout):
     x = seeded_normal(f"{name}/x", (2, 3, side, side)).contiguous(memory_format=layout)
     labels = [torch.tensor([1, 7])] if model.num_classes else []
     with torch.no_grad():
-        out = model(x, T, *labels)[:, :, ::side // 16, ::side // 16]
+        out = model(x, T, *labels)[:, :, :: side // 16, :: side // 16]
     assert relative_error(out, GOLDEN[f"unet/{name}/output"]) < 2e-5
 
 
@@ -102,8 +144,9 @@ def test_classifier_agrees_with_the_published_one(pool):
 
 
 def test_super_resolution_agrees_with_the_published_one():
-    model = load_seeded_weights(build(
-        64, 32, 1, "16,8", 3, SuperResModel, num_head_channels=16, use_scale_shift_norm=True))
+    model = load_seeded_weights(
+        build(64, 32, 1, "16,8", 3, SuperResModel, num_head_channels=16, use_scale_shift_norm=True)
+    )
     assert state_dict_lines(model) == str(GOLDEN["sr/state_dict"]).splitlines()
     x, low = seeded_normal("sr/x", (2, 3, 64, 64)), seeded_image("sr/low", (2, 3, 32, 32))
     with torch.no_grad():
@@ -134,13 +177,30 @@ def test_parameter_order_is_that_of_the_state_dict():
 # Sizes
 
 
-@pytest.mark.parametrize("size, mult", [
-    (8, (1, 2, 2)), (20, (1, 2, 2)), (24, (1, 2, 2, 2)), (32, (1, 2, 2, 2)), (48, (1, 2, 2, 2)),
-    (56, (1, 2, 3, 4)), (64, (1, 2, 3, 4)), (96, (1, 2, 3, 4)), (112, (1, 1, 2, 3, 4)),
-    (128, (1, 1, 2, 3, 4)), (192, (1, 1, 2, 3, 4)), (224, (1, 1, 2, 2, 4, 4)),
-    (256, (1, 1, 2, 2, 4, 4)), (384, (1, 1, 2, 2, 4, 4)), (448, (0.5, 1, 1, 2, 2, 4, 4)),
-    (512, (0.5, 1, 1, 2, 2, 4, 4)), (1024, (0.5, 1, 1, 2, 2, 4, 4)),
-    ((64, 32), (1, 2, 3, 4)), ((128, 256), (1, 1, 2, 2, 4, 4))])
+@pytest.mark.parametrize(
+    "size, mult",
+    [
+        (8, (1, 2, 2)),
+        (20, (1, 2, 2)),
+        (24, (1, 2, 2, 2)),
+        (32, (1, 2, 2, 2)),
+        (48, (1, 2, 2, 2)),
+        (56, (1, 2, 3, 4)),
+        (64, (1, 2, 3, 4)),
+        (96, (1, 2, 3, 4)),
+        (112, (1, 1, 2, 3, 4)),
+        (128, (1, 1, 2, 3, 4)),
+        (192, (1, 1, 2, 3, 4)),
+        (224, (1, 1, 2, 2, 4, 4)),
+        (256, (1, 1, 2, 2, 4, 4)),
+        (384, (1, 1, 2, 2, 4, 4)),
+        (448, (0.5, 1, 1, 2, 2, 4, 4)),
+        (512, (0.5, 1, 1, 2, 2, 4, 4)),
+        (1024, (0.5, 1, 1, 2, 2, 4, 4)),
+        ((64, 32), (1, 2, 3, 4)),
+        ((128, 256), (1, 1, 2, 2, 4, 4)),
+    ],
+)
 def test_default_channel_mult(size, mult):
     assert default_channel_mult(size) == mult
 
@@ -151,9 +211,18 @@ def test_default_channel_mult_of_super_resolution():
     assert default_channel_mult(64, super_resolution=True) == (1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("size, nearest", [
-    (28, "24 or 32"), ((32, 28), "24 or 32"), (3, "to 4,"), (50, "48 or 56"), (100, "96 or 112"),
-    (300, "288 or 320"), (500, "448 or 512")])
+@pytest.mark.parametrize(
+    "size, nearest",
+    [
+        (28, "24 or 32"),
+        ((32, 28), "24 or 32"),
+        (3, "to 4,"),
+        (50, "48 or 56"),
+        (100, "96 or 112"),
+        (300, "288 or 320"),
+        (500, "448 or 512"),
+    ],
+)
 def test_a_size_that_does_not_fit_is_told_its_neighbours(size, nearest):
     with pytest.raises(ValueError, match=nearest):
         default_channel_mult(size)
@@ -169,9 +238,16 @@ def test_the_neighbours_of_every_size_fit():
             default_channel_mult(int(below)), default_channel_mult(int(above))
 
 
-@pytest.mark.parametrize("given, want", [
-    ("1,2,2", (1, 2, 2)), ("0.5,1", (0.5, 1)), (" 1, 1.5 ", (1, 1.5)), ([1, 2.0], (1, 2)),
-    ("4", (4,))])
+@pytest.mark.parametrize(
+    "given, want",
+    [
+        ("1,2,2", (1, 2, 2)),
+        ("0.5,1", (0.5, 1)),
+        (" 1, 1.5 ", (1, 1.5)),
+        ([1, 2.0], (1, 2)),
+        ("4", (4,)),
+    ],
+)
 def test_parse_channel_mult(given, want):
     got = parse_channel_mult(given)
     assert got == want and [type(v) for v in got] == [type(v) for v in want]
@@ -203,21 +279,43 @@ def test_attention_downsample_rates():
 
 def tiny(cls=UNetModel, **changes):
     options = dict(
-        image_size=8, in_channels=3, model_channels=32, out_channels=3, num_res_blocks=1,
-        attention_resolutions=(), channel_mult=(1, 2))
+        image_size=8,
+        in_channels=3,
+        model_channels=32,
+        out_channels=3,
+        num_res_blocks=1,
+        attention_resolutions=(),
+        channel_mult=(1, 2),
+    )
     return cls(**{**options, **changes})
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(model_channels=48), "48 channels cannot be normalised in 32 groups: choose"),
-    (dict(num_head_channels=48), "attention over 64 channels with num_head_channels 48: .*change"),
-    (dict(num_heads=3), "attention over 64 channels with num_heads 3: .*change"),
-    (dict(dims=4), "dims is 4: use 1, 2, 3"),
-    (dict(attention_resolutions="16,8"), "downsample rates such as .*: attention_downsample_rates"),
-    (dict(image_size=(8, 8, 8)), r"image_size is \(8, 8, 8\): give"),
-    (dict(cls=EncoderUNetModel, pool="mean"), "'mean': use one of adaptive, attention, spatial"),
-    (dict(cls=EncoderUNetModel, pool="attention"), "num_head_channels -1: give the width"),
-    (dict(cls=EncoderUNetModel, pool="attention", num_head_channels=32, image_size=9), "8 or 10,")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(model_channels=48), "48 channels cannot be normalised in 32 groups: choose"),
+        (
+            dict(num_head_channels=48),
+            "attention over 64 channels with num_head_channels 48: .*change",
+        ),
+        (dict(num_heads=3), "attention over 64 channels with num_heads 3: .*change"),
+        (dict(dims=4), "dims is 4: use 1, 2, 3"),
+        (
+            dict(attention_resolutions="16,8"),
+            "downsample rates such as .*: attention_downsample_rates",
+        ),
+        (dict(image_size=(8, 8, 8)), r"image_size is \(8, 8, 8\): give"),
+        (
+            dict(cls=EncoderUNetModel, pool="mean"),
+            "'mean': use one of adaptive, attention, spatial",
+        ),
+        (dict(cls=EncoderUNetModel, pool="attention"), "num_head_channels -1: give the width"),
+        (
+            dict(cls=EncoderUNetModel, pool="attention", num_head_channels=32, image_size=9),
+            "8 or 10,",
+        ),
+    ],
+)
 def test_impossible_models_are_refused_with_a_remedy(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
@@ -232,18 +330,28 @@ SR = {"cls": SuperResModel}
 X = zeros(2, 3, 8, 8)
 
 
-@pytest.mark.parametrize("options, x, t, more, message", [
-    ({}, zeros(2, 3, 8, 9), T, {}, "side of 9 .*multiples of 2: resize or pad it to 8 or 10"),
-    ({}, zeros(2, 1, 8, 8), T, {}, r"\(2, 1, 8, 8\), but this model takes 3 channels .*: convert"),
-    ({}, zeros(2, 3, 8), T, {}, r"\(2, 3, 8\), but this model takes 3 channels in 2 spatial"),
-    ({}, zeros(3, 3, 8, 8), T, {}, r"timesteps have shape \(2,\) for a batch of 3: give"),
-    ({}, X, T, {"y": T}, "labels y, but this model is unconditional: leave"),
-    (COND, X, T, {}, r"class-conditional: pass y, int64 \[2\] .* 0 to 4"),
-    (COND, X, T, {"y": torch.tensor([0, 5])}, "range from 0 to 5: pass"),
-    (COND, X, T, {"y": torch.tensor([-1, 4])}, "range from -1 to 4: pass"),
-    (COND, X, T, {"y": torch.tensor(1)}, r"shape \(\) for a batch of 2: pass"),
-    (SR, X, T, {}, r"pass low_res, \[2, 3, h, w\]"),
-    (SR, X, T, {"low_res": zeros(2, 1, 4, 4)}, "and 3 channels")])
+@pytest.mark.parametrize(
+    "options, x, t, more, message",
+    [
+        ({}, zeros(2, 3, 8, 9), T, {}, "side of 9 .*multiples of 2: resize or pad it to 8 or 10"),
+        (
+            {},
+            zeros(2, 1, 8, 8),
+            T,
+            {},
+            r"\(2, 1, 8, 8\), but this model takes 3 channels .*: convert",
+        ),
+        ({}, zeros(2, 3, 8), T, {}, r"\(2, 3, 8\), but this model takes 3 channels in 2 spatial"),
+        ({}, zeros(3, 3, 8, 8), T, {}, r"timesteps have shape \(2,\) for a batch of 3: give"),
+        ({}, X, T, {"y": T}, "labels y, but this model is unconditional: leave"),
+        (COND, X, T, {}, r"class-conditional: pass y, int64 \[2\] .* 0 to 4"),
+        (COND, X, T, {"y": torch.tensor([0, 5])}, "range from 0 to 5: pass"),
+        (COND, X, T, {"y": torch.tensor([-1, 4])}, "range from -1 to 4: pass"),
+        (COND, X, T, {"y": torch.tensor(1)}, r"shape \(\) for a batch of 2: pass"),
+        (SR, X, T, {}, r"pass low_res, \[2, 3, h, w\]"),
+        (SR, X, T, {"low_res": zeros(2, 1, 4, 4)}, "and 3 channels"),
+    ],
+)
 def test_wrong_inputs_are_refused_with_a_remedy(options, x, t, more, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)(x, t, **more)

@@ -1,12 +1,18 @@
 """UNets in memory: which dtype and which layout every tensor has."""
+
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_tools import load_seeded_weights, seeded_normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from golden_tools import load_seeded_weights, seeded_normal
 from guided_diffusion_ip.networks import (
-    AttentionBlock, EncoderUNetModel, GroupNorm32, SuperResModel, UNetModel)
+    AttentionBlock,
+    EncoderUNetModel,
+    GroupNorm32,
+    SuperResModel,
+    UNetModel,
+)
 from guided_diffusion_ip.networks.attention import attend
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d)
@@ -15,8 +21,15 @@ T = torch.tensor([3, 741])
 
 def small(cls=UNetModel, **changes):
     options = dict(
-        image_size=16, in_channels=3, model_channels=32, out_channels=6, num_res_blocks=1,
-        attention_resolutions=(2,), channel_mult=(1, 2), num_head_channels=16)
+        image_size=16,
+        in_channels=3,
+        model_channels=32,
+        out_channels=6,
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        channel_mult=(1, 2),
+        num_head_channels=16,
+    )
     return load_seeded_weights(cls(**{**options, **changes}))
 
 
@@ -27,8 +40,10 @@ def images(n=2, channels=3, height=16, width=16):
 # Layout
 
 
-@pytest.mark.parametrize("shape, layout", [
-    ((2, 32, 4, 6), torch.channels_last), ((2, 32, 3, 4, 6), torch.channels_last_3d)])
+@pytest.mark.parametrize(
+    "shape, layout",
+    [((2, 32, 4, 6), torch.channels_last), ((2, 32, 3, 4, 6), torch.channels_last_3d)],
+)
 def test_group_norm_keeps_the_layout_even_if_the_kernel_does_not(shape, layout, monkeypatch):
     native = F.group_norm
     monkeypatch.setattr(F, "group_norm", lambda *args: native(*args).contiguous())  # as on CUDA
@@ -65,9 +80,14 @@ def test_attention_copies_nothing_in_channels_last(new_order):
 
 
 @pytest.mark.parametrize("cls", [UNetModel, EncoderUNetModel, SuperResModel])
-@pytest.mark.parametrize("options", [
-    dict(), dict(resblock_updown=True, use_scale_shift_norm=True, use_new_attention_order=True),
-    dict(conv_resample=False)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(resblock_updown=True, use_scale_shift_norm=True, use_new_attention_order=True),
+        dict(conv_resample=False),
+    ],
+)
 def test_a_channels_last_model_stays_channels_last(cls, options):
     model, x = small(cls, **options), images()
     more = {"low_res": images(height=8, width=8)} if cls is SuperResModel else {}
@@ -84,6 +104,7 @@ def test_a_channels_last_model_stays_channels_last(cls, options):
                 seen += 1
                 if not out.is_contiguous(memory_format=torch.channels_last):
                     strayed.append(name)
+
         return hook
 
     for name, module in model.named_modules():
@@ -146,15 +167,22 @@ def test_images_of_another_dtype_are_welcome_and_set_the_dtype_of_the_answer():
 
 
 AUTOCAST = [
-    (UNetModel, {}, {}), (UNetModel, {"use_scale_shift_norm": True, "num_classes": 5}, {"y": torch.tensor([1, 4])}),
+    (UNetModel, {}, {}),
+    (UNetModel, {"use_scale_shift_norm": True, "num_classes": 5}, {"y": torch.tensor([1, 4])}),
     (SuperResModel, {}, {"low_res": seeded_normal("low", (2, 3, 8, 8))}),
-    *[(EncoderUNetModel, {"pool": pool}, {}) for pool in ("adaptive", "attention", "spatial", "spatial_v2")]]
+    *[
+        (EncoderUNetModel, {"pool": pool}, {})
+        for pool in ("adaptive", "attention", "spatial", "spatial_v2")
+    ],
+]
 
 
 @pytest.mark.parametrize("cls, options, cond", AUTOCAST)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_halves_what_a_conversion_halves_and_no_more(dtype, cls, options, cond):
-    """Embeddings and heads stay float32: module by module the same formats, and so the same answer."""
+    """Embeddings and heads stay float32: module by module the same formats, and so the
+    same answer.
+    """
     answers, formats = [], []
     for convert in (True, False):
         model, seen = small(cls, **options), {}
@@ -162,14 +190,20 @@ def test_autocast_halves_what_a_conversion_halves_and_no_more(dtype, cls, option
             model.convert_to_fp16() if dtype is torch.float16 else model.convert_to_bf16()
         for name, module in model.named_modules():
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm)):
-                module.register_forward_hook(lambda module, x, y, name=name: seen.update({name: y.dtype}))
+                module.register_forward_hook(
+                    lambda module, x, y, name=name: seen.update({name: y.dtype})
+                )
         with torch.no_grad(), torch.autocast("cpu", dtype, enabled=not convert):
             answers.append(model(images(), T, **cond))
         formats.append(seen)
     assert formats[0] == formats[1] and set(formats[0].values()) == {dtype, torch.float32}
-    assert {formats[1]["time_embed.0"], formats[1]["input_blocks.1.0.emb_layers.1"]} == {torch.float32}
+    assert {formats[1]["time_embed.0"], formats[1]["input_blocks.1.0.emb_layers.1"]} == {
+        torch.float32
+    }
     distance = (answers[0] - answers[1]).norm() / answers[0].norm()
-    assert distance == 0 if dtype is torch.bfloat16 else distance < 2e-3  # a CPU's fp16 kernels differ by the copy of their weights
+    assert (
+        distance == 0 if dtype is torch.bfloat16 else distance < 2e-3
+    )  # a CPU's fp16 kernels differ by the copy of their weights
     assert not torch.equal(answers[1], answers[1].to(dtype).float()), "rounded on the way out"
 
 
@@ -181,6 +215,7 @@ def test_compiled_networks_are_one_graph_under_autocast():
 
 
 # The paths that a CPU takes in bf16
+
 
 @pytest.mark.parametrize("tokens", [16, 64, 1100])  # by products; by the fused kernel
 def test_attention_in_bf16_on_a_cpu_has_the_gradients_of_exact_attention(tokens):
@@ -197,9 +232,16 @@ def test_attention_in_bf16_on_a_cpu_has_the_gradients_of_exact_attention(tokens)
         assert (got - want).norm() < 2e-2 * want.norm()
 
 
-@pytest.mark.parametrize("side", [8, 32])  # below, and from the size on where the norm makes no wide copy
+@pytest.mark.parametrize(
+    "side", [8, 32]
+)  # below, and from the size on where the norm makes no wide copy
 def test_group_norm_in_bf16_without_gradients_is_bitwise_the_one_with_them(side):
-    norm, x = GroupNorm32(32, 64), images(channels=64, height=side, width=side).bfloat16().to(memory_format=torch.channels_last)
+    norm, x = (
+        GroupNorm32(32, 64),
+        images(channels=64, height=side, width=side)
+        .bfloat16()
+        .to(memory_format=torch.channels_last),
+    )
     with_gradients = norm(x).detach()
     with torch.no_grad():
         y = norm(x)

@@ -1,19 +1,36 @@
 """noise.py: the published test vectors, statistics, and that an address means the same anywhere."""
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from guided_diffusion_ip.noise import (NormalStream, Stream, integers, normal, permutation,
-                                       philox4x32, uniform)
+from guided_diffusion_ip.noise import (
+    NormalStream,
+    Stream,
+    integers,
+    normal,
+    permutation,
+    philox4x32,
+    uniform,
+)
 
 KNOWN_ANSWERS = [  # Random123, kat_vectors: counter, key, output of philox4x32-10
-    ("00000000 00000000 00000000 00000000", "00000000 00000000",
-     "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
-     "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
-     "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    (
+        "00000000 00000000 00000000 00000000",
+        "00000000 00000000",
+        "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    ),
+    (
+        "ffffffff ffffffff ffffffff ffffffff",
+        "ffffffff ffffffff",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
+    (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
 ]
 
 
@@ -48,9 +65,21 @@ def test_address_is_the_documented_counter():
 
 def test_stream_numbers_are_frozen():
     assert {stream.name: int(stream) for stream in Stream} == {
-        "TIMESTEP": 0, "EPSILON": 1, "XI": 2, "FLIP": 3, "CROP": 4, "SHUFFLE": 5, "LABEL": 6,
-        "SAMPLE": 7, "CHAIN": 8, "LIKELIHOOD": 9, "CLASS_DROPOUT": 10,
-        "MEASURE_INPUT": 11, "MEASURE_STEP": 12, "AUGMENT": 13}
+        "TIMESTEP": 0,
+        "EPSILON": 1,
+        "XI": 2,
+        "FLIP": 3,
+        "CROP": 4,
+        "SHUFFLE": 5,
+        "LABEL": 6,
+        "SAMPLE": 7,
+        "CHAIN": 8,
+        "LIKELIHOOD": 9,
+        "CLASS_DROPOUT": 10,
+        "MEASURE_INPUT": 11,
+        "MEASURE_STEP": 12,
+        "AUGMENT": 13,
+    }
 
 
 def test_values_are_frozen():
@@ -77,6 +106,7 @@ def test_normal_is_normal():
 def test_extreme_words_make_finite_normals():
     """Word 0 must not reach log(0), and the largest must not exceed log(1)."""
     from guided_diffusion_ip import noise
+
     out = torch.empty(1, 2, 4)
     low, high = torch.tensor([[0, 0]]), torch.tensor([[0, 2**32 - 1]])
     noise._normal_of_words((low, low, high, high), out)
@@ -92,9 +122,18 @@ def test_uniform_is_uniform():
     assert stats.kstest(u, "uniform").pvalue > 1e-3
 
 
-@pytest.mark.parametrize("other", [
-    dict(seed=4), dict(seed=3 + 2**32), dict(stream=Stream.XI), dict(step=1),
-    dict(step=2**31), dict(index=[1]), dict(index=[2**32 - 1])])
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(seed=4),
+        dict(seed=3 + 2**32),
+        dict(stream=Stream.XI),
+        dict(step=1),
+        dict(step=2**31),
+        dict(index=[1]),
+        dict(index=[2**32 - 1]),
+    ],
+)
 def test_neighbouring_addresses_are_independent(other):
     address = dict(seed=3, stream=Stream.EPSILON, index=[0], step=0, shape=(100_000,))
     x, y = normal(**address)[0], normal(**(address | other))[0]
@@ -123,9 +162,14 @@ def test_any_subset_equals_its_rows(shape):
 def test_a_range_names_what_its_numbers_name():
     for index in (range(3, 30), range(30, 3, -3), range(7, 7), range(5, 2)):
         assert torch.equal(normal(9, 0, index, 3, (5,)), normal(9, 0, list(index), 3, (5,)))
-        assert torch.equal(uniform(9, 0, index, 3), uniform(9, 0, torch.tensor(index, dtype=torch.int64), 3))
+        assert torch.equal(
+            uniform(9, 0, index, 3), uniform(9, 0, torch.tensor(index, dtype=torch.int64), 3)
+        )
     assert uniform(0, 0, range(2**32 - 1, 2**32), 0).shape == (1,)
-    for index, text in ((range(2**32 - 1, 2**32 + 1), "to 4294967296"), (range(3, -2, -1), "from -1 to 3")):
+    for index, text in (
+        (range(2**32 - 1, 2**32 + 1), "to 4294967296"),
+        (range(3, -2, -1), "from -1 to 3"),
+    ):
         with pytest.raises(ValueError, match=text):
             normal(9, 0, index, 3, (5,))
 
@@ -173,11 +217,19 @@ def test_normal_stream_counts_and_resumes():
         stream(torch.zeros(3, 2))
 
 
-@pytest.mark.parametrize("bad, text", [
-    (dict(seed=-1), "seed=-1"), (dict(seed=2**64), "seed"), (dict(step=-1), "step=-1"),
-    (dict(step=2**32), "step"), (dict(index=[0, -1]), "index runs from -1"),
-    (dict(index=[2**32]), "2\\*\\*32"), (dict(index=[0.5]), "integers"),
-    (dict(index=torch.zeros(1, 1, dtype=torch.int64)), "one-dimensional")])
+@pytest.mark.parametrize(
+    "bad, text",
+    [
+        (dict(seed=-1), "seed=-1"),
+        (dict(seed=2**64), "seed"),
+        (dict(step=-1), "step=-1"),
+        (dict(step=2**32), "step"),
+        (dict(index=[0, -1]), "index runs from -1"),
+        (dict(index=[2**32]), "2\\*\\*32"),
+        (dict(index=[0.5]), "integers"),
+        (dict(index=torch.zeros(1, 1, dtype=torch.int64)), "one-dimensional"),
+    ],
+)
 def test_addresses_out_of_range(bad, text):
     with pytest.raises(ValueError, match=text):
         uniform(**(dict(seed=0, stream=0, index=[0], step=0) | bad))
@@ -197,8 +249,9 @@ def test_limits_are_inclusive():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_draws_the_same():
     for draw, last in ((uniform, (7, 9)), (integers, 999)):
-        assert torch.equal(draw(3, 0, range(20), 1, last, "cuda").cpu(),
-                           draw(3, 0, range(20), 1, last))
+        assert torch.equal(
+            draw(3, 0, range(20), 1, last, "cuda").cpu(), draw(3, 0, range(20), 1, last)
+        )
     here, there = (normal(3, 0, range(20), 1, (3, 99, 99), device) for device in ("cpu", "cuda"))
     difference = here - there.cpu()
     assert difference.abs().max() < 5e-6

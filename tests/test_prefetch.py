@@ -1,4 +1,7 @@
-"""prefetch.py and streams that use it: the same batches in the same order, errors where they belong, and no thread left behind."""
+"""prefetch.py and streams that use it: the same batches in the same order, errors where they
+belong, and no thread left behind.
+"""
+
 import gc
 import os
 import signal
@@ -77,17 +80,31 @@ def test_an_error_is_raised_where_its_result_was_due():
     numbers.close()
 
 
-@pytest.mark.parametrize("options", [dict(), dict(cache_mb=0, num_workers=0, random_crop=True), dict(cache_mb=0, num_workers=1),
-                                     dict(rank=1, world=2, class_cond=True, num_classes=10, class_dropout=0.2)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(cache_mb=0, num_workers=0, random_crop=True),
+        dict(cache_mb=0, num_workers=1),
+        dict(rank=1, world=2, class_cond=True, num_classes=10, class_dropout=0.2),
+    ],
+)
 def test_a_stream_is_the_same_with_and_without(folder, options):
     before = torch.random.get_rng_state()
-    plain, ahead = stream(folder, prefetch=False, **options), stream(folder, prefetch=True, **options)
+    plain, ahead = (
+        stream(folder, prefetch=False, **options),
+        stream(folder, prefetch=True, **options),
+    )
     for step in (None, None, None, 9, None, 2, None):
         if step is not None:
             plain.seek(step)
             ahead.seek(step)
         (x, c), (y, d) = next(plain), next(ahead)
-        assert torch.equal(x, y) and c.keys() == d.keys() and all(torch.equal(c[name], d[name]) for name in c)
+        assert (
+            torch.equal(x, y)
+            and c.keys() == d.keys()
+            and all(torch.equal(c[name], d[name]) for name in c)
+        )
         assert plain.step == ahead.step
     assert len(threads()) == 1 and torch.equal(*(s.examples(6)[0] for s in (plain, ahead)))
     plain.close()
@@ -108,7 +125,9 @@ def test_without_a_gpu_there_is_no_thread(folder):
 def test_a_broken_image_is_named_at_its_step_and_can_be_repaired(folder, workers):
     options = dict(cache_mb=0, num_workers=workers, deterministic=True)
     good = (folder / "5_x.png").read_bytes()
-    wanted = [next(images)[0] for images in [stream(folder, prefetch=False, **options)] for _ in range(3)]
+    wanted = [
+        next(images)[0] for images in [stream(folder, prefetch=False, **options)] for _ in range(3)
+    ]
     (folder / "5_x.png").write_bytes(good[:60])
     images = stream(folder, prefetch=True, **options)
     assert torch.equal(next(images)[0], wanted[0])
@@ -156,14 +175,34 @@ def test_the_thread_ends_with_its_stream(folder):
 
 
 def test_training_is_the_same_and_can_be_resumed(folder, tmp_path_factory):
-    """Weights of 3 + 2 steps with the thread, whose batches are ahead when the first part ends, and of 5 without."""
+    """Weights of 3 + 2 steps with the thread, whose batches are ahead when the first part ends, and
+    of 5 without.
+    """
+
     def train(out, prefetch, *, max_steps, resume=""):
         logger.configure(str(out), format_strs=["log"])
         torch.manual_seed(0)
-        model, diffusion = create_model_and_diffusion(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1,1",
-                                                      attention_resolutions="4", num_head_channels=32)
-        loop = TrainLoop(model=model, diffusion=diffusion, data=stream(folder, prefetch=prefetch), batch_size=4, microbatch=-1,
-                         lr=1e-3, ema_rate="0.9", log_interval=9, save_interval=99, resume_checkpoint=resume, max_steps=max_steps)
+        model, diffusion = create_model_and_diffusion(
+            image_size=8,
+            num_channels=32,
+            num_res_blocks=1,
+            channel_mult="1,1",
+            attention_resolutions="4",
+            num_head_channels=32,
+        )
+        loop = TrainLoop(
+            model=model,
+            diffusion=diffusion,
+            data=stream(folder, prefetch=prefetch),
+            batch_size=4,
+            microbatch=-1,
+            lr=1e-3,
+            ema_rate="0.9",
+            log_interval=9,
+            save_interval=99,
+            resume_checkpoint=resume,
+            max_steps=max_steps,
+        )
         loop.run_loop()
         assert not threads()
         return model.state_dict()
@@ -179,28 +218,39 @@ def test_training_is_the_same_and_can_be_resumed(folder, tmp_path_factory):
 @pytest.mark.parametrize("workers, ahead", [(0, True), (1, True), (1, False)])
 def test_neither_the_end_nor_ctrl_c_hangs(folder, workers, ahead):
     """A script that does not close its stream, ended by its last line and by Ctrl-C."""
-    code = ("import sys, time\n"
-            "from guided_diffusion_ip.data.image_datasets import load_data\n"
-            "s = load_data(data_dir=sys.argv[1], batch_size=4, image_size=8, cache_mb=0, num_workers=int(sys.argv[2]),"
-            f" prefetch={ahead})\n"
-            "next(s)\n"
-            "print('begun', flush=True)\n"
-            "while sys.argv[3] == 'forever': next(s)\n")
+    code = (
+        "import sys, time\nfrom guided_diffusion_ip.data.image_datasets import load_data\ns = "
+        "load_data(data_dir=sys.argv[1], batch_size=4, image_size=8, cache_mb=0, "
+        f"num_workers=int(sys.argv[2]), prefetch={ahead})\nnext(s)\nprint('begun', flush=True)\n"
+        "while sys.argv[3] == 'forever': next(s)\n"
+    )
     # A test run that a shell has put into the background ignores Ctrl-C, and so would its children.
-    started = {how: subprocess.Popen([sys.executable, "-c", code, str(folder), str(workers), how], stdout=subprocess.PIPE,
-                                     stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-                                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) for how in ("end", "forever")}
+    started = {
+        how: subprocess.Popen(
+            [sys.executable, "-c", code, str(folder), str(workers), how],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        for how in ("end", "forever")
+    }
     for how, process in started.items():
         assert process.stdout.readline() == "begun\n"
         if how == "forever":
             time.sleep(0.3)
             process.send_signal(signal.SIGINT)
         try:
-            _, said = process.communicate(timeout=40)  # torch's own way with workers that are left is to wait for ever
+            _, said = process.communicate(
+                timeout=40
+            )  # torch's own way with workers that are left is to wait for ever
         finally:
             process.kill()
         assert process.returncode == (-signal.SIGINT if how == "forever" else 0), said
-        assert ("KeyboardInterrupt" in said) == (how == "forever") and "Exception ignored" not in said
+        assert ("KeyboardInterrupt" in said) == (
+            how == "forever"
+        ) and "Exception ignored" not in said
 
 
 def test_on_a_gpu_the_thread_is_on_it_and_batches_are_pinned(folder, monkeypatch):
@@ -208,13 +258,23 @@ def test_on_a_gpu_the_thread_is_on_it_and_batches_are_pinned(folder, monkeypatch
     asked = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: asked.append(("device", gpu, threading.current_thread().name)))
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_device",
+        lambda gpu: asked.append(("device", gpu, threading.current_thread().name)),
+    )
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    monkeypatch.setattr(torch.Tensor, "pin_memory",
-                        lambda x: asked.append(("pin", tuple(x.shape), threading.current_thread().name)) or x)
+    monkeypatch.setattr(
+        torch.Tensor,
+        "pin_memory",
+        lambda x: asked.append(("pin", tuple(x.shape), threading.current_thread().name)) or x,
+    )
     images = stream(folder, class_cond=True)
     assert isinstance(images, image_datasets.ImageStream)
     x, _ = next(images)
     images.close()
-    assert asked[0][:2] == ("device", 3) and [what[:2] for what in asked[1:3]] == [("pin", (4, 3, 8, 8)), ("pin", (4,))]
+    assert asked[0][:2] == ("device", 3) and [what[:2] for what in asked[1:3]] == [
+        ("pin", (4, 3, 8, 8)),
+        ("pin", (4,)),
+    ]
     assert all(name.startswith("prefetch") for _, _, name in asked) and x.shape == (4, 3, 8, 8)

@@ -1,17 +1,24 @@
 """The process against numbers that the published implementation gave for the same inputs."""
+
 import json
 
 import numpy as np
 import pytest
 import torch
-
 from golden_tools import DATA, relative_error, seeded_image, seeded_normal
+
 from guided_diffusion_ip.script_util import create_gaussian_diffusion
 
 GOLDEN = np.load(DATA / "process_golden.npz")
 CASES = json.loads(GOLDEN["cases"].tobytes())
-TABLES = ("betas", "alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1",
-          "posterior_mean_coef2")
+TABLES = (
+    "betas",
+    "alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
 
 
 class Toy(torch.nn.Module):
@@ -29,7 +36,9 @@ class Toy(torch.nn.Module):
 def process(kwargs):
     names = {"gamma": "input_perturbation", "b": "eps_scaler", "k": "eps_scaler_k"}
     skip = ("method", "eta", "num_timesteps", "timestep_map")
-    return create_gaussian_diffusion(**{names.get(k, k): v for k, v in kwargs.items() if k not in skip})
+    return create_gaussian_diffusion(
+        **{names.get(k, k): v for k, v in kwargs.items() if k not in skip}
+    )
 
 
 def toy_for(kwargs):
@@ -51,7 +60,9 @@ def test_tables(i):
         assert d.timestep_map == case["timestep_map"]
     stride = 1 if d.num_timesteps < 200 else 13
     for name in TABLES:
-        np.testing.assert_allclose(getattr(d, name)[::stride], GOLDEN[f"schedules/{i}/{name}"], rtol=1e-10, atol=1e-300)
+        np.testing.assert_allclose(
+            getattr(d, name)[::stride], GOLDEN[f"schedules/{i}/{name}"], rtol=1e-10, atol=1e-300
+        )
 
 
 @pytest.mark.filterwarnings("ignore:input perturbation is meant for")
@@ -61,8 +72,12 @@ def test_losses_and_their_gradients(i):
     d, toy = process(case["kwargs"]), toy_for(case["kwargs"])
     shape = (6, 3, 8, 8)
     terms = d.training_losses(
-        toy, seeded_image(f"losses/{i}/x0", shape), torch.tensor(case["t"]), noise=seeded_normal(f"losses/{i}/noise", shape),
-        randn_like=lambda z: seeded_normal(f"losses/{i}/xi", tuple(z.shape)))
+        toy,
+        seeded_image(f"losses/{i}/x0", shape),
+        torch.tensor(case["t"]),
+        noise=seeded_normal(f"losses/{i}/noise", shape),
+        randn_like=lambda z: seeded_normal(f"losses/{i}/xi", tuple(z.shape)),
+    )
     assert set(terms) == set(case["terms"])
     for name in case["terms"]:
         assert relative_error(terms[name], GOLDEN[f"losses/{i}/{name}"]) < 2e-5
@@ -76,12 +91,21 @@ def test_samples(i):
     d, toy = process(kwargs), toy_for(kwargs)
     shape = (3, 3, 8, 8)
     loop = d.p_sample_loop if kwargs["method"] == "ddpm" else d.ddim_sample_loop
-    out = loop(toy, shape, noise=seeded_normal(f"sampling/{i}/xT", shape), randn_like=numbered(f"sampling/{i}"))
+    out = loop(
+        toy,
+        shape,
+        noise=seeded_normal(f"sampling/{i}/xT", shape),
+        randn_like=numbered(f"sampling/{i}"),
+    )
     assert relative_error(out, GOLDEN[f"sampling/{i}"]) < 2e-5
 
 
 def test_likelihood():
-    d = process({"steps": 1000, "noise_schedule": "cosine", "timestep_respacing": "8", "learn_sigma": True})
-    result = d.calc_bpd_loop(Toy(6), seeded_image("bpd/x0", (2, 3, 8, 8)), randn_like=numbered("bpd"))
+    d = process(
+        {"steps": 1000, "noise_schedule": "cosine", "timestep_respacing": "8", "learn_sigma": True}
+    )
+    result = d.calc_bpd_loop(
+        Toy(6), seeded_image("bpd/x0", (2, 3, 8, 8)), randn_like=numbered("bpd")
+    )
     for name in ("total_bpd", "prior_bpd", "vb", "xstart_mse", "mse"):
         assert relative_error(result[name], GOLDEN[f"bpd/{name}"]) < 2e-5

@@ -2,6 +2,7 @@
 
 Minutes long, because Slurm counts time limits in minutes. docs/launching.md says what it needs.
 """
+
 import contextlib
 import getpass
 import os
@@ -14,18 +15,25 @@ import sys
 import time
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 import torch
-
-import launch
 from test_resume import FLAGS, TRAIN, same
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 FOUND = {name: shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in PROGRAMS}
 MISSING = ", ".join(name for name in PROGRAMS if not FOUND[name])
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=(
-    f"not installed: {MISSING} (Debian's packages are munge, slurmctld, slurmd, slurm-client)"))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(MISSING),
+        reason=(
+            f"not installed: {MISSING} (Debian's packages are munge, slurmctld, slurmd, "
+            "slurm-client)"
+        ),
+    ),
+]
 
 SETTINGS = """
 ClusterName=one
@@ -58,8 +66,11 @@ PartitionName=all Nodes=ALL Default=YES
 class Slurm:
     def __init__(self, folder):
         self.folder, self.daemons = folder, []
-        self.env = {**launch.clean_env(), "SLURM_CONF": str(folder / "slurm.conf"),
-                    "CUDA_VISIBLE_DEVICES": ""}
+        self.env = {
+            **launch.clean_env(),
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
 
     def start(self):
         for name in ("state", "spool"):
@@ -67,15 +78,25 @@ class Slurm:
         ports = {name: launch.free_port() for name in ("ctld_port", "d_port")}
         host = socket.gethostname().split(".")[0]
         (self.folder / "slurm.conf").write_text(
-            SETTINGS.format(host=host, user=getpass.getuser(), folder=self.folder, **ports))
+            SETTINGS.format(host=host, user=getpass.getuser(), folder=self.folder, **ports)
+        )
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid",
-                 "log-file": "munge.log", "seed-file": "munge.seed"}
-        self._daemon("munged", "--foreground", "--force",
-                     *(f"--{option}={self.folder / name}" for option, name in files.items()))
+        files = {
+            "socket": "munge.socket",
+            "key-file": "munge.key",
+            "pid-file": "munge.pid",
+            "log-file": "munge.log",
+            "seed-file": "munge.seed",
+        }
+        self._daemon(
+            "munged",
+            "--foreground",
+            "--force",
+            *(f"--{option}={self.folder / name}" for option, name in files.items()),
+        )
         self._until(lambda: (self.folder / "munge.socket").exists())
         self._daemon("slurmctld", "-D")
         self._daemon("slurmd", "-D")
@@ -83,8 +104,15 @@ class Slurm:
 
     def _daemon(self, name, *args):
         with open(self.folder / f"{name}.out", "w") as out:
-            self.daemons.append(subprocess.Popen([FOUND[name], *args], env=self.env, stdout=out,
-                                                 stderr=out, start_new_session=True))
+            self.daemons.append(
+                subprocess.Popen(
+                    [FOUND[name], *args],
+                    env=self.env,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                )
+            )
 
     def _until(self, condition, seconds=60):
         end = time.monotonic() + seconds
@@ -106,14 +134,18 @@ class Slurm:
                 daemon.wait()
 
     def logs(self):
-        texts = (f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}"
-                 for path in self.folder.glob("*.*") if path.suffix in (".log", ".out"))
+        texts = (
+            f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}"
+            for path in self.folder.glob("*.*")
+            if path.suffix in (".log", ".out")
+        )
         return "\n".join(texts)
 
     def __call__(self, *command, timeout=60):
         """What a command of Slurm's prints; it must end well."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True,
-                              timeout=timeout)
+        done = subprocess.run(
+            command, env=self.env, capture_output=True, text=True, timeout=timeout
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout
 
@@ -132,16 +164,38 @@ def slurm(tmp_path_factory):
 def command(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (24, 10, 10, 1), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", arr_0=images)
-    return [sys.executable, TRAIN, *FLAGS, "--data_dir", str(tmp_path / "images.npz"),
-            "--batch_size", "2", "--ema_rate", "0.9", "--dropout", "0.1", "--schedule_sampler",
-            "loss-second-moment", "--num_workers", "1", "--save_interval", "1000000"]
+    return [
+        sys.executable,
+        TRAIN,
+        *FLAGS,
+        "--data_dir",
+        str(tmp_path / "images.npz"),
+        "--batch_size",
+        "2",
+        "--ema_rate",
+        "0.9",
+        "--dropout",
+        "0.1",
+        "--schedule_sampler",
+        "loss-second-moment",
+        "--num_workers",
+        "1",
+        "--save_interval",
+        "1000000",
+    ]
 
 
 def test_its_daemons_listen_on_loopback_only(slurm):
-    sockets = {os.readlink(link) for daemon in slurm.daemons
-               for link in Path(f"/proc/{daemon.pid}/fd").iterdir()}
-    rows = [line.split() for name in ("tcp", "tcp6")
-            for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    sockets = {
+        os.readlink(link)
+        for daemon in slurm.daemons
+        for link in Path(f"/proc/{daemon.pid}/fd").iterdir()
+    }
+    rows = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
     places = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
     assert len(places) == 2 and all(place.startswith("0100007F:") for place in places), places
 
@@ -152,7 +206,7 @@ def test_a_job_is_told_of_its_limit_and_goes_on_bit_for_bit(slurm, command, tmp_
     (tmp_path / "steps").write_text("1000000")
     job.write_text(f"""#!/bin/bash
 #SBATCH --ntasks=2 --time=2 --signal=USR1@60 --requeue --open-mode=append --output={out}
-srun {' '.join(command)} --out_dir {run} --resume auto --max_steps $(cat {tmp_path}/steps)
+srun {" ".join(command)} --out_dir {run} --resume auto --max_steps $(cat {tmp_path}/steps)
 echo "srun ended with $? after start ${{SLURM_RESTART_COUNT:-0}}"
 if [ -z "$SLURM_RESTART_COUNT" ]; then
     saved=$(basename $(ls {run}/state*.pt | tail -n 1) | tr -dc 0-9)
@@ -169,8 +223,11 @@ fi
 
     whole = tmp_path / "whole"
     assert f"training ended after {last} steps" in slurm(
-        "srun", "-n", "2", *command, "--out_dir", str(whole), "--max_steps", str(last), timeout=400)
+        "srun", "-n", "2", *command, "--out_dir", str(whole), "--max_steps", str(last), timeout=400
+    )
     for name in ("model", "ema_0.9_", "opt"):
-        one, two = (torch.load(folder / f"{name}{last:06d}.pt", weights_only=True)
-                    for folder in (whole, run))
+        one, two = (
+            torch.load(folder / f"{name}{last:06d}.pt", weights_only=True)
+            for folder in (whole, run)
+        )
         assert same(one, two), f"{name} differs"

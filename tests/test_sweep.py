@@ -1,4 +1,7 @@
-"""Sweeps: the grid that a file describes, cells computed once by processes that die, wait or fail, and the table."""
+"""Sweeps: the grid that a file describes, cells computed once by processes that die, wait or fail,
+and the table.
+"""
+
 import csv
 import io
 import json
@@ -9,21 +12,31 @@ import sys
 import time
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 import yaml
 
-import launch
 from guided_diffusion_ip.studies.sweep import read_sweep
 from guided_diffusion_ip.studies.sweep_run import How
 from guided_diffusion_ip.studies.sweep_table import Entry, as_csv, as_markdown, best, make_table
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(image_size=8, in_channels=1, num_channels=32, num_res_blocks=1, channel_mult="1,1", attention_resolutions="4",
-            learn_sigma=True, noise_schedule="cosine", num_head_channels=32)
+TINY = dict(
+    image_size=8,
+    in_channels=1,
+    num_channels=32,
+    num_res_blocks=1,
+    channel_mult="1,1",
+    attention_resolutions="4",
+    learn_sigma=True,
+    noise_schedule="cosine",
+    num_head_channels=32,
+)
 
 
 # ---- the file ----
+
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
@@ -35,9 +48,17 @@ def place(tmp_path, monkeypatch):
 
 
 def spec(**changes):
-    content = {"checkpoints": {"baseline": "a.pt", "IP": "b.pt"}, "reference": "ref.npz", "features": "pixels",
-               "steps": [10, 20], "num_samples": 8, **changes}
-    return yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False)
+    content = {
+        "checkpoints": {"baseline": "a.pt", "IP": "b.pt"},
+        "reference": "ref.npz",
+        "features": "pixels",
+        "steps": [10, 20],
+        "num_samples": 8,
+        **changes,
+    }
+    return yaml.safe_dump(
+        {key: value for key, value in content.items() if value is not None}, sort_keys=False
+    )
 
 
 def cells_of(**changes):
@@ -59,23 +80,40 @@ def test_rules_take_cells_out(place):
     options = {"sampler": ["ddpm", "ddim"], "lambda": [1, {"ES": 1.02}]}
     assert len(cells_of(**options)) == 16
     kept = cells_of(**options, exclude=[{"sampler": "ddim", "lambda": "ES"}])
-    assert len(kept) == 12 and not any(cell.sampler == "ddim" and cell.scaling.label for cell in kept)
+    assert len(kept) == 12 and not any(
+        cell.sampler == "ddim" and cell.scaling.label for cell in kept
+    )
     one = {"checkpoint": "IP", "lambda": "ES", "steps": 20, "sampler": "ddpm"}
     kept = cells_of(**options, only=[{"lambda": 1.0, "steps": [10]}, one])
     assert len(kept) == 4 + 1
 
 
 def test_lambda_in_all_its_forms(place):
-    lambdas = [1.0, 1.017, "published", {"ES*": {"b": 1.0, "k": 0.0025}}, {"by": {10: 1.03, 20: 1.01}},
-               {"cal": "s-{sampler}-{steps}.yaml"}]
+    lambdas = [
+        1.0,
+        1.017,
+        "published",
+        {"ES*": {"b": 1.0, "k": 0.0025}},
+        {"by": {10: 1.03, 20: 1.01}},
+        {"cal": "s-{sampler}-{steps}.yaml"},
+    ]
     cells = cells_of(checkpoints={"A": "a.pt"}, **{"lambda": lambdas})
     flags = {(cell.scaling.label, cell.steps): dict(cell.scaling.flags) for cell in cells}
-    assert flags["", "10"] == {"eps_scaler": "1.0"} and flags["lambda 1.017", "20"] == {"eps_scaler": "1.017"}
+    assert flags["", "10"] == {"eps_scaler": "1.0"} and flags["lambda 1.017", "20"] == {
+        "eps_scaler": "1.017"
+    }
     assert flags["ES", "10"] == {"eps_scaler": "published"}
     assert flags["ES*", "10"] == {"eps_scaler": "1.0", "eps_scaler_k": "0.0025"}
     assert [flags["by", steps]["eps_scaler"] for steps in ("10", "20")] == ["1.03", "1.01"]
     assert flags["cal", "20"] == {"eps_schedule": "s-ddpm-20.yaml"}
-    assert {cell.column for cell in cells} == {"A", "A + ES", "A + lambda 1.017", "A + ES*", "A + by", "A + cal"}
+    assert {cell.column for cell in cells} == {
+        "A",
+        "A + ES",
+        "A + lambda 1.017",
+        "A + ES*",
+        "A + by",
+        "A + cal",
+    }
 
 
 def test_the_key_is_that_of_what_decides_the_numbers(place):
@@ -83,8 +121,16 @@ def test_the_key_is_that_of_what_decides_the_numbers(place):
         return [cell.key for cell in cells_of(**changes)]
 
     before = keys()
-    assert keys(sample={"batch_size": 3}, evaluate={"batch_size": 5}, metrics=["fid", "prec"]) == before
-    for changes in (dict(num_samples=9), dict(seeds=1), dict(features="inception"), dict(sample={"clip_denoised": False})):
+    assert (
+        keys(sample={"batch_size": 3}, evaluate={"batch_size": 5}, metrics=["fid", "prec"])
+        == before
+    )
+    for changes in (
+        dict(num_samples=9),
+        dict(seeds=1),
+        dict(features="inception"),
+        dict(sample={"clip_denoised": False}),
+    ):
         assert not set(keys(**changes)) & set(before), changes
     Path("ref.npz").write_text("other images")
     assert not set(keys()) & set(before)
@@ -93,19 +139,31 @@ def test_the_key_is_that_of_what_decides_the_numbers(place):
     assert [a == b for a, b in zip(keys(), before)] == [True, True, False, False]
 
 
-BAD = [(dict(step=[1]), "unknown key 'step'.*Did you mean steps"), (dict(reference="no.npz"), "no.npz does not exist"),
-       (dict(checkpoints={"A": "nowhere.pt"}), "checkpoint A: nowhere.pt does not exist"),
-       (dict(checkpoints={"A": {"path": "a.pt", "confg": "x"}}), "Did you mean config"),
-       (dict(sampler="dppm"), "Did you mean ddpm"),
-       (dict(steps=[0]), "steps 0"), (dict(steps=None), "steps is missing"), (dict(seeds=[1.5]), "seeds 1.5"),
-       (dict(eta=[-1]), "eta -1"), (dict(exclude=[{"stps": 1}]), "Did you mean steps"),
-       (dict(only=[{"seed": 7}]), "leave no cell"), ({"lambda": [{"ES": {10: 1.0}}]}, "no value for 20 steps"),
-       ({"lambda": ["nowhere.yaml"]}, "nowhere.yaml does not exist"), ({"lambda": [True]}, "allowed are a number"),
-       ({"lambda": ["{no}.yaml"]}, "braces"), (dict(sample={"seed": 1}), "set by seeds"),
-       (dict(keep_samples="maybe"), "true or false"), (dict(metrics=[]), "metrics")]
+BAD = [
+    (dict(step=[1]), "unknown key 'step'.*Did you mean steps"),
+    (dict(reference="no.npz"), "no.npz does not exist"),
+    (dict(checkpoints={"A": "nowhere.pt"}), "checkpoint A: nowhere.pt does not exist"),
+    (dict(checkpoints={"A": {"path": "a.pt", "confg": "x"}}), "Did you mean config"),
+    (dict(sampler="dppm"), "Did you mean ddpm"),
+    (dict(steps=[0]), "steps 0"),
+    (dict(steps=None), "steps is missing"),
+    (dict(seeds=[1.5]), "seeds 1.5"),
+    (dict(eta=[-1]), "eta -1"),
+    (dict(exclude=[{"stps": 1}]), "Did you mean steps"),
+    (dict(only=[{"seed": 7}]), "leave no cell"),
+    ({"lambda": [{"ES": {10: 1.0}}]}, "no value for 20 steps"),
+    ({"lambda": ["nowhere.yaml"]}, "nowhere.yaml does not exist"),
+    ({"lambda": [True]}, "allowed are a number"),
+    ({"lambda": ["{no}.yaml"]}, "braces"),
+    (dict(sample={"seed": 1}), "set by seeds"),
+    (dict(keep_samples="maybe"), "true or false"),
+    (dict(metrics=[]), "metrics"),
+]
 
 
-@pytest.mark.parametrize("changes, words", BAD, ids=lambda value: None if isinstance(value, dict) else value[:20])
+@pytest.mark.parametrize(
+    "changes, words", BAD, ids=lambda value: None if isinstance(value, dict) else value[:20]
+)
 def test_bad_files_are_one_line(changes, words, place):
     with pytest.raises(ValueError, match=words) as error:
         cells_of(**changes)
@@ -117,40 +175,70 @@ def test_launchers():
         return How(("s.py", "e.py"), words).command("s.py", ["--x", "1"])
 
     assert first() == [sys.executable, "s.py", "--x", "1"]
-    assert first("torchrun", "--nproc_per_node", "2") == ["torchrun", "--nproc_per_node", "2", "s.py", "--x", "1"]
+    assert first("torchrun", "--nproc_per_node", "2") == [
+        "torchrun",
+        "--nproc_per_node",
+        "2",
+        "s.py",
+        "--x",
+        "1",
+    ]
     assert first("mpiexec", "-n", "2") == ["mpiexec", "-n", "2", sys.executable, "s.py", "--x", "1"]
 
 
 # ---- the table ----
+
 
 def result(**metrics):
     return {"metrics": {name: {"value": value} for name, value in metrics.items()}}
 
 
 def test_the_table_is_the_papers(place):
-    cells = cells_of(seeds=[0, 1], steps=[20, 10], metrics="fid,prec", **{"lambda": [1, {"ES": 1.02}]})
-    values = {cell.folder: 10.0 * (cell.checkpoint == "baseline") + (not cell.scaling.label) + 2 * cell.seed for cell in cells}
+    cells = cells_of(
+        seeds=[0, 1], steps=[20, 10], metrics="fid,prec", **{"lambda": [1, {"ES": 1.02}]}
+    )
+    values = {
+        cell.folder: 10.0 * (cell.checkpoint == "baseline")
+        + (not cell.scaling.label)
+        + 2 * cell.seed
+        for cell in cells
+    }
     results = [result(fid=values[cell.folder], prec=values[cell.folder] / 100) for cell in cells]
     results[[cell.name for cell in cells].index("IP-ES, ddpm, 10 steps, seed 1")] = None
     table = make_table([cell.describe() for cell in cells], results, ["fid", "prec"], "pixels")
     assert table.columns == ("baseline", "IP", "baseline + ES", "IP + ES")
-    assert [place for place, _ in table.rows] == [(m, "DDPM", s) for m in ("fid", "prec") for s in ("20", "10")]
+    assert [place for place, _ in table.rows] == [
+        (m, "DDPM", s) for m in ("fid", "prec") for s in ("20", "10")
+    ]
     entries = dict(table.rows)["fid", "DDPM", "20"]
-    assert [entry.mean for entry in entries] == [12, 2, 11, 1] and entries[0].spread == pytest.approx(2**0.5)
+    assert [entry.mean for entry in entries] == [12, 2, 11, 1] and entries[
+        0
+    ].spread == pytest.approx(2**0.5)
     assert best("fid", entries) == 3 and best("prec", entries) == 0
     holed = dict(table.rows)["fid", "DDPM", "10"][3]
-    assert (holed.values, holed.missing, holed.spread) == ((0.0,), 1, None) and "1 missing" in holed.text()
+    assert (holed.values, holed.missing, holed.spread) == (
+        (0.0,),
+        1,
+        None,
+    ) and "1 missing" in holed.text()
     text = as_markdown(table)
     assert "**1 +- 1.4**" in text and "Frechet distance" in text and "FID" not in text
     rows = list(csv.DictReader(io.StringIO(as_csv(table))))
-    assert float(rows[0]["IP + ES"]) == 1 and rows[0]["IP n"] == "2" and rows[1]["IP + ES std"] == ""
+    assert (
+        float(rows[0]["IP + ES"]) == 1 and rows[0]["IP n"] == "2" and rows[1]["IP + ES std"] == ""
+    )
 
 
 def test_an_entry_without_values():
-    assert Entry((), 2).text() == "missing" and Entry(()).text() == "" and best("fid", [Entry((1.0,)), Entry(())]) is None
+    assert (
+        Entry((), 2).text() == "missing"
+        and Entry(()).text() == ""
+        and best("fid", [Entry((1.0,)), Entry(())]) is None
+    )
 
 
-# ---- cells in processes: programs that stand in for the two scripts, so that many can run in little time ----
+# ---- cells in processes: programs that stand in for the two scripts, so that many can run in
+# little time ----
 
 SAMPLE = """
 import os, sys, time
@@ -195,8 +283,13 @@ def programs(place):
 
 
 def start(out, processes=1, **env):
-    return subprocess.Popen([sys.executable, "-c", SWEEP, out, str(processes)], env={**launch.clean_env(), **env},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", SWEEP, out, str(processes)],
+        env={**launch.clean_env(), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process):
@@ -219,7 +312,9 @@ def wait_for_results(out, count, process):
 
 
 def state(paths):
-    return {path: (path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()) for path in paths}
+    return {
+        path: (path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()) for path in paths
+    }
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -234,7 +329,10 @@ def test_killed_and_continued(processes, programs):
     assert 2 <= len(done) < 8
     said = finish(start("killed", processes, SLEEP="0.3"))
     assert state(done) == done, "a finished cell was computed again"
-    assert f"{8 - len(done)} computed" in said or len(list(Path("killed").glob("cells/*/result.json"))) == 8
+    assert (
+        f"{8 - len(done)} computed" in said
+        or len(list(Path("killed").glob("cells/*/result.json"))) == 8
+    )
     assert Path("killed.csv").read_text() == Path("whole.csv").read_text()
     for path in done:
         assert sum(path.parent.name in line for line in starts()) == 1
@@ -274,7 +372,9 @@ def test_one_more_metric_needs_no_new_samples(programs):
     finish(start("out"))
     Path("sweep.yaml").write_text(spec(seeds=[0, 1], metrics=["prec"]))
     assert "8 computed" in finish(start("out"))
-    results = [json.loads(path.read_text())["metrics"] for path in Path("out").glob("cells/*/result.json")]
+    results = [
+        json.loads(path.read_text())["metrics"] for path in Path("out").glob("cells/*/result.json")
+    ]
     assert all(set(metrics) == {"fid", "prec"} for metrics in results)
     Path("sweep.yaml").write_text(spec(seeds=[0, 1], metrics=["fid"]))
     assert "0 computed" in finish(start("out"))
@@ -289,33 +389,70 @@ def test_ctrl_c_stops_the_programs(programs):
     process.send_signal(signal.SIGINT)
     began = time.time()
     process.communicate(timeout=20)
-    assert process.returncode != 0 and time.time() - began < 10 and not list(Path("out").glob("cells/*/failed.json"))
+    assert (
+        process.returncode != 0
+        and time.time() - began < 10
+        and not list(Path("out").glob("cells/*/failed.json"))
+    )
 
 
 def test_samples_may_go(programs):
     Path("sweep.yaml").write_text(spec(keep_samples=False))
     finish(start("out"))
-    assert not list(Path("out").glob("cells/*/samples/*.npz")) and len(list(Path("out").glob("cells/*/result.json"))) == 4
+    assert (
+        not list(Path("out").glob("cells/*/samples/*.npz"))
+        and len(list(Path("out").glob("cells/*/result.json"))) == 4
+    )
 
 
 # ---- the real scripts ----
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of two steps, by a real process, and the images it was trained on."""
     folder = tmp_path_factory.mktemp("trained")
-    np.savez(folder / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), dtype=np.uint8))
+    np.savez(
+        folder / "images.npz",
+        arr_0=np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), dtype=np.uint8),
+    )
     flags = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
-    done = launch.run([sys.executable, "scripts/image_train.py", *flags, "--data_dir", str(folder / "images.npz"), "--out_dir",
-                       str(folder / "run"), "--max_steps", "2", "--batch_size", "4", "--ema_rate", "0.5", "--lr", "0.01"],
-                      timeout=120)
+    done = launch.run(
+        [
+            sys.executable,
+            "scripts/image_train.py",
+            *flags,
+            "--data_dir",
+            str(folder / "images.npz"),
+            "--out_dir",
+            str(folder / "run"),
+            "--max_steps",
+            "2",
+            "--batch_size",
+            "4",
+            "--ema_rate",
+            "0.5",
+            "--lr",
+            "0.01",
+        ],
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def sweep_of(trained, path, **changes):
-    path.write_text(spec(**{"checkpoints": {"tiny": str(trained / "run" / "ema_0.5_000002.pt")}, "num_samples": 6, "steps": [2],
-                            "reference": str(trained / "images.npz"), **changes}))
+    path.write_text(
+        spec(
+            **{
+                "checkpoints": {"tiny": str(trained / "run" / "ema_0.5_000002.pt")},
+                "num_samples": 6,
+                "steps": [2],
+                "reference": str(trained / "images.npz"),
+                **changes,
+            }
+        )
+    )
     return str(path)
 
 
@@ -326,28 +463,58 @@ def sweep(*args, **kwargs):
 def test_real_cells_one_of_which_fails(trained, tmp_path):
     (tmp_path / "torn.pt").write_bytes(b"torn")
     (tmp_path / "config.yaml").write_text((trained / "run" / "config.yaml").read_text())
-    checkpoints = {"torn": str(tmp_path / "torn.pt"), "tiny": str(trained / "run" / "ema_0.5_000002.pt")}
-    path = sweep_of(trained, tmp_path / "s.yaml", checkpoints=checkpoints, exclude={"checkpoint": "torn", "lambda": "ES"},
-                    **{"lambda": [1.0, {"ES": 1.5}]})
+    checkpoints = {
+        "torn": str(tmp_path / "torn.pt"),
+        "tiny": str(trained / "run" / "ema_0.5_000002.pt"),
+    }
+    path = sweep_of(
+        trained,
+        tmp_path / "s.yaml",
+        checkpoints=checkpoints,
+        exclude={"checkpoint": "torn", "lambda": "ES"},
+        **{"lambda": [1.0, {"ES": 1.5}]},
+    )
     done = sweep(path, "--out_dir", tmp_path / "out", "--processes", 2)
-    assert done.returncode == 1 and "failed: torn" in done.stderr and "1 of 3 cells failed" in done.stderr, done.stderr
-    assert "2 of 3 cells computed now" in done.stdout and "tiny + ES" in done.stdout and "missing" in done.stdout
+    assert (
+        done.returncode == 1
+        and "failed: torn" in done.stderr
+        and "1 of 3 cells failed" in done.stderr
+    ), done.stderr
+    assert (
+        "2 of 3 cells computed now" in done.stdout
+        and "tiny + ES" in done.stdout
+        and "missing" in done.stdout
+    )
     made = {}
     for file in (tmp_path / "out").glob("cells/*/result.json"):
         content = json.loads(file.read_text())
         made[content["made_with"]["eps_scaler"]] = content
-        assert content["metrics"]["fid"]["samples"] == 6 and "image_sample.py" in content["commands"][0]
-    assert set(made) == {1.0, 1.5} and made[1.0]["metrics"]["fid"]["value"] != made[1.5]["metrics"]["fid"]["value"]
+        assert (
+            content["metrics"]["fid"]["samples"] == 6
+            and "image_sample.py" in content["commands"][0]
+        )
+    assert (
+        set(made) == {1.0, 1.5}
+        and made[1.0]["metrics"]["fid"]["value"] != made[1.5]["metrics"]["fid"]["value"]
+    )
     row = next(csv.DictReader(io.StringIO((tmp_path / "out" / "table.csv").read_text())))
     assert float(row["tiny"]) == made[1.0]["metrics"]["fid"]["value"] and row["torn"] == ""
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(steps=[2], metrics="fod"), "fod"), (dict(sample={"clip_denoisd": True}), "Did you mean --clip_denoised"),
-    ({"lambda": "published"}, "table of lambdas"), (dict(sample={"image_size": 16}), "leave it out"),
-    (dict(stepz=1), "Did you mean steps"),
-    (dict(checkpoints={"x": "nowhere.pt"}), "nowhere.pt does not exist")])
-def test_bad_sweeps_are_one_line_and_write_nothing(changes, words, trained, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(steps=[2], metrics="fod"), "fod"),
+        (dict(sample={"clip_denoisd": True}), "Did you mean --clip_denoised"),
+        ({"lambda": "published"}, "table of lambdas"),
+        (dict(sample={"image_size": 16}), "leave it out"),
+        (dict(stepz=1), "Did you mean steps"),
+        (dict(checkpoints={"x": "nowhere.pt"}), "nowhere.pt does not exist"),
+    ],
+)
+def test_bad_sweeps_are_one_line_and_write_nothing(
+    changes, words, trained, tmp_path, capsys, monkeypatch
+):
     import runpy
 
     path = sweep_of(trained, tmp_path / "s.yaml", **changes)
@@ -355,7 +522,12 @@ def test_bad_sweeps_are_one_line_and_write_nothing(changes, words, trained, tmp_
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "scripts" / "sweep.py"), run_name="__main__")
     err = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and len(err) == 1 and err[0].startswith(f"error: {path}") and words in err[0], err
+    assert (
+        end.value.code == 2
+        and len(err) == 1
+        and err[0].startswith(f"error: {path}")
+        and words in err[0]
+    ), err
     assert not (tmp_path / "out").exists()
 
 
@@ -363,8 +535,12 @@ def test_bad_sweeps_are_one_line_and_write_nothing(changes, words, trained, tmp_
 def test_real_scripts_killed_and_continued(trained, tmp_path):
     path = sweep_of(trained, tmp_path / "s.yaml", steps=[2, 3], seeds=[0, 1])
     assert sweep(path, "--out_dir", tmp_path / "whole").returncode == 0
-    process = subprocess.Popen([sys.executable, "scripts/sweep.py", path, "--out_dir", str(tmp_path / "killed")], cwd=ROOT,
-                               env=launch.clean_env(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "scripts/sweep.py", path, "--out_dir", str(tmp_path / "killed")],
+        cwd=ROOT,
+        env=launch.clean_env(),
+        stdout=subprocess.DEVNULL,
+    )
     for _ in range(3000):
         if done := list((tmp_path / "killed").glob("cells/*/result.json")):
             break
@@ -386,6 +562,10 @@ def test_cells_under_a_launcher_give_the_same(launcher, trained, tmp_path):
     for out, more in (("one", []), ("two", ["--launcher", program])):
         done = sweep(path, "--out_dir", tmp_path / out, *more)
         assert done.returncode == 0, done.stderr
-    values = [json.loads(next((tmp_path / out).glob("cells/*/result.json")).read_text())["metrics"]["fid"]["value"]
-              for out in ("one", "two")]
+    values = [
+        json.loads(next((tmp_path / out).glob("cells/*/result.json")).read_text())["metrics"][
+            "fid"
+        ]["value"]
+        for out in ("one", "two")
+    ]
     assert values[0] == pytest.approx(values[1], rel=1e-6)

@@ -1,4 +1,5 @@
 """The training loop's parts and the loop itself, in one process."""
+
 import math
 import os
 
@@ -13,13 +14,27 @@ from guided_diffusion_ip.diffusion.edm_losses import EDMLoss, EDMProcess
 from guided_diffusion_ip.script_util import create_model_and_diffusion
 from guided_diffusion_ip.training.ema import EMA, parse_rates, update_ema
 from guided_diffusion_ip.training.loss_statistics import LossStatistics
-from guided_diffusion_ip.training.timestep_samplers import LossSecondMomentResampler, create_named_schedule_sampler
 from guided_diffusion_ip.training.step_log import duration
+from guided_diffusion_ip.training.timestep_samplers import (
+    LossSecondMomentResampler,
+    create_named_schedule_sampler,
+)
 from guided_diffusion_ip.training.train_loop import TrainLoop
 
-TINY = dict(image_size=8, in_channels=1, num_channels=32, num_res_blocks=1, channel_mult="1,1", attention_resolutions="4",
-            learn_sigma=True, noise_schedule="cosine", rescale_learned_sigmas=True, input_perturbation=0.1,
-            resblock_updown=True, num_head_channels=32)
+TINY = dict(
+    image_size=8,
+    in_channels=1,
+    num_channels=32,
+    num_res_blocks=1,
+    channel_mult="1,1",
+    attention_resolutions="4",
+    learn_sigma=True,
+    noise_schedule="cosine",
+    rescale_learned_sigmas=True,
+    input_perturbation=0.1,
+    resblock_updown=True,
+    num_head_channels=32,
+)
 
 
 @pytest.fixture
@@ -30,8 +45,20 @@ def images(tmp_path):
     return str(path)
 
 
-def tiny_loop(images, out_dir, *, max_steps, batch_size=8, microbatch=-1, sampler="uniform", dropout=0.0, seed=0, resume="",
-              ema_rate="0.9", **kwargs):
+def tiny_loop(
+    images,
+    out_dir,
+    *,
+    max_steps,
+    batch_size=8,
+    microbatch=-1,
+    sampler="uniform",
+    dropout=0.0,
+    seed=0,
+    resume="",
+    ema_rate="0.9",
+    **kwargs,
+):
     logger.configure(str(out_dir), format_strs=["log", "csv"])
     torch.manual_seed(0)
     model, diffusion = create_model_and_diffusion(**TINY, dropout=dropout)
@@ -41,9 +68,21 @@ def tiny_loop(images, out_dir, *, max_steps, batch_size=8, microbatch=-1, sample
             p.add_(0.02 * torch.randn(p.shape))
     data = load_data(data_dir=images, batch_size=batch_size, image_size=8, channels=1, seed=seed)
     return TrainLoop(
-        model=model, diffusion=diffusion, data=data, batch_size=batch_size, microbatch=microbatch, lr=1e-3,
-        ema_rate=ema_rate, log_interval=2, save_interval=10**6, resume_checkpoint=resume, max_steps=max_steps, seed=seed,
-        schedule_sampler=create_named_schedule_sampler(sampler, diffusion), **kwargs)
+        model=model,
+        diffusion=diffusion,
+        data=data,
+        batch_size=batch_size,
+        microbatch=microbatch,
+        lr=1e-3,
+        ema_rate=ema_rate,
+        log_interval=2,
+        save_interval=10**6,
+        resume_checkpoint=resume,
+        max_steps=max_steps,
+        seed=seed,
+        schedule_sampler=create_named_schedule_sampler(sampler, diffusion),
+        **kwargs,
+    )
 
 
 def relative(a, b):
@@ -54,7 +93,9 @@ def relative(a, b):
 @pytest.mark.parametrize("microbatch", [1, 3, 5])
 def test_microbatches_give_the_gradient_of_the_batch(images, tmp_path, microbatch):
     def gradient(micro):
-        loop = tiny_loop(images, tmp_path, max_steps=1, microbatch=micro, sampler="loss-second-moment")
+        loop = tiny_loop(
+            images, tmp_path, max_steps=1, microbatch=micro, sampler="loss-second-moment"
+        )
         loop.forward_backward(*next(loop.data))
         return [p.grad for p in loop.model.parameters()]
 
@@ -69,7 +110,13 @@ def test_continued_training_equals_uninterrupted_bitwise(images, tmp_path, sampl
     straight = tiny_loop(images, tmp_path / "a", max_steps=6, **options)
     straight.run_loop()
     tiny_loop(images, tmp_path / "b", max_steps=3, **options).run_loop()
-    rest = tiny_loop(images, tmp_path / "b", max_steps=6, resume=str(tmp_path / "b" / "model000003.pt"), **options)
+    rest = tiny_loop(
+        images,
+        tmp_path / "b",
+        max_steps=6,
+        resume=str(tmp_path / "b" / "model000003.pt"),
+        **options,
+    )
     assert rest.step == 3
     rest.run_loop()
     for name in ("model000006.pt", "ema_0.5_000006.pt", "ema_0.9_000006.pt"):
@@ -87,12 +134,25 @@ def test_resuming_needs_the_whole_set(images, tmp_path):
 
 
 def test_a_checkpoint_is_named_after_its_completed_updates(images, tmp_path):
-    loop = tiny_loop(images, tmp_path, max_steps=4, sample_interval=2, preview=lambda model, step: f"picture {step}")
+    loop = tiny_loop(
+        images,
+        tmp_path,
+        max_steps=4,
+        sample_interval=2,
+        preview=lambda model, step: f"picture {step}",
+    )
     loop.save_interval = 2
     loop.run_loop()
     assert sorted(n for n in os.listdir(tmp_path) if n.endswith(".pt")) == [
-        "ema_0.9_000002.pt", "ema_0.9_000004.pt", "model000002.pt", "model000004.pt", "opt000002.pt", "opt000004.pt",
-        "state000002.pt", "state000004.pt"]
+        "ema_0.9_000002.pt",
+        "ema_0.9_000004.pt",
+        "model000002.pt",
+        "model000004.pt",
+        "opt000002.pt",
+        "opt000004.pt",
+        "state000002.pt",
+        "state000004.pt",
+    ]
     state = torch.load(tmp_path / "state000004.pt", weights_only=True)
     assert state["step"] == 4 and state["images_seen"] == 32
 
@@ -129,7 +189,9 @@ def test_fp16_and_fp32_gradients_agree(images, tmp_path):
 def test_a_bare_iterator_trains_and_says_that_it_cannot_be_moved(images, tmp_path):
     loop = tiny_loop(images, tmp_path, max_steps=2)
     loop.run_loop()
-    resumed = tiny_loop(images, tmp_path / "again", max_steps=3, resume=str(tmp_path / "model000002.pt"))
+    resumed = tiny_loop(
+        images, tmp_path / "again", max_steps=3, resume=str(tmp_path / "model000002.pt")
+    )
     resumed.data = iter([next(resumed.data)])
     resumed.run_loop()
     assert resumed.step == 3
@@ -146,8 +208,13 @@ class Uploads(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         source = args[1] if func is torch.ops.aten.copy_.default else args[0] if args else None
-        if (isinstance(source, torch.Tensor) and source.device.type == "cpu" and isinstance(result, torch.Tensor)
-                and result.device.type != "cpu" and not kwargs.get("non_blocking")):
+        if (
+            isinstance(source, torch.Tensor)
+            and source.device.type == "cpu"
+            and isinstance(result, torch.Tensor)
+            and result.device.type != "cpu"
+            and not kwargs.get("non_blocking")
+        ):
             self.found.append((func, tuple(source.shape)))
         return result
 
@@ -163,8 +230,12 @@ class Dimmed:
 
 @pytest.mark.parametrize("case", ["uniform", "loss-second-moment", "edm"])
 def test_a_step_uploads_nothing_from_the_host(case, images, tmp_path):
-    """On the device "meta" everything of a step but its numbers is as on a GPU, where each upload would be waited for."""
-    loop = tiny_loop(images, tmp_path, max_steps=1, microbatch=3, sampler="uniform" if case == "edm" else case)
+    """On the device "meta" everything of a step but its numbers is as on a GPU, where each upload
+    would be waited for.
+    """
+    loop = tiny_loop(
+        images, tmp_path, max_steps=1, microbatch=3, sampler="uniform" if case == "edm" else case
+    )
     if case == "edm":
         loop.diffusion = EDMProcess(EDMLoss(), input_perturbation=0.1, augment=Dimmed())
         loop.schedule_sampler = create_named_schedule_sampler("uniform", loop.diffusion)
@@ -173,7 +244,7 @@ def test_a_step_uploads_nothing_from_the_host(case, images, tmp_path):
     loop.model.to("meta")
     loop.device = torch.device("meta")
     batch = next(loop.data)[0].to("meta")
-    for step in range(2):  # tables are brought to the device once
+    for _ in range(2):  # tables are brought to the device once
         with Uploads() as uploads:
             _, losses, _ = loop.forward_backward(batch, {})
         loop.step += 1
@@ -188,13 +259,17 @@ def test_tables_follow_the_history_and_the_device():
     assert torch.equal(before[0], sampler.sample(100, "cpu", uniforms)[0])
     sampler.update_with_all_losses(list(range(5)), [1.0, 2.0, 3.0, 4.0, 10.0])
     after = sampler.sample(100, "cpu", uniforms)
-    assert torch.bincount(after[0]).tolist() == [5, 10, 15, 20, 50] and after[1][0] == pytest.approx(4)
+    assert torch.bincount(after[0]).tolist() == [5, 10, 15, 20, 50] and after[1][
+        0
+    ] == pytest.approx(4)
     other = LossSecondMomentResampler(Steps, history_per_term=1)
     sampler.load_state_dict(other.state_dict())
     assert all(map(torch.equal, sampler.sample(100, "cpu", uniforms), before))
     for name in ("meta", "cpu"):
         device = torch.device(name)
-        assert sampler._tables(device).device == device and sampler._tables(device) is sampler._tables(device)
+        assert sampler._tables(device).device == device and sampler._tables(
+            device
+        ) is sampler._tables(device)
 
 
 def test_ema_is_the_weighted_mean_of_all_weights_so_far():
@@ -231,7 +306,11 @@ def test_ema_rates_out_of_range(rate):
 
 
 def test_several_ema_rates():
-    assert parse_rates("0.99, 0.9999") == [0.99, 0.9999] and parse_rates(0.5) == [0.5] and parse_rates("") == []
+    assert (
+        parse_rates("0.99, 0.9999") == [0.99, 0.9999]
+        and parse_rates(0.5) == [0.5]
+        and parse_rates("") == []
+    )
     with pytest.raises(ValueError, match="numbers separated by commas"):
         parse_rates("a")
 
@@ -266,7 +345,9 @@ def test_a_ring_of_the_newest_losses_without_those_that_are_not_finite():
 
 
 def test_losses_count_from_the_next_look_on():
-    at_once, later = (LossSecondMomentResampler(Steps, history_per_term=1, uniform_prob=0.0) for _ in range(2))
+    at_once, later = (
+        LossSecondMomentResampler(Steps, history_per_term=1, uniform_prob=0.0) for _ in range(2)
+    )
     t, losses = torch.arange(5), torch.tensor([0.1, 0.2, 0.3, 0.4, 1 / 3])
     at_once.update_with_local_losses(t, losses)
     later.update(t, losses)
@@ -285,11 +366,15 @@ def test_unknown_sampler():
 def test_statistics_by_quartile():
     statistics = LossStatistics(8)
     t = torch.tensor([0, 1, 7, 7])
-    statistics.add(t, {"loss": torch.tensor([1.0, 3.0, 5.0, 7.0])}, torch.tensor([1.0, 1.0, 1.0, 2.0]))
+    statistics.add(
+        t, {"loss": torch.tensor([1.0, 3.0, 5.0, 7.0])}, torch.tensor([1.0, 1.0, 1.0, 2.0])
+    )
     assert statistics.reduce() == {"loss": (1 + 3 + 5 + 14) / 4, "loss_q0": 2.0, "loss_q3": 9.5}
     assert statistics.reduce() == {}
 
 
-@pytest.mark.parametrize("seconds, text", [(12, "12s"), (250, "4m10s"), (11100, "3h05m"), (93600, "1d02h")])
+@pytest.mark.parametrize(
+    "seconds, text", [(12, "12s"), (250, "4m10s"), (11100, "3h05m"), (93600, "1d02h")]
+)
 def test_duration(seconds, text):
     assert duration(seconds) == text

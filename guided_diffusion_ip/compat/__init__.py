@@ -7,9 +7,11 @@ or, in code, before anything imports guided_diffusion:
     import guided_diffusion_ip.compat
     guided_diffusion_ip.compat.install()
 
-on_path/ holds the package that `import guided_diffusion` then finds. It is a folder on sys.path, rather than an import
-hook, because processes that Python spawns (data loaders) inherit sys.path and nothing else. docs/drop_in.md has the details.
+on_path/ holds the package that `import guided_diffusion` then finds. It is a folder on sys.path,
+rather than an import hook, because processes that Python spawns (data loaders) inherit sys.path and
+nothing else. docs/drop_in.md has the details.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -20,7 +22,8 @@ from types import ModuleType
 PACKAGE = "guided_diffusion"
 ON_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "on_path")
 
-# Published module -> ours. Where one published module is several of ours, compat/ has a module that puts them together.
+# Published module -> ours. Where one published module is several of ours, compat/ has a module that
+# puts them together.
 MODULES = {
     "dist_util": "guided_diffusion_ip.compat.dist_util",
     "fp16_util": "guided_diffusion_ip.compat.fp16_util",
@@ -45,8 +48,10 @@ def install() -> None:
     """
     loaded = sys.modules.get(PACKAGE)
     if loaded is not None and not is_ours(loaded.__file__):
-        raise ValueError(f"a package named {PACKAGE} has already been imported from {loaded.__file__}: call "
-                         "guided_diffusion_ip.compat.install() before the first import of it")
+        raise ValueError(
+            f"a package named {PACKAGE} has already been imported from {loaded.__file__}: call "
+            "guided_diffusion_ip.compat.install() before the first import of it"
+        )
     if ON_PATH not in sys.path:
         sys.path.insert(0, ON_PATH)
     importlib.import_module(PACKAGE)
@@ -58,7 +63,9 @@ def is_ours(file: str | None) -> bool:
 
 
 def register(package: ModuleType) -> None:
-    """Give a package all of MODULES as its submodules: the very module objects, so that what they hold exists once."""
+    """Give a package all of MODULES as its submodules: the very module objects, so that what they
+    hold exists once.
+    """
     for name, home in MODULES.items():
         module = importlib.import_module(home)
         sys.modules[f"{package.__name__}.{name}"] = module

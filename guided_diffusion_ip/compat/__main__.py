@@ -1,4 +1,7 @@
-"""Run a script that was written for guided_diffusion:  python -m guided_diffusion_ip.compat SCRIPT.py [its arguments]"""
+"""Run a script that was written for guided_diffusion:  python -m guided_diffusion_ip.compat
+SCRIPT.py [its arguments]
+"""
+
 from __future__ import annotations
 
 import importlib.util
@@ -46,7 +49,9 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _arrange_path(folder: str) -> None:
-    """sys.path as the script expects it: its folder first, then our guided_diffusion, and not the current folder."""
+    """sys.path as the script expects it: its folder first, then our guided_diffusion, and not the
+    current folder.
+    """
     if not getattr(sys.flags, "safe_path", False):
         del sys.path[0]  # `python -m` put the current folder there
     # Where the library is used from its repository, spawned processes must still find it.
@@ -59,9 +64,16 @@ def _arrange_path(folder: str) -> None:
     install()
     from .. import logger
 
-    if other is not None and not is_ours(other.origin) and logger.get_rank_without_mpi_import() == 0:
-        print(f"note: {PACKAGE} is provided by guided_diffusion_ip; the one in "
-              f"{os.path.dirname(other.origin or '') or 'the script folder'} is not used", file=sys.stderr)
+    if (
+        other is not None
+        and not is_ours(other.origin)
+        and logger.get_rank_without_mpi_import() == 0
+    ):
+        print(
+            f"note: {PACKAGE} is provided by guided_diffusion_ip; the one in "
+            f"{os.path.dirname(other.origin or '') or 'the script folder'} is not used",
+            file=sys.stderr,
+        )
 
 
 def _tell_num_classes(words: Sequence[str]) -> None:
@@ -75,7 +87,10 @@ def _tell_num_classes(words: Sequence[str]) -> None:
 
 
 def _traceback_of_the_script(script: str) -> Callable[..., None]:
-    """An excepthook that shows what `python SCRIPT.py` would show: not the frames that lead to the script."""
+    """An excepthook that shows what `python SCRIPT.py` would show: not the frames that lead to the
+    script.
+    """
+
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         own = trace
         while own is not None and own.tb_frame.f_code.co_filename != script:
@@ -83,6 +98,7 @@ def _traceback_of_the_script(script: str) -> Callable[..., None]:
         if own is not None or isinstance(error, SyntaxError) and error.filename == script:
             trace = own
         sys.__excepthook__(kind, error.with_traceback(trace), trace)
+
     return show
 
 

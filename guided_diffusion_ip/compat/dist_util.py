@@ -1,7 +1,9 @@
 """guided_diffusion.dist_util: processes, devices, checkpoint files.
 
-setup_dist() makes a process group for one process too, because scripts call torch.distributed themselves.
+setup_dist() makes a process group for one process too, because scripts call torch.distributed
+themselves.
 """
+
 from __future__ import annotations
 
 import os
@@ -19,9 +21,14 @@ def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> Any:
     Always with weights_only=True: a checkpoint cannot run code, whatever the script asks for.
 
     Raises:
-        ValueError: the file is missing, damaged or no checkpoint, or holds more than tensors and plain containers.
+        ValueError: the file is missing, damaged or no checkpoint, or holds more than tensors and
+            plain containers.
         TypeError: an option other than map_location, weights_only, mmap and pickle_module.
     """
-    for name in ("weights_only", "mmap", "pickle_module"):  # torch.load's, of which our reader needs none
+    for name in (
+        "weights_only",
+        "mmap",
+        "pickle_module",
+    ):  # torch.load's, of which our reader needs none
         kwargs.pop(name, None)
     return dist_util.load_state_dict(path, **kwargs)

@@ -2,6 +2,7 @@
 
 Shapes: uint8 [b, H, W, C] pixels, int64 [b] labels; b images per rank.
 """
+
 from __future__ import annotations
 
 import signal
@@ -19,8 +20,9 @@ from .image_io import center_crop_arr, random_crop_arr
 from .sources import NpzSource, Source
 
 
-def render(image: Image.Image, size: tuple[int, int],
-           crop: Sequence[float] | None = None) -> np.ndarray:
+def render(
+    image: Image.Image, size: tuple[int, int], crop: Sequence[float] | None = None
+) -> np.ndarray:
     """uint8 [H, W, C] of the wanted size, from the middle or where three uniforms `crop` say."""
     if crop is None:
         pixels = center_crop_arr(image, size)
@@ -57,8 +59,11 @@ class Order:
             return places
         needed = np.unique(epochs).tolist()
         self._orders = {
-            epoch: self._orders[epoch] if epoch in self._orders
-            else permutation(self.seed, Stream.SHUFFLE, epoch, self.n).numpy() for epoch in needed}
+            epoch: self._orders[epoch]
+            if epoch in self._orders
+            else permutation(self.seed, Stream.SHUFFLE, epoch, self.n).numpy()
+            for epoch in needed
+        }
         images = np.empty_like(places)
         for epoch in needed:
             images[epochs == epoch] = self._orders[epoch][places[epochs == epoch]]
@@ -75,9 +80,17 @@ class Failure:
 class BatchMaker(torch.utils.data.Dataset):
     """Maps a step to its batch. `memory` (uint8 [n, H, W, C]) replaces decoding where it is set."""
 
-    def __init__(self, source: Source, order: Order, size: tuple[int, int], channels: int,
-                 random_crop: bool, random_flip: bool, class_dropout: float = 0.0,
-                 null_label: int | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        size: tuple[int, int],
+        channels: int,
+        random_crop: bool,
+        random_flip: bool,
+        class_dropout: float = 0.0,
+        null_label: int | None = None,
+    ) -> None:
         self.source = source
         self.order = order
         self.size = size
@@ -101,11 +114,17 @@ class BatchMaker(torch.utils.data.Dataset):
             crops: Sequence = [None] * len(images)
             if self.random_crop:
                 crops = uniform(self.order.seed, Stream.CROP, index, step, (3,)).tolist()
-            pixels = np.stack([render(self.source.image(int(i), self.channels), self.size, crop)
-                               for i, crop in zip(images, crops)])
+            pixels = np.stack(
+                [
+                    render(self.source.image(int(i), self.channels), self.size, crop)
+                    for i, crop in zip(images, crops)
+                ]
+            )
         if self.random_flip:
             flip = (uniform(self.order.seed, Stream.FLIP, index, step) < 0.5).numpy()
-            whole = pixels.view(f"V{pixels.shape[3]}")  # of pixels instead of their channels: 2 to 10 times as fast
+            whole = pixels.view(
+                f"V{pixels.shape[3]}"
+            )  # of pixels instead of their channels: 2 to 10 times as fast
             whole[flip] = whole[flip][:, :, ::-1]
         labels = None
         if self.source.labels is not None:
@@ -150,16 +169,23 @@ class BatchMaker(torch.utils.data.Dataset):
 def worker_batches(maker: BatchMaker, steps: Iterable[int], workers: int) -> Iterator:
     """maker[step] of each step, in order, made by worker processes until `stop_workers`."""
     loader = torch.utils.data.DataLoader(
-        maker, batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=4, worker_init_fn=_ignore_signals,
-        generator=torch.Generator())  # its own: the global generator must not notice
+        maker,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        prefetch_factor=4,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),
+    )  # its own: the global generator must not notice
     return iter(loader)
 
 
 def stop_workers(batches: Iterator) -> None:
     """End the processes of `worker_batches`.
 
-    They would also end with the iterator; but the traceback of an exception that went through it keeps it alive until the
-    interpreter ends, and then torch waits for them, for ever, since they ignore signals.
+    They would also end with the iterator; but the traceback of an exception that went through it
+    keeps it alive until the interpreter ends, and then torch waits for them, for ever, since they
+    ignore signals.
     """
     batches._shutdown_workers()
 
@@ -179,8 +205,14 @@ def decode_all(decode: Callable[[int], None], n: int, threads: int, quiet: bool)
     pool = ThreadPoolExecutor(threads)
     try:
         # disable=None: no bar where nobody watches, that is when stderr is a file.
-        for _ in tqdm(pool.map(decode, range(n)), "decoding images", n, leave=False, delay=1,
-                      disable=True if quiet else None):
+        for _ in tqdm(
+            pool.map(decode, range(n)),
+            "decoding images",
+            n,
+            leave=False,
+            delay=1,
+            disable=True if quiet else None,
+        ):
             pass
     finally:
         pool.shutdown(cancel_futures=True)

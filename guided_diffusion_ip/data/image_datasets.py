@@ -6,6 +6,7 @@
 The batch of a step is a function of (seed, step): nothing needs saving to resume, `seek` is enough.
 Images of another shape are scaled (also up) to cover the target and cropped; see image_io.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -33,13 +34,27 @@ __all__ = ["ImageDataset", "ImageStream", "center_crop_arr", "load_data", "rando
 _MAX_WORKERS = 8
 
 
-def load_data(*, data_dir: str | os.PathLike, batch_size: int, image_size: int | Sequence[int],
-              class_cond: bool = False, deterministic: bool = False, random_crop: bool = False,
-              random_flip: bool = True, channels: int = 3, seed: int = 0, rank: int | None = None,
-              world: int | None = None, num_workers: int | None = None, cache_mb: float = 512,
-              start_step: int = 0, log: Callable[[str], None] | None = None,
-              num_classes: int | None = None, class_dropout: float = 0.0,
-              prefetch: bool | None = None) -> ImageStream:
+def load_data(
+    *,
+    data_dir: str | os.PathLike,
+    batch_size: int,
+    image_size: int | Sequence[int],
+    class_cond: bool = False,
+    deterministic: bool = False,
+    random_crop: bool = False,
+    random_flip: bool = True,
+    channels: int = 3,
+    seed: int = 0,
+    rank: int | None = None,
+    world: int | None = None,
+    num_workers: int | None = None,
+    cache_mb: float = 512,
+    start_step: int = 0,
+    log: Callable[[str], None] | None = None,
+    num_classes: int | None = None,
+    class_dropout: float = 0.0,
+    prefetch: bool | None = None,
+) -> ImageStream:
     """Open training data.
 
     Args:
@@ -59,11 +74,13 @@ def load_data(*, data_dir: str | os.PathLike, batch_size: int, image_size: int |
         log: called with one line that says what was found.
         num_classes: how many the model knows; more in the data is an error.
         class_dropout: share of the labels that are replaced by label num_classes, "no class".
-        prefetch: make the next batches in a thread meanwhile; None: if this process uses a GPU by the first batch. Where one
-            is used, they are in pinned memory, for `x.to(device, non_blocking=True)`.
+        prefetch: make the next batches in a thread meanwhile; None: if this process uses a GPU by
+            the first batch. Where one is used, they are in pinned memory, for `x.to(device,
+            non_blocking=True)`.
 
-    An npz that is not compressed, of this size and number of channels, is memory-mapped: a batch is one gather from it, the
-    system keeps one copy for all processes, and there is nothing to decode (npz_to_png.py makes it from a folder).
+    An npz that is not compressed, of this size and number of channels, is memory-mapped: a batch is
+    one gather from it, the system keeps one copy for all processes, and there is nothing to decode
+    (npz_to_png.py makes it from a folder).
 
     Raises:
         ValueError: a wrong value, nothing usable at data_dir, or (also later) an unreadable image.
@@ -82,10 +99,20 @@ def load_data(*, data_dir: str | os.PathLike, batch_size: int, image_size: int |
     pil_mode(channels)
     source = open_source(data_dir, class_cond)
     if source.classes is not None and num_classes is not None and len(source.classes) > num_classes:
-        raise ValueError(f"{source.text}: {len(source.classes)} classes, but the model has "
-                         f"{num_classes}: pass --num_classes {len(source.classes)}")
-    maker = BatchMaker(source, Order(len(source), batch_size, rank, world, seed, deterministic),
-                       size, channels, random_crop, random_flip, class_dropout, num_classes)
+        raise ValueError(
+            f"{source.text}: {len(source.classes)} classes, but the model has "
+            f"{num_classes}: pass --num_classes {len(source.classes)}"
+        )
+    maker = BatchMaker(
+        source,
+        Order(len(source), batch_size, rank, world, seed, deterministic),
+        size,
+        channels,
+        random_crop,
+        random_flip,
+        class_dropout,
+        num_classes,
+    )
     cores = _cores_per_process(world)
     how = maker.fill_memory(int(cache_mb * 2**20), cores, quiet=rank != 0)
     workers = 0 if how else cores if num_workers is None else num_workers
@@ -103,13 +130,16 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         step: number of the next batch. num_images: in the whole set.
         classes: names of the classes, label k is classes[k]; None without class_cond.
         class_dropout: share of the labels replaced by "no class" in batches (not in examples).
-        source: where the images come from, as text. preprocessing: how they were made, up to what is handed out, mirrored
-            or not (see preprocessing.py). value_range: of the pixels handed out.
+        source: where the images come from, as text. preprocessing: how they were made, up to what
+            is handed out, mirrored or not (see preprocessing.py). value_range: of the pixels handed
+            out.
     """
 
     value_range = (-1.0, 1.0)
 
-    def __init__(self, maker: BatchMaker, num_workers: int, start_step: int = 0, prefetch: bool | None = None) -> None:
+    def __init__(
+        self, maker: BatchMaker, num_workers: int, start_step: int = 0, prefetch: bool | None = None
+    ) -> None:
         self._maker = maker
         self._num_workers = num_workers
         self._prefetch = prefetch
@@ -120,8 +150,13 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         self.classes = maker.source.classes
         self.class_dropout = maker.class_dropout
         self.source = maker.source.text
-        self.preprocessing = of_loader(maker.source.preprocessing, maker.size, maker.channels,
-                                       maker.random_crop, maker.source.shape)
+        self.preprocessing = of_loader(
+            maker.source.preprocessing,
+            maker.size,
+            maker.channels,
+            maker.random_crop,
+            maker.source.shape,
+        )
         self.seek(start_step)
 
     def __iter__(self) -> ImageStream:
@@ -158,7 +193,8 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         self.step = int(step)
 
     def examples(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """`count` images drawn by the seed: the same on every rank, not mirrored, cut from the middle.
+        """`count` images drawn by the seed: the same on every rank, not mirrored, cut from the
+        middle.
 
         Returns and raises as for a batch. A set of fewer images is repeated.
         """
@@ -169,7 +205,9 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         return chosen.images(index), chosen.cond(index)
 
     def close(self) -> None:
-        """Stop workers and thread, and close files. The next batch, if one is asked for, starts them again."""
+        """Stop workers and thread, and close files. The next batch, if one is asked for, starts
+        them again.
+        """
         self._stop()
         self._maker.source.close()
 
@@ -177,11 +215,14 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         steps = itertools.count(self.step)
         if self._num_workers:
             self._batches = worker_batches(self._maker, steps, self._num_workers)
-            # Registered after torch's own clean-up, hence run before it: it would wait 5 s per worker.
+            # Registered after torch's own clean-up, hence run before it: it would wait 5 s per
+            # worker.
             self._at_exit = atexit.register(functools.partial(_stop_at_exit, weakref.ref(self)))
         else:
             self._batches = map(self._maker.__getitem__, steps)
-        if self._prefetch or self._prefetch is None and uses_gpu():  # after the workers: forks do not mix with threads
+        if (
+            self._prefetch or self._prefetch is None and uses_gpu()
+        ):  # after the workers: forks do not mix with threads
             self._ahead = Prefetcher(functools.partial(_finished, self._batches, pinned=uses_gpu()))
 
     def _stop(self) -> None:
@@ -204,9 +245,16 @@ class ImageDataset(torch.utils.data.Dataset):
         random_crop, random_flip: drawn from Python's `random`, which torch seeds in each worker.
     """
 
-    def __init__(self, resolution: int | Sequence[int], image_paths: Sequence[str],
-                 classes: Sequence[int] | None = None, shard: int = 0, num_shards: int = 1,
-                 random_crop: bool = False, random_flip: bool = True) -> None:
+    def __init__(
+        self,
+        resolution: int | Sequence[int],
+        image_paths: Sequence[str],
+        classes: Sequence[int] | None = None,
+        shard: int = 0,
+        num_shards: int = 1,
+        random_crop: bool = False,
+        random_flip: bool = True,
+    ) -> None:
         super().__init__()
         if not 0 <= shard < num_shards:
             raise ValueError(f"shard={shard} must lie in [0, num_shards={num_shards})")
@@ -237,7 +285,9 @@ class ImageDataset(torch.utils.data.Dataset):
         return to_model_range(np.ascontiguousarray(pixels)[None])[0].numpy(), cond
 
 
-def _finished(batches: Iterator, pinned: bool = False) -> tuple[Tensor, dict[str, Tensor]] | Failure:
+def _finished(
+    batches: Iterator, pinned: bool = False
+) -> tuple[Tensor, dict[str, Tensor]] | Failure:
     """The next of the BatchMaker's batches, as the stream hands it out."""
     batch = next(batches)
     if isinstance(batch, Failure):
@@ -245,7 +295,10 @@ def _finished(batches: Iterator, pinned: bool = False) -> tuple[Tensor, dict[str
     pixels, labels = batch
     images, cond = to_model_range(pixels), {} if labels is None else {"y": labels}
     if pinned:
-        images, cond = images.pin_memory(), {name: values.pin_memory() for name, values in cond.items()}
+        images, cond = (
+            images.pin_memory(),
+            {name: values.pin_memory() for name, values in cond.items()},
+        )
     return images, cond
 
 
@@ -263,11 +316,16 @@ def _rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:
 
 def _cores_per_process(world: int) -> int:
     """Cores that this process may use for decoding, 1 to 8: those of the node, fairly shared."""
-    cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-             else os.cpu_count() or 1)
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     on_node = world  # if no launcher says otherwise: all here
-    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS",
-                 "SLURM_NTASKS_PER_NODE"):
+    for name in (
+        "LOCAL_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "MPI_LOCALNRANKS",
+        "SLURM_NTASKS_PER_NODE",
+    ):
         if os.environ.get(name, "").isdigit() and int(os.environ[name]) > 0:
             on_node = min(world, int(os.environ[name]))
             break

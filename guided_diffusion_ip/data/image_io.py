@@ -3,6 +3,7 @@
 The only place that knows 127.5. In memory an image batch is float32 [N, C, H, W] in [-1, 1]; on
 disk uint8 [N, H, W, C]. npz reading and writing lives in npz_io and is offered here too.
 """
+
 from __future__ import annotations
 
 import io
@@ -21,9 +22,21 @@ from ..files import atomic_file
 from .npz_io import NpzReader, NpzWriter, merge_npz, read_npz_rows, write_npz
 
 __all__ = [
-    "NpzReader", "NpzWriter", "atomic_file", "center_crop_arr", "decode_image", "merge_npz",
-    "pil_mode", "random_crop_arr", "read_npz_rows", "save_grid", "save_png", "size_pair",
-    "to_model_range", "to_uint8", "write_npz",
+    "NpzReader",
+    "NpzWriter",
+    "atomic_file",
+    "center_crop_arr",
+    "decode_image",
+    "merge_npz",
+    "pil_mode",
+    "random_crop_arr",
+    "read_npz_rows",
+    "save_grid",
+    "save_png",
+    "size_pair",
+    "to_model_range",
+    "to_uint8",
+    "write_npz",
 ]
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -42,14 +55,16 @@ def to_model_range(images: np.ndarray | Tensor) -> Tensor:
         images = images.copy()  # torch has no read-only tensors and would warn
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"images must be uint8 [N, H, W, C], got {images.dtype} "
-                         f"{list(images.shape)}")
+        raise ValueError(
+            f"images must be uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}"
+        )
     pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return pixels.div_(127.5).sub_(1.0)
 
 
 def to_uint8(x: Tensor, rounded: bool = False) -> Tensor:
-    """float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] = clamp((x + 1) 127.5, 0, 255), truncated.
+    """float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] = clamp((x + 1) 127.5, 0, 255),
+    truncated.
 
     Truncation is ADM's way, and makes images half a level darker on average; FIDs see it. In
     float32 at least.
@@ -64,8 +79,10 @@ def to_uint8(x: Tensor, rounded: bool = False) -> Tensor:
         raise ValueError(f"images must be float [N, C, H, W], got {x.dtype} {list(x.shape)}")
     if torch.isnan(x).any():
         bad = int(torch.isnan(x).flatten(1).any(1).sum())
-        raise ValueError(f"{bad} of {len(x)} images contain NaN: the model has diverged or "
-                         "overflows in half precision (try --use_fp16 False, or an older one)")
+        raise ValueError(
+            f"{bad} of {len(x)} images contain NaN: the model has diverged or "
+            "overflows in half precision (try --use_fp16 False, or an older one)"
+        )
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     levels = x * 127.5 + 128 if rounded else (x + 1) * 127.5
     pixels = levels.clamp(0, 255).to(torch.uint8)
@@ -104,8 +121,10 @@ def _cover(image: Image.Image, height: float, width: float) -> Image.Image:
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
-    size = (max(round(image.width * scale), math.ceil(width)),
-            max(round(image.height * scale), math.ceil(height)))
+    size = (
+        max(round(image.width * scale), math.ceil(width)),
+        max(round(image.height * scale), math.ceil(height)),
+    )
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -118,12 +137,16 @@ def center_crop_arr(pil_image: Image.Image, image_size: int | Sequence[int]) -> 
     height, width = size_pair(image_size)
     image = _cover(pil_image, height, width)
     top, left = (image.height - height) // 2, (image.width - width) // 2
-    return np.array(image)[top:top + height, left:left + width]
+    return np.array(image)[top : top + height, left : left + width]
 
 
-def random_crop_arr(pil_image: Image.Image, image_size: int | Sequence[int],
-                    min_crop_frac: float = 0.8, max_crop_frac: float = 1.0,
-                    uniforms: Sequence[float] | None = None) -> np.ndarray:
+def random_crop_arr(
+    pil_image: Image.Image,
+    image_size: int | Sequence[int],
+    min_crop_frac: float = 0.8,
+    max_crop_frac: float = 1.0,
+    uniforms: Sequence[float] | None = None,
+) -> np.ndarray:
     """Cut a target-sized piece that is min_crop_frac .. max_crop_frac of the shorter side.
 
     Args:
@@ -136,8 +159,9 @@ def random_crop_arr(pil_image: Image.Image, image_size: int | Sequence[int],
         ValueError: unless 0 < min_crop_frac <= max_crop_frac <= 1.
     """
     if not 0 < min_crop_frac <= max_crop_frac <= 1:
-        raise ValueError(f"crop fractions {min_crop_frac} .. {max_crop_frac} must be in (0, 1] "
-                         "and in order")
+        raise ValueError(
+            f"crop fractions {min_crop_frac} .. {max_crop_frac} must be in (0, 1] and in order"
+        )
     height, width = size_pair(image_size)
     if uniforms is None:
         uniforms = [random.random() for _ in range(3)]
@@ -148,11 +172,12 @@ def random_crop_arr(pil_image: Image.Image, image_size: int | Sequence[int],
     image = _cover(pil_image, height * shorter / side, width * shorter / side)
     top = int(row * (image.height - height + 1))
     left = int(column * (image.width - width + 1))
-    return np.array(image)[top:top + height, left:left + width]
+    return np.array(image)[top : top + height, left : left + width]
 
 
-def decode_image(file: bytes | IO[bytes] | str | os.PathLike, channels: int,
-                 name: str) -> Image.Image:
+def decode_image(
+    file: bytes | IO[bytes] | str | os.PathLike, channels: int, name: str
+) -> Image.Image:
     """Decode one image to 1 (grey), 3 (RGB) or 4 (RGBA) channels of 8 bits.
 
     Grey, 1-bit, palette, CMYK and 16-bit grey images are converted, 16 bits by 1/257 so that white
@@ -176,8 +201,9 @@ def decode_image(file: bytes | IO[bytes] | str | os.PathLike, channels: int,
         raise
     # Damaged files make Pillow's decoders raise anything from OSError to struct.error.
     except Exception as error:
-        raise ValueError(f"{name} cannot be read as an image: {error} "
-                         "(repair or remove this file)") from error
+        raise ValueError(
+            f"{name} cannot be read as an image: {error} (repair or remove this file)"
+        ) from error
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -204,8 +230,12 @@ def save_png(image: np.ndarray | Tensor, path: str | os.PathLike) -> None:
 
 # torchvision.utils.make_grid is deliberately not used: torchvision's compiled part does not load
 # beside a CPU build of torch from another package index, and this is all that it would do for us.
-def save_grid(images: np.ndarray | Tensor, path: str | os.PathLike, columns: int | None = None,
-              captions: Sequence[str] | None = None) -> None:
+def save_grid(
+    images: np.ndarray | Tensor,
+    path: str | os.PathLike,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+) -> None:
     """Write images as one PNG, row by row, 2 grey pixels between them.
 
     Images of up to 32 pixels are enlarged by a whole factor (nearest pixel) to be visible.
@@ -219,8 +249,9 @@ def save_grid(images: np.ndarray | Tensor, path: str | os.PathLike, columns: int
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"a grid needs uint8 [N, H, W, C], got {images.dtype} "
-                         f"{list(images.shape)}")
+        raise ValueError(
+            f"a grid needs uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}"
+        )
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"{len(captions)} captions for {len(images)} images: one each is needed")
     if columns is not None and columns < 1:
@@ -238,8 +269,12 @@ def save_grid(images: np.ndarray | Tensor, path: str | os.PathLike, columns: int
     for number, image in enumerate(images):
         left, top = _PADDING + number % columns * wide, _PADDING + number // columns * high
         if captions is not None:  # before its image: a text too long is cut by the next image
-            draw.text((left, top + images.shape[1]), captions[number], font=font,
-                      fill=255 if mode == "L" else "white")
+            draw.text(
+                (left, top + images.shape[1]),
+                captions[number],
+                font=font,
+                fill=255 if mode == "L" else "white",
+            )
         sheet.paste(_to_pil(image), (left, top))
     _save_pil(sheet, path)
 

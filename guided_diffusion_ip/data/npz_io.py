@@ -5,6 +5,7 @@ a reader map the pixels instead of loading them. Files appear under their final 
 are complete: they are written under a temporary one, flushed to disk and renamed. Nothing here ever
 unpickles: an array of Python objects is an error.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -45,8 +46,9 @@ class NpzWriter:
             self._stack = stack.pop_all()
         return self
 
-    def write(self, key: str, shape: Sequence[int], dtype: np.dtype | type,
-              chunks: Iterable[np.ndarray]) -> None:
+    def write(
+        self, key: str, shape: Sequence[int], dtype: np.dtype | type, chunks: Iterable[np.ndarray]
+    ) -> None:
         """Add the array `key` of the given shape; `chunks` are its consecutive rows.
 
         Raises:
@@ -64,8 +66,10 @@ class NpzWriter:
             for chunk in chunks:
                 chunk = np.asarray(chunk)
                 if chunk.dtype != dtype or chunk.shape[1:] != shape[1:] or chunk.ndim != len(shape):
-                    raise ValueError(f"{self.path}: {key} was announced as {dtype} {list(shape)}, "
-                                     f"but a chunk is {chunk.dtype} {list(chunk.shape)}")
+                    raise ValueError(
+                        f"{self.path}: {key} was announced as {dtype} {list(shape)}, "
+                        f"but a chunk is {chunk.dtype} {list(chunk.shape)}"
+                    )
                 rows += len(chunk) if shape else 1  # a single number has no rows
                 # Seen as bytes by numpy: memoryview cannot do it for text.
                 out.write(np.ascontiguousarray(chunk).view(np.uint8).data if chunk.size else b"")
@@ -85,8 +89,12 @@ def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None
             out.write(key, array.shape, array.dtype, [array])
 
 
-def merge_npz(path: str | os.PathLike, shard_paths: Sequence[str | os.PathLike], n: int,
-              extra: Mapping[str, np.ndarray] | None = None) -> None:
+def merge_npz(
+    path: str | os.PathLike,
+    shard_paths: Sequence[str | os.PathLike],
+    n: int,
+    extra: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Join the first `n` rows of the shards, in the order given, into one npz; memory stays flat.
 
     Every key of the first shard (`arr_0` uint8 [N, H, W, C], maybe `arr_1` int64 [N]) is joined;
@@ -104,18 +112,24 @@ def merge_npz(path: str | os.PathLike, shard_paths: Sequence[str | os.PathLike],
     for shard in shard_paths:  # headers only, so that nothing is written of shards that do not fit
         with NpzReader(shard) as reader:
             if reader.keys != list(row_kinds):
-                raise ValueError(f"{reader.path} has the arrays {reader.keys}, but "
-                                 f"{os.fspath(shard_paths[0])} has {list(row_kinds)}")
+                raise ValueError(
+                    f"{reader.path} has the arrays {reader.keys}, but "
+                    f"{os.fspath(shard_paths[0])} has {list(row_kinds)}"
+                )
             for key, (dtype, row) in row_kinds.items():
                 if (reader.dtype(key), reader.shape(key)[1:]) != (dtype, row):
                     raise ValueError(
-                        f"{reader.path}: {key} has rows {reader.dtype(key)} {list(reader.shape(key)[1:])}, "
-                        f"but {dtype} {list(row)} in {os.fspath(shard_paths[0])}")
+                        f"{reader.path}: {key} has rows {reader.dtype(key)} "
+                        f"{list(reader.shape(key)[1:])}, but {dtype} {list(row)} in "
+                        f"{os.fspath(shard_paths[0])}"
+                    )
                 totals[key] += reader.shape(key)[0]
     for key, total in totals.items():
         if total < n:
-            raise ValueError(f"{path}: {n} rows wanted, but the {len(shard_paths)} shards hold "
-                             f"only {total} of {key}")
+            raise ValueError(
+                f"{path}: {n} rows wanted, but the {len(shard_paths)} shards hold "
+                f"only {total} of {key}"
+            )
     with NpzWriter(path) as out:
         for key, (dtype, row) in row_kinds.items():
             out.write(key, (n, *row), dtype, _first_rows(shard_paths, key, n))
@@ -149,8 +163,11 @@ class NpzReader:
             self._zip = zipfile.ZipFile(self.path)
         except (OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{self.path} cannot be read as an npz file: {error}") from error
-        self._members = {info.filename.removesuffix(".npy"): info for info in self._zip.infolist()
-                         if info.filename.endswith(".npy")}
+        self._members = {
+            info.filename.removesuffix(".npy"): info
+            for info in self._zip.infolist()
+            if info.filename.endswith(".npy")
+        }
         self.keys = list(self._members)
         self._headers: dict[str, tuple[tuple[int, ...], np.dtype, int]] = {}
         self._streams: dict[str, IO[bytes]] = {}
@@ -175,7 +192,8 @@ class NpzReader:
             data = np.fromfile(self.path, dtype, count, offset=self._offset(key) + skip)
         else:
             data = np.frombuffer(
-                self._decompress(key, offset + skip, count * dtype.itemsize), dtype).copy()
+                self._decompress(key, offset + skip, count * dtype.itemsize), dtype
+            ).copy()
         if len(data) != count:
             raise ValueError(f"{self.path}: {key} ends before row {stop}: the file is cut short")
         return data.reshape(stop - start, *shape[1:])
@@ -255,15 +273,25 @@ class NpzReader:
                     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
                     shape, fortran, dtype = read[version](file)
                     offset = file.tell()
-            except (KeyError, ValueError, OSError, RuntimeError, zlib.error,
-                    zipfile.BadZipFile) as error:
+            except (
+                KeyError,
+                ValueError,
+                OSError,
+                RuntimeError,
+                zlib.error,
+                zipfile.BadZipFile,
+            ) as error:
                 raise ValueError(f"{self.path}: {key} is not a readable array: {error}") from error
             if dtype.hasobject:
-                raise ValueError(f"{self.path}: {key} holds Python objects, which could run code "
-                                 "when read: save plain numbers")
+                raise ValueError(
+                    f"{self.path}: {key} holds Python objects, which could run code "
+                    "when read: save plain numbers"
+                )
             if fortran and len(shape) > 1:
-                raise ValueError(f"{self.path}: {key} is stored column by column: save "
-                                 "numpy.ascontiguousarray(...) of it")
+                raise ValueError(
+                    f"{self.path}: {key} is stored column by column: save "
+                    "numpy.ascontiguousarray(...) of it"
+                )
             self._headers[key] = (shape, dtype, offset)
         return self._headers[key]
 

@@ -2,10 +2,12 @@
 
     celeba-align-jpg > crop=center resize=box+bicubic 64x64x3
 
-Before each " > " stands what was there, after it what was done, last the size HxWxC. Training and reference images whose
-lines differ were made differently, and their Frechet distance is then too large; an empty line says nothing either way.
-A folder or zip carries the line in a file preprocessing.txt, an npz in an array `preprocessing`.
+Before each " > " stands what was there, after it what was done, last the size HxWxC. Training and
+reference images whose lines differ were made differently, and their Frechet distance is then too
+large; an empty line says nothing either way. A folder or zip carries the line in a file
+preprocessing.txt, an npz in an array `preprocessing`.
 """
+
 from __future__ import annotations
 
 import os
@@ -22,7 +24,8 @@ _LONGEST = 10_000  # characters: a file of that name may be something else
 
 
 def recorded(path: str | os.PathLike) -> str:
-    """What the folder, zip or npz at `path` (local or remote) says about its making; "" if nothing, or another kind of file.
+    """What the folder, zip or npz at `path` (local or remote) says about its making; "" if nothing,
+    or another kind of file.
 
     In a zip of one folder, preprocessing.txt may lie in that folder.
 
@@ -39,17 +42,23 @@ def recorded(path: str | os.PathLike) -> str:
     return {".npz": _from_npz, ".zip": _from_zip}.get(kind, lambda _: "")(path)
 
 
-def of_loader(source_record: str, size: tuple[int, int], channels: int, random_crop: bool = False,
-              stored_size: tuple[int, int, int] | None = None) -> str:
+def of_loader(
+    source_record: str,
+    size: tuple[int, int],
+    channels: int,
+    random_crop: bool = False,
+    stored_size: tuple[int, int, int] | None = None,
+) -> str:
     """The line for images as the training loader hands them out.
 
     Args:
         source_record: what the source says about itself (`recorded`), may be "".
-        size: (H, W) handed out. channels: handed out. random_crop: cut anywhere instead of the middle.
+        size: (H, W) handed out. channels: handed out. random_crop: cut anywhere instead of the
+            middle.
         stored_size: (H, W, C) of all images of the source, where that is known.
 
-    Returns: the record itself if nothing is changed, because it ends with this size or all images have it; else the record
-        (or "images") and the loader's step.
+    Returns: the record itself if nothing is changed, because it ends with this size or all images
+        have it; else the record (or "images") and the loader's step.
     """
     wanted = _shape_text((*size, channels))
     done = f"{source_record} {wanted}" if source_record else f"images {wanted}"
@@ -91,12 +100,23 @@ def _from_zip(path: str) -> str:
         with zipfile.ZipFile(path) as packed:
             names = packed.namelist()
             tops = {name.partition("/")[0] for name in names}
-            own = [name for name in (FILE, *(f"{top}/{FILE}" for top in tops if len(tops) == 1)) if name in names]
+            own = [
+                name
+                for name in (FILE, *(f"{top}/{FILE}" for top in tops if len(tops) == 1))
+                if name in names
+            ]
             if not own:
                 return ""
             with packed.open(own[0]) as file:
                 return _decoded(file.read(4 * _LONGEST + 1), f"{path}/{own[0]}")
-    except (OSError, RuntimeError, NotImplementedError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        RuntimeError,
+        NotImplementedError,
+        EOFError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as error:
         raise ValueError(f"{path} cannot be read as a zip file: {error}") from error
 
 
@@ -107,11 +127,22 @@ def _from_npz(path: str) -> str:
             if KEY not in arrays.files:
                 return ""
             array = arrays[KEY]
-    except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, AttributeError, zlib.error,
-            zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        NotImplementedError,
+        EOFError,
+        AttributeError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as error:
         raise ValueError(f"{where} cannot be read: {error}") from error
     if array.dtype.kind != "U" or array.size != 1:
-        raise ValueError(f"{where} is {array.dtype} {list(array.shape)}, but must be one text: how the images were made")
+        raise ValueError(
+            f"{where} is {array.dtype} {list(array.shape)}, but must be one text: how the images "
+            "were made"
+        )
     return _line(str(array.reshape(-1)[0]), where)
 
 

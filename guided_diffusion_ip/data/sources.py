@@ -1,10 +1,12 @@
 """Where training images come from: a folder, a zip, an npz, a remote folder; and their classes.
 
 A source has `names` (one per image, sorted), `labels` (int64 [n] or None), `classes` (their names
-or None), `text` (one line for the log), `preprocessing` (how its images were made, maybe ""), `shape`
-((H, W, C) of all images, if that is known without reading them) and `image(i, channels)`. It may be sent to worker
+or None), `text` (one line for the log), `preprocessing` (how its images were made, maybe ""),
+`shape` ((H, W, C) of all images, if that is known without reading them) and `image(i, channels)`.
+It may be sent to worker
 processes: open files stay behind and are opened again there.
 """
+
 from __future__ import annotations
 
 import os
@@ -21,8 +23,10 @@ from .image_io import NpzReader, decode_image, pil_mode
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "bmp", "webp", "tif", "tiff")
 CLASSES = "classes"  # array of an npz: the names of its labels
 _REMOTE = ("gs://", "az://")
-_ALLOWED = (f"a folder of images ({' '.join(EXTENSIONS)}; sub-folders are searched), a .zip of "
-            "images, or a .npz with arr_0 uint8 [N, H, W, C]")
+_ALLOWED = (
+    f"a folder of images ({' '.join(EXTENSIONS)}; sub-folders are searched), a .zip of "
+    "images, or a .npz with arr_0 uint8 [N, H, W, C]"
+)
 
 
 def open_source(data_dir: str | os.PathLike, class_cond: bool) -> Source:
@@ -49,8 +53,9 @@ def _open_local(path: str, class_cond: bool) -> Source:
     if os.path.isdir(path):
         return FolderSource(path, class_cond)
     if not os.path.exists(path):
-        raise ValueError(f"{path} does not exist (seen from {os.getcwd()}): --data_dir must name "
-                         f"{_ALLOWED}")
+        raise ValueError(
+            f"{path} does not exist (seen from {os.getcwd()}): --data_dir must name {_ALLOWED}"
+        )
     kind = os.path.splitext(path)[1].lower()
     if kind not in (".zip", ".npz"):
         raise ValueError(f"{path} is a file of another kind: --data_dir must name {_ALLOWED}")
@@ -79,7 +84,8 @@ def classes_of(names: Sequence[str], root: str) -> tuple[list[str], np.ndarray, 
         raise ValueError(
             f"{root}: no classes found, but class_cond is on. Put each class in a sub-folder "
             "(cat/001.png), or begin every file name with class and underscore (cat_001.png); "
-            f"a name found here: {names[folders.index('')] if '' in folders else names[0]}")
+            f"a name found here: {names[folders.index('')] if '' in folders else names[0]}"
+        )
     classes = sorted(set(found))
     number = {name: k for k, name in enumerate(classes)}
     return classes, np.array([number[name] for name in found], dtype=np.int64), rule
@@ -113,8 +119,9 @@ class Source:
         self.path = path
         self.names = sorted(names)
         if not self.names:
-            raise ValueError(f"{path} holds no images{self._hint()}: "
-                             f"--data_dir must name {_ALLOWED}")
+            raise ValueError(
+                f"{path} holds no images{self._hint()}: --data_dir must name {_ALLOWED}"
+            )
         self.classes: list[str] | None = None
         self.labels: np.ndarray | None = None
         self.text = f"{self.kind} {path}, {len(self.names)} images"
@@ -208,8 +215,14 @@ class ZipSource(Source):
         name = f"{self.path}/{self.names[i]}"
         try:
             data = self._open().read(self.names[i])
-        except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error,
-                EOFError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            NotImplementedError,
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+        ) as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
         return decode_image(data, channels, name)
 
@@ -223,7 +236,9 @@ class ZipSource(Source):
 
 
 class NpzSource(Source):
-    """arr_0 uint8 [N, H, W, C] of an npz, arr_1 int labels [N] and maybe `classes`, their names; mapped if stored uncompressed."""
+    """arr_0 uint8 [N, H, W, C] of an npz, arr_1 int labels [N] and maybe `classes`, their names;
+    mapped if stored uncompressed.
+    """
 
     kind = "npz"
 
@@ -239,7 +254,7 @@ class NpzSource(Source):
                 self.labels = self._read_labels(reader, n)
                 self.classes = self._read_classes(reader, int(self.labels.max()) + 1)
                 self._tell_classes("arr_1")
-        self.pixels  # a compressed file is unpacked here, once, before workers exist
+        _ = self.pixels  # a compressed file is unpacked here, once, before workers exist
 
     @property
     def pixels(self) -> np.ndarray:
@@ -247,8 +262,11 @@ class NpzSource(Source):
         if self._pixels is None:
             with NpzReader(self.path) as reader:
                 mapped = reader.mapped("arr_0")
-                self._pixels = (np.asarray(mapped) if mapped is not None
-                                else np.concatenate(list(reader.chunks("arr_0"))))
+                self._pixels = (
+                    np.asarray(mapped)
+                    if mapped is not None
+                    else np.concatenate(list(reader.chunks("arr_0")))
+                )
         return self._pixels
 
     def image(self, i: int, channels: int) -> Image.Image:
@@ -266,8 +284,10 @@ class NpzSource(Source):
         """The number of images."""
         wanted = "arr_0 uint8 [N, H, W, C] (and arr_1 with integer labels [N])"
         if "arr_0" not in reader.keys:
-            raise ValueError(f"{self.path} has the arrays {reader.keys}, but needs {wanted}: "
-                             "save it again with numpy.savez(path, arr_0=images)")
+            raise ValueError(
+                f"{self.path} has the arrays {reader.keys}, but needs {wanted}: "
+                "save it again with numpy.savez(path, arr_0=images)"
+            )
         shape, dtype = reader.shape("arr_0"), reader.dtype("arr_0")
         found = f"{self.path}: arr_0 is {dtype} {list(shape)}"
         if dtype != np.uint8:
@@ -275,8 +295,9 @@ class NpzSource(Source):
         if len(shape) == 3:
             raise ValueError(f"{found}, but needs a channel axis: save arr_0[..., None]")
         if len(shape) == 4 and shape[3] not in (1, 3, 4) and shape[1] in (1, 3, 4):
-            raise ValueError(f"{found}, which looks like [N, C, H, W]: "
-                             "save arr_0.transpose(0, 2, 3, 1).copy()")
+            raise ValueError(
+                f"{found}, which looks like [N, C, H, W]: save arr_0.transpose(0, 2, 3, 1).copy()"
+            )
         if len(shape) != 4 or shape[3] not in (1, 3, 4) or 0 in shape:
             raise ValueError(f"{found}, but must be {wanted} with N >= 1 and C of 1, 3 or 4")
         self.shape = shape[1:]
@@ -285,16 +306,21 @@ class NpzSource(Source):
     def _read_labels(self, reader: NpzReader, n: int) -> np.ndarray:
         """int64 [n]."""
         if "arr_1" not in reader.keys:
-            raise ValueError(f"{self.path} has no labels (its arrays: {reader.keys}), but "
-                             "class_cond is on: save them as arr_1, integers [N]")
+            raise ValueError(
+                f"{self.path} has no labels (its arrays: {reader.keys}), but "
+                "class_cond is on: save them as arr_1, integers [N]"
+            )
         shape, dtype = reader.shape("arr_1"), reader.dtype("arr_1")
         if shape != (n,) or dtype.kind not in "iu":
-            raise ValueError(f"{self.path}: arr_1 is {dtype} {list(shape)}, but labels must be "
-                             f"integers [{n}], one per image")
+            raise ValueError(
+                f"{self.path}: arr_1 is {dtype} {list(shape)}, but labels must be "
+                f"integers [{n}], one per image"
+            )
         labels = reader.rows("arr_1", 0, n).astype(np.int64)
         if labels.min() < 0:
-            raise ValueError(f"{self.path}: arr_1 holds the label {labels.min()}: "
-                             "labels must be 0 or more")
+            raise ValueError(
+                f"{self.path}: arr_1 holds the label {labels.min()}: labels must be 0 or more"
+            )
         return labels
 
     def _read_classes(self, reader: NpzReader, least: int) -> list[str]:
@@ -303,8 +329,10 @@ class NpzSource(Source):
             return [str(k) for k in range(least)]
         shape, dtype = reader.shape(CLASSES), reader.dtype(CLASSES)
         if dtype.kind != "U" or len(shape) != 1 or shape[0] < least:
-            raise ValueError(f"{self.path}: {CLASSES} is {dtype} {list(shape)}, but must be texts [{least}] or more, the names of "
-                             f"the labels 0 to {least - 1}")
+            raise ValueError(
+                f"{self.path}: {CLASSES} is {dtype} {list(shape)}, but must be texts [{least}] or "
+                f"more, the names of the labels 0 to {least - 1}"
+            )
         return reader.rows(CLASSES, 0, shape[0]).tolist()
 
 
@@ -312,15 +340,18 @@ def _blobfile():
     try:
         import blobfile  # only here: it is slow to import and most data are local
     except ImportError as error:
-        raise ValueError("remote data need the blobfile package: pip install blobfile, or copy the "
-                         "images to a local folder") from error
+        raise ValueError(
+            "remote data need the blobfile package: pip install blobfile, or copy the "
+            "images to a local folder"
+        ) from error
     return blobfile
 
 
 def _is_image(name: str) -> bool:
     """By extension; names that begin with a dot are other programs' notes (macOS: ._001.png)."""
-    return (name.rpartition(".")[2].lower() in EXTENSIONS
-            and not any(part.startswith(".") for part in name.split("/")))
+    return name.rpartition(".")[2].lower() in EXTENSIONS and not any(
+        part.startswith(".") for part in name.split("/")
+    )
 
 
 def _cannot_list(error: OSError) -> None:

@@ -1,4 +1,5 @@
 """Pairs of a large image and the small one that a super-resolution model sees of it."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from .image_datasets import ImageStream
 
 
 def check_sizes(large: tuple[int, int], small: tuple[int, int]) -> None:
-    """Each side of a small pixel must cover a whole number of large ones: only then is area averaging a plain mean.
+    """Each side of a small pixel must cover a whole number of large ones: only then is area
+    averaging a plain mean.
 
     Raises:
         ValueError: it does not, or the large images are no larger.
@@ -19,14 +21,21 @@ def check_sizes(large: tuple[int, int], small: tuple[int, int]) -> None:
         return
     shown = f"large_size is {_text(large)} and small_size {_text(small)}"
     if large == small:
-        raise ValueError(f"{shown}: there is nothing to enlarge; give a small_size that divides large_size")
+        raise ValueError(
+            f"{shown}: there is nothing to enlarge; give a small_size that divides large_size"
+        )
     factors = [max(2, round(a / b)) for a, b in zip(large, small)]
     better = tuple(b * f for b, f in zip(small, factors))
-    raise ValueError(f"{shown}, but large_size must be a multiple of small_size, such as --large_size {_text(better)}")
+    raise ValueError(
+        f"{shown}, but large_size must be a multiple of small_size, such as --large_size "
+        f"{_text(better)}"
+    )
 
 
 def area_average(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """[N, C, H, W] -> [N, C, *size]: each small pixel is the mean of the large ones that it covers (as published)."""
+    """[N, C, H, W] -> [N, C, *size]: each small pixel is the mean of the large ones that it covers
+    (as published).
+    """
     return F.interpolate(images, size, mode="area")
 
 
@@ -39,7 +48,9 @@ class SuperResolutionStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         ValueError: sizes that do not fit; see check_sizes.
     """
 
-    def __init__(self, large: ImageStream, large_size: tuple[int, int], small_size: tuple[int, int]) -> None:
+    def __init__(
+        self, large: ImageStream, large_size: tuple[int, int], small_size: tuple[int, int]
+    ) -> None:
         check_sizes(large_size, small_size)
         self._large = large
         self.small_size = small_size
@@ -51,7 +62,9 @@ class SuperResolutionStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         self.value_range = large.value_range
 
     def __next__(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """float32 [b, C, H, W] in [-1, 1]; {"low_res": float32 [b, C, h, w], and "y": int64 [b] with classes}."""
+        """float32 [b, C, H, W] in [-1, 1]; {"low_res": float32 [b, C, h, w], and "y": int64 [b]
+        with classes}.
+        """
         return self._pair(*next(self._large))
 
     @property
@@ -68,7 +81,9 @@ class SuperResolutionStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         self._large.close()
 
     def examples(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """`count` images drawn by the seed, the same on every rank, neither cropped at random nor mirrored."""
+        """`count` images drawn by the seed, the same on every rank, neither cropped at random nor
+        mirrored.
+        """
         return self._pair(*self._large.examples(count))
 
     def _pair(self, images: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

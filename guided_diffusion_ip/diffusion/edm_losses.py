@@ -1,13 +1,19 @@
-"""EDM's training losses: which noise levels to train on, what they weigh, and the process that a training loop asks for losses.
+"""EDM's training losses: which noise levels to train on, what they weigh, and the process that a
+training loop asks for losses.
 
-Karras et al. 2022 (arXiv 2206.00364), Table 1, bottom. A loss is two functions, the same for all three siblings:
-    sigma(u)       the noise level at quantile u in (0, 1) of the training distribution, increasing in u
+Karras et al. 2022 (arXiv 2206.00364), Table 1, bottom. A loss is two functions, the same for all
+three siblings:
+    sigma(u)       the noise level at quantile u in (0, 1) of the training distribution, increasing
+                   in u
     weight(sigma)  what |D(y + sigma n; sigma) - y|^2 is multiplied by
-Quantiles rather than draws: training then owns the randomness, and u = t / num_timesteps is the "t" of its logs.
+Quantiles rather than draws: training then owns the randomness, and u = t / num_timesteps is the "t"
+of its logs.
 
-Input perturbation in EDM's terms: D is given y + sigma (n + gamma xi), is told sigma, and has the target y + sigma gamma xi, so
-that its implied epsilon (x - D) / sigma is trained towards n, as in the IP paper, and not towards n + gamma xi.
+Input perturbation in EDM's terms: D is given y + sigma (n + gamma xi), is told sigma, and has the
+target y + sigma gamma xi, so that its implied epsilon (x - D) / sigma is trained towards n, as in
+the IP paper, and not towards n + gamma xi.
 """
+
 from __future__ import annotations
 
 import math
@@ -28,7 +34,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EDMLoss:
-    """ln sigma ~ N(P_mean, P_std^2), and the weight that makes EDM's preconditioned loss 1 at every sigma at the start.
+    """ln sigma ~ N(P_mean, P_std^2), and the weight that makes EDM's preconditioned loss 1 at every
+    sigma at the start.
 
     Raises:
         ValueError: P_std or sigma_data is not positive.
@@ -41,7 +48,10 @@ class EDMLoss:
     def __post_init__(self) -> None:
         for name, value in (("P_std", self.P_std), ("sigma_data", self.sigma_data)):
             if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value:g}: published {getattr(EDMLoss, name):g}")
+                raise ValueError(
+                    f"{name} must be positive and finite, got {value:g}: published "
+                    f"{getattr(EDMLoss, name):g}"
+                )
 
     def sigma(self, u: Tensor) -> Tensor:
         return (self.P_mean + self.P_std * torch.special.ndtri(u)).exp()
@@ -64,13 +74,19 @@ class VPLoss:
 
     def __post_init__(self) -> None:
         if not (self.beta_d > 0 and self.beta_min >= 0):
-            raise ValueError(f"the vp loss needs beta_d > 0 and beta_min >= 0, got {self.beta_d:g} and {self.beta_min:g}: "
-                             "published 19.9 and 0.1")
+            raise ValueError(
+                f"the vp loss needs beta_d > 0 and beta_min >= 0, got {self.beta_d:g} and "
+                f"{self.beta_min:g}: published 19.9 and 0.1"
+            )
         if not 0 < self.epsilon_t < 1:
-            raise ValueError(f"epsilon_t must lie between 0 and 1, got {self.epsilon_t:g}: published 1e-5")
+            raise ValueError(
+                f"epsilon_t must lie between 0 and 1, got {self.epsilon_t:g}: published 1e-5"
+            )
 
     def sigma(self, u: Tensor) -> Tensor:
-        return VPSchedule(self.beta_d, self.beta_min).sigma(self.epsilon_t + u * (1 - self.epsilon_t))
+        return VPSchedule(self.beta_d, self.beta_min).sigma(
+            self.epsilon_t + u * (1 - self.epsilon_t)
+        )
 
     def weight(self, sigma: Tensor) -> Tensor:
         return 1 / sigma**2
@@ -89,8 +105,10 @@ class VELoss:
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"the ve loss needs 0 < sigma_min < sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}: "
-                             "published 0.02 and 100")
+            raise ValueError(
+                f"the ve loss needs 0 < sigma_min < sigma_max, got {self.sigma_min:g} and "
+                f"{self.sigma_max:g}: published 0.02 and 100"
+            )
 
     def sigma(self, u: Tensor) -> Tensor:
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** u
@@ -104,7 +122,8 @@ EDM_LOSSES = {"edm": EDMLoss, "vp": VPLoss, "ve": VELoss}
 
 @dataclass(frozen=True)
 class EDMProcess:
-    """What a training loop needs of EDM: `num_timesteps`, and `training_losses` for a t that is continuous.
+    """What a training loop needs of EDM: `num_timesteps`, and `training_losses` for a t that is
+    continuous.
 
     Args:
         loss: EDMLoss, VPLoss or VELoss.
@@ -134,24 +153,36 @@ class EDMProcess:
 
     def sigma(self, t: Tensor) -> Tensor:
         """The noise levels, float64 [N], of t in [0, num_timesteps)."""
-        assert t.is_floating_point(), "EDM's t is continuous: an integer t would train on a few noise levels only"
-        # Half the distance between neighbours of a 32-bit number in [0, 1): sigma is finite whatever is drawn.
+        assert t.is_floating_point(), (
+            "EDM's t is continuous: an integer t would train on a few noise levels only"
+        )
+        # Half the distance between neighbours of a 32-bit number in [0, 1): sigma is finite
+        # whatever is drawn.
         return self.loss.sigma((t.double() / self.num_timesteps).clamp(2.0**-33, 1 - 2.0**-33))
 
     def training_losses(
-        self, model: Callable[..., Tensor], x_start: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None = None,
-        noise: Tensor | None = None, gamma: float | None = None, randn_like: Callable[[Tensor], Tensor] | None = None,
+        self,
+        model: Callable[..., Tensor],
+        x_start: Tensor,
+        t: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: Tensor | None = None,
+        gamma: float | None = None,
+        randn_like: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Losses for one batch, means over pixels, [N] each.
 
-        EDM's own code sums over them. Adam does not mind the factor C H W, except where root mean square gradients are not far
-        above its eps (1e-8 in both): what it adds to their size counts C H W times more here.
+        EDM's own code sums over them. Adam does not mind the factor C H W, except where root mean
+        square gradients are not far above its eps (1e-8 in both): what it adds to their size counts
+        C H W times more here.
 
         Args:
-            model: a denoiser, called as model(x, sigma, labels), and with augment_labels= if there is an augmentation.
+            model: a denoiser, called as model(x, sigma, labels), and with augment_labels= if there
+                is an augmentation.
             x_start: clean images [N, C, H, W] in [-1, 1].
             t: float [N] in [0, num_timesteps).
-            model_kwargs: `y`: labels; `augment_uniforms`: float [N, augment_uniforms] in [0, 1), drawn if absent.
+            model_kwargs: `y`: labels; `augment_uniforms`: float [N, augment_uniforms] in [0, 1),
+                drawn if absent.
             noise: n, [N, C, H, W]; drawn if absent.
             gamma: strength of the input perturbation; the process's own if absent.
             randn_like: source of n (unless given), then of xi (unless gamma is 0).

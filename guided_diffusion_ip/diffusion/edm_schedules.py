@@ -1,8 +1,10 @@
 """Noise levels over time, in the notation of Karras et al. 2022 (arXiv 2206.00364), Table 1.
 
-A path is x(t) = s(t) (y + sigma(t) n); a discretisation is the list of sigma at which a sampler stands. Times and levels are
-float64 tensors of any shape; samplers keep them on the CPU, where reading a number waits for no device.
+A path is x(t) = s(t) (y + sigma(t) n); a discretisation is the list of sigma at which a sampler
+stands. Times and levels are float64 tensors of any shape; samplers keep them on the CPU, where
+reading a number waits for no device.
 """
+
 from __future__ import annotations
 
 import math
@@ -43,7 +45,9 @@ class VESchedule:
 
 @dataclass(frozen=True)
 class VPSchedule:
-    """sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1, as in variance-preserving SDEs (Song et al. 2021)."""
+    """sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1, as in variance-preserving SDEs (Song et
+    al. 2021).
+    """
 
     beta_d: float = 19.9
     beta_min: float = 0.1
@@ -56,7 +60,9 @@ class VPSchedule:
         return 0.5 * (self.beta_d * t + self.beta_min) * (sigma + 1 / sigma)
 
     def sigma_inv(self, sigma: Tensor) -> Tensor:
-        return ((self.beta_min**2 + 2 * self.beta_d * torch.log1p(sigma**2)).sqrt() - self.beta_min) / self.beta_d
+        return (
+            (self.beta_min**2 + 2 * self.beta_d * torch.log1p(sigma**2)).sqrt() - self.beta_min
+        ) / self.beta_d
 
     @classmethod
     def through(cls, sigma_min: float, sigma_max: float, epsilon_s: float) -> VPSchedule:
@@ -70,14 +76,19 @@ class VPSchedule:
         beta_min = high - beta_d / 2
         if not beta_d + beta_min > 0:
             limit = math.sqrt(math.expm1(high * epsilon_s * (2 - epsilon_s)))
-            raise ValueError(f"a vp schedule cannot rise from sigma_min={sigma_min:g} at t = epsilon_s={epsilon_s:g} to "
-                             f"sigma_max={sigma_max:g} at t = 1: lower sigma_min below {limit:.3g}, or raise epsilon_s")
+            raise ValueError(
+                f"a vp schedule cannot rise from sigma_min={sigma_min:g} at t = "
+                f"epsilon_s={epsilon_s:g} to sigma_max={sigma_max:g} at t = 1: lower sigma_min "
+                f"below {limit:.3g}, or raise epsilon_s"
+            )
         return cls(beta_d, beta_min)
 
 
 @dataclass(frozen=True)
 class Path:
-    """A schedule sigma(t) with s(t) = 1, or, `scaled`, s = 1 / sqrt(1 + sigma^2), which keeps the variance."""
+    """A schedule sigma(t) with s(t) = 1, or, `scaled`, s = 1 / sqrt(1 + sigma^2), which keeps the
+    variance.
+    """
 
     schedule: LinearSchedule | VESchedule | VPSchedule
     scaled: bool = False
@@ -97,8 +108,9 @@ class NoiseLevels:
     """Where a sampler's `num_steps` noise levels lie.
 
     Args:
-        discretization: edm (spaced by rho, Eq. 5), vp (evenly in the time of a VPSchedule, down to epsilon_s), ve (evenly in
-            log sigma), or iddpm (taken from the M levels of a cosine schedule whose alpha ratio is at least C_1).
+        discretization: edm (spaced by rho, Eq. 5), vp (evenly in the time of a VPSchedule, down to
+            epsilon_s), ve (evenly in log sigma), or iddpm (taken from the M levels of a cosine
+            schedule whose alpha ratio is at least C_1).
         num_steps: >= 1; one step stands at sigma_max only.
 
     Raises:
@@ -118,20 +130,33 @@ class NoiseLevels:
     def __post_init__(self) -> None:
         check_choice("discretization", self.discretization, DISCRETIZATIONS)
         if self.num_steps != int(self.num_steps) or self.num_steps < 1:
-            raise ValueError(f"num_steps must be a whole number from 1 up, got {self.num_steps}: 18 is usual for heun")
+            raise ValueError(
+                f"num_steps must be a whole number from 1 up, got {self.num_steps}: 18 is usual "
+                "for heun"
+            )
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"noise levels must satisfy 0 < sigma_min < sigma_max, got sigma_min={self.sigma_min:g} and "
-                             f"sigma_max={self.sigma_max:g} within the model's range: 0.002 and 80 are usual")
+            raise ValueError(
+                "noise levels must satisfy 0 < sigma_min < sigma_max, got "
+                f"sigma_min={self.sigma_min:g} and sigma_max={self.sigma_max:g} within the model's "
+                "range: 0.002 and 80 are usual"
+            )
         for name, value in (("rho", self.rho), ("C_1", self.C_1), ("C_2", self.C_2)):
             if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value:g}: published {getattr(NoiseLevels, name):g}")
+                raise ValueError(
+                    f"{name} must be positive and finite, got {value:g}: published "
+                    f"{getattr(NoiseLevels, name):g}"
+                )
         if not 0 < self.epsilon_s < 1:
-            raise ValueError(f"epsilon_s must lie between 0 and 1, got {self.epsilon_s:g}: published 0.001")
+            raise ValueError(
+                f"epsilon_s must lie between 0 and 1, got {self.epsilon_s:g}: published 0.001"
+            )
         if self.M < 1:
             raise ValueError(f"M must be at least 1, got {self.M}: published 1000")
 
     def sigmas(self) -> Tensor:
-        """The levels from sigma_max downwards, float64 [num_steps]; the final 0 is not among them."""
+        """The levels from sigma_max downwards, float64 [num_steps]; the final 0 is not
+        among them.
+        """
         share = torch.arange(self.num_steps, dtype=torch.float64) / max(self.num_steps - 1, 1)
         return DISCRETIZATIONS[self.discretization](self, share)
 
@@ -151,7 +176,9 @@ def _ve(levels: NoiseLevels, share: Tensor) -> Tensor:
 
 
 def iddpm_levels(M: int, C_1: float, C_2: float) -> list[float]:
-    """u_0 > ... > u_M = 0: the levels of improved DDPM's cosine schedule, the alpha ratio of neighbours kept at C_1 or more."""
+    """u_0 > ... > u_M = 0: the levels of improved DDPM's cosine schedule, the alpha ratio of
+    neighbours kept at C_1 or more.
+    """
     angle = 0.5 * math.pi / (M * (C_2 + 1))
     grid = [0.0]  # from the clean end
     for j in range(M, 0, -1):
@@ -161,10 +188,16 @@ def iddpm_levels(M: int, C_1: float, C_2: float) -> list[float]:
 
 
 def _iddpm(levels: NoiseLevels, share: Tensor) -> Tensor:
-    kept = [u for u in iddpm_levels(levels.M, levels.C_1, levels.C_2) if levels.sigma_min <= u <= levels.sigma_max]
+    kept = [
+        u
+        for u in iddpm_levels(levels.M, levels.C_1, levels.C_2)
+        if levels.sigma_min <= u <= levels.sigma_max
+    ]
     if not kept:
-        raise ValueError(f"none of iddpm's {levels.M} noise levels lies between sigma_min={levels.sigma_min:g} and "
-                         f"sigma_max={levels.sigma_max:g}: widen the range, or raise M")
+        raise ValueError(
+            f"none of iddpm's {levels.M} noise levels lies between sigma_min={levels.sigma_min:g} "
+            f"and sigma_max={levels.sigma_max:g}: widen the range, or raise M"
+        )
     return torch.tensor(kept, dtype=torch.float64)[(share * (len(kept) - 1)).round().long()]
 
 
@@ -182,7 +215,10 @@ def make_path(schedule: str, scaling: str, levels: NoiseLevels) -> Path:
     check_choice("schedule", schedule, SCHEDULES)
     check_choice("scaling", scaling, SCALINGS)
     if schedule == "vp":
-        return Path(VPSchedule.through(levels.sigma_min, levels.sigma_max, levels.epsilon_s), scaling == "vp")
+        return Path(
+            VPSchedule.through(levels.sigma_min, levels.sigma_max, levels.epsilon_s),
+            scaling == "vp",
+        )
     return Path(LinearSchedule() if schedule == "linear" else VESchedule(), scaling == "vp")
 
 

@@ -1,17 +1,22 @@
 """The reverse process p: what a network's output says about x_0 and x_{t-1}.
 
-Everything that can be done with a process is a verb: a plain function whose first argument is the process, in the file
-named after it. This class holds the settings, reads the network's output, and binds the verbs as its methods:
+Everything that can be done with a process is a verb: a plain function whose first argument is the
+process, in the file named after it. This class holds the settings, reads the network's output, and
+binds the verbs as its methods:
 
     noise_schedule   q_sample, q_posterior_mean_variance, ... (the base class: needs no network)
-    sampling         p_sample*, ddim_*                         -> epsilon scaling (lambda) is read here only
-    losses           training_losses                           -> input perturbation (gamma) is read here only
+    sampling         p_sample*, ddim_*                         -> epsilon scaling (lambda) is read
+                     here only
+    losses           training_losses                           -> input perturbation (gamma) is read
+                     here only
     likelihood       calc_bpd_loop
     guidance         condition_mean, condition_score
 
-A network is anything that is called as model(x, t, **model_kwargs), x [N, C, H, W], t [N], and returns [N, C, H, W], or
-[N, 2C, H, W] when the variance is learned (prediction first, variance second).
+A network is anything that is called as model(x, t, **model_kwargs), x [N, C, H, W], t [N], and
+returns [N, C, H, W], or [N, 2C, H, W] when the variance is learned (prediction first, variance
+second).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -46,15 +51,23 @@ class GaussianDiffusion(NoiseSchedule):
         input_pertub: the published spelling of input_perturbation.
 
     Raises:
-        ValueError: gamma < 0, lambda(t) <= 0 somewhere, impossible betas, a loss weighting that the loss or the prediction
-            does not admit, or two spellings with different values.
+        ValueError: gamma < 0, lambda(t) <= 0 somewhere, impossible betas, a loss weighting that the
+            loss or the prediction does not admit, or two spellings with different values.
     """
 
     def __init__(
-        self, *, betas: Sequence[float] | np.ndarray, model_mean_type: ModelMeanType, model_var_type: ModelVarType,
-        loss_type: LossType, rescale_timesteps: bool = False, input_perturbation: float = 0.0,
-        eps_scaler: float | Sequence[float] = 1.0, eps_scaler_k: float = 0.0,
-        loss_weighting: LossWeighting = UNIFORM, input_pertub: float | None = None,
+        self,
+        *,
+        betas: Sequence[float] | np.ndarray,
+        model_mean_type: ModelMeanType,
+        model_var_type: ModelVarType,
+        loss_type: LossType,
+        rescale_timesteps: bool = False,
+        input_perturbation: float = 0.0,
+        eps_scaler: float | Sequence[float] = 1.0,
+        eps_scaler_k: float = 0.0,
+        loss_weighting: LossWeighting = UNIFORM,
+        input_pertub: float | None = None,
     ) -> None:
         super().__init__(betas)
         self.model_mean_type = model_mean_type
@@ -62,8 +75,10 @@ class GaussianDiffusion(NoiseSchedule):
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
         if input_pertub is not None and input_perturbation not in (0.0, input_pertub):
-            raise ValueError(f"input_perturbation={input_perturbation} and input_pertub={input_pertub} are two spellings "
-                             "of the same gamma with different values: give one")
+            raise ValueError(
+                f"input_perturbation={input_perturbation} and input_pertub={input_pertub} are two "
+                "spellings of the same gamma with different values: give one"
+            )
         gamma = input_perturbation if input_pertub is None else input_pertub
         self.input_perturbation = check_gamma(gamma, model_mean_type)
         self.lambdas = lambda_schedule(eps_scaler, eps_scaler_k, self.num_timesteps)
@@ -80,19 +95,28 @@ class GaussianDiffusion(NoiseSchedule):
         """t as the network wants it. Every call to a network or to cond_fn goes through here."""
         return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
 
-    def call_model(self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None = None) -> Tensor:
+    def call_model(
+        self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None = None
+    ) -> Tensor:
         """model(x, t, **model_kwargs), with the number of output channels checked."""
         output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
         channels = x.shape[1] * (2 if self.model_var_type.is_learned else 1)
         if output.shape != (x.shape[0], channels, *x.shape[2:]):
             raise ValueError(
-                f"the network returned {tuple(output.shape)} for an input of {tuple(x.shape)}, expected {channels} channels:"
-                f" model_var_type is {self.model_var_type.name}, so learn_sigma must be {self.model_var_type.is_learned}")
+                f"the network returned {tuple(output.shape)} for an input of {tuple(x.shape)}, "
+                f"expected {channels} channels: model_var_type is {self.model_var_type.name}, so "
+                f"learn_sigma must be {self.model_var_type.is_learned}"
+            )
         return output
 
     def p_mean_variance(
-        self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None, model_kwargs: dict[str, Any] | None = None,
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        model_kwargs: dict[str, Any] | None = None,
         scale_epsilon: bool = False,
     ) -> dict[str, Tensor]:
         """p(x_{t-1} | x_t) and the prediction of x_0.
@@ -102,7 +126,8 @@ class GaussianDiffusion(NoiseSchedule):
             t: int64 [N].
             clip_denoised: clamp x_0_hat to [-1, 1].
             denoised_fn: applied to x_0_hat before the clamp.
-            scale_epsilon: divide the predicted epsilon by lambda(t). Off here; the sampling verbs switch it on.
+            scale_epsilon: divide the predicted epsilon by lambda(t). Off here; the sampling verbs
+                switch it on.
 
         Returns:
             `mean`, `variance`, `log_variance`, `pred_xstart`, each [N, C, H, W].
@@ -111,10 +136,17 @@ class GaussianDiffusion(NoiseSchedule):
         return self.read_output(output, x, t, clip_denoised, denoised_fn, scale_epsilon)
 
     def read_output(
-        self, output: Tensor, x: Tensor, t: Tensor, clip_denoised: bool = True,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None, scale_epsilon: bool = False,
+        self,
+        output: Tensor,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        scale_epsilon: bool = False,
     ) -> dict[str, Tensor]:
-        """What `p_mean_variance` returns, from an output [N, C or 2C, H, W] that is already at hand."""
+        """What `p_mean_variance` returns, from an output [N, C or 2C, H, W] that is already at
+        hand.
+        """
         prediction, log_variance = self._split_output(output, x, t)
         scaled = scale_epsilon and self.scales_epsilon
         x_start = self._predict_xstart(prediction, x, t, scaled)
@@ -126,7 +158,12 @@ class GaussianDiffusion(NoiseSchedule):
             mean = prediction
         else:
             mean = self.q_posterior_mean_variance(x_start, x, t)[0]
-        return {"mean": mean, "variance": log_variance.exp(), "log_variance": log_variance, "pred_xstart": x_start}
+        return {
+            "mean": mean,
+            "variance": log_variance.exp(),
+            "log_variance": log_variance,
+            "pred_xstart": x_start,
+        }
 
     def _split_output(self, output: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction and the log variance of p(x_{t-1} | x_t), both [N, C, H, W]."""
@@ -137,14 +174,17 @@ class GaussianDiffusion(NoiseSchedule):
         prediction, raw = output.chunk(2, dim=1)
         if self.model_var_type is ModelVarType.LEARNED:
             return prediction, raw
-        # LEARNED_RANGE: -1 .. 1 runs from the posterior variance to beta on a log scale (Nichol 2021, Eq. 15).
+        # LEARNED_RANGE: -1 .. 1 runs from the posterior variance to beta on a log scale (Nichol
+        # 2021, Eq. 15).
         low = self.at("posterior_log_variance_clipped", t, x)
         high = self.at("log_betas", t, x)
         share = (raw + 1) / 2
         return prediction, share * high + (1 - share) * low
 
     def _predict_xstart(self, prediction: Tensor, x: Tensor, t: Tensor, scaled: bool) -> Tensor:
-        """x_0_hat before clipping; `scaled` divides the (implied) epsilon by lambda(t), exactly once."""
+        """x_0_hat before clipping; `scaled` divides the (implied) epsilon by lambda(t), exactly
+        once.
+        """
         if self.model_mean_type is ModelMeanType.EPSILON:
             eps = prediction / self.at("lambdas", t, x) if scaled else prediction
             return self.xstart_from_eps(x, t, eps)

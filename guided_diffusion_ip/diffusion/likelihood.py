@@ -1,4 +1,5 @@
 """Bits per dimension: the whole variational bound of given images. Never sees lambda or gamma."""
+
 from __future__ import annotations
 
 import math
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def prior_bpd(process: GaussianDiffusion, x_start: Tensor) -> Tensor:
-    """KL(q(x_T | x_0) || N(0, I)) in bits per dimension, [N]: what the schedule leaves of the image at the noisy end."""
+    """KL(q(x_T | x_0) || N(0, I)) in bits per dimension, [N]: what the schedule leaves of the image
+    at the noisy end.
+    """
     t = torch.full((x_start.shape[0],), process.num_timesteps - 1, device=x_start.device)
     mean, _, log_variance = process.q_mean_variance(x_start, t)
     zero = torch.zeros_like(mean)
@@ -23,18 +26,23 @@ def prior_bpd(process: GaussianDiffusion, x_start: Tensor) -> Tensor:
 
 
 def calc_bpd_loop(
-    process: GaussianDiffusion, model: Callable[..., Tensor], x_start: Tensor, clip_denoised: bool = True,
-    model_kwargs: dict[str, Any] | None = None, randn_like: Callable[[Tensor], Tensor] | None = None,
+    process: GaussianDiffusion,
+    model: Callable[..., Tensor],
+    x_start: Tensor,
+    clip_denoised: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+    randn_like: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """The variational bound of images [N, C, H, W], term by term (Ho et al. 2020, Eq. 5), with fresh noise at each t.
+    """The variational bound of images [N, C, H, W], term by term (Ho et al. 2020, Eq. 5), with
+    fresh noise at each t.
 
     Args:
         randn_like: called once per step, from t = T-1 to 0.
 
     Returns:
-        `total_bpd` [N] and `prior_bpd` [N]; `vb` (bits per dimension), `xstart_mse` and `mse` (of epsilon), each [N, T],
-        in the order of computation: column 0 is t = T-1 (as published).
+        `total_bpd` [N] and `prior_bpd` [N]; `vb` (bits per dimension), `xstart_mse` and `mse` (of
+        epsilon), each [N, T], in the order of computation: column 0 is t = T-1 (as published).
     """
     steps = range(process.num_timesteps - 1, -1, -1)
     if progress:

@@ -1,8 +1,11 @@
-"""A denoiser D(x, sigma) from a process and its network, so that EDM's samplers run ADM's checkpoints.
+"""A denoiser D(x, sigma) from a process and its network, so that EDM's samplers run ADM's
+checkpoints.
 
-Karras et al. 2022 (arXiv 2206.00364), appendix C.3: with sigma = sqrt((1 - ab) / ab), x = y + sigma n is x_t / sqrt(ab), and
+Karras et al. 2022 (arXiv 2206.00364), appendix C.3: with sigma = sqrt((1 - ab) / ab), x = y + sigma
+n is x_t / sqrt(ab), and
     D(x, sigma) = x - sigma epsilon(sqrt(ab) x, t).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -21,34 +24,45 @@ if TYPE_CHECKING:
 class ProcessDenoiser:
     """D(x, sigma, labels) of a network that belongs to `process`.
 
-    The process's own lambda is never applied: the sampler has its own, and two would multiply. Nor is the answer clipped: the
-    clip comes after lambda, so it is the sampler's as well.
+    The process's own lambda is never applied: the sampler has its own, and two would multiply. Nor
+    is the answer clipped: the clip comes after lambda, so it is the sampler's as well.
 
     Args:
-        process: a GaussianDiffusion or SpacedDiffusion, whatever its network predicts; few steps are few noise levels.
+        process: a GaussianDiffusion or SpacedDiffusion, whatever its network predicts; few steps
+            are few noise levels.
         model: model(x_t, t, **model_kwargs), as for the process.
-        interpolate: ask the network at a t between two steps for a sigma between theirs (linear in log sigma). Otherwise
-            `round_sigma` gives the nearest step's level (in log sigma), one that the network was trained on.
+        interpolate: ask the network at a t between two steps for a sigma between theirs (linear in
+            log sigma). Otherwise `round_sigma` gives the nearest step's level (in log sigma), one
+            that the network was trained on.
         model_kwargs: given to the network with each call.
         label_dim: how many classes the network knows; 0: none.
         null_label: what the network was taught to take for "no class"; None if nothing.
 
     Raises:
-        ValueError: interpolation of a network that predicts x_{t-1} (it has no step in between), or of a process of one step.
+        ValueError: interpolation of a network that predicts x_{t-1} (it has no step in between), or
+            of a process of one step.
     """
 
     def __init__(
-        self, process: GaussianDiffusion, model: Callable[..., Tensor], interpolate: bool = False,
-        model_kwargs: dict[str, Any] | None = None, label_dim: int = 0,
+        self,
+        process: GaussianDiffusion,
+        model: Callable[..., Tensor],
+        interpolate: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        label_dim: int = 0,
         null_label: int | None = None,
     ) -> None:
         sigmas = process.sqrt_recipm1_alphas_cumprod
         sigmas = sigmas[np.isfinite(sigmas)]  # a last beta of 1 leaves no signal to scale by
         if interpolate and process.model_mean_type is ModelMeanType.PREVIOUS_X:
-            raise ValueError("interpolate=True needs a network that predicts epsilon or x_0, this one predicts x_{t-1}: "
-                             "use interpolate=False")
+            raise ValueError(
+                "interpolate=True needs a network that predicts epsilon or x_0, this one predicts "
+                "x_{t-1}: use interpolate=False"
+            )
         if interpolate and len(sigmas) < 2:
-            raise ValueError(f"interpolate=True needs two noise levels or more, this process has {len(sigmas)}")
+            raise ValueError(
+                f"interpolate=True needs two noise levels or more, this process has {len(sigmas)}"
+            )
         self.process = process
         self.model = model
         self.interpolate = interpolate
@@ -65,10 +79,16 @@ class ProcessDenoiser:
         sigma = torch.as_tensor(sigma)
         if self.interpolate:
             return sigma.clamp(self.sigma_min, self.sigma_max)
-        return self._grid(sigma.device)[0][self._nearest(sigma)].to(sigma.dtype if sigma.is_floating_point() else torch.float64)
+        return self._grid(sigma.device)[0][self._nearest(sigma)].to(
+            sigma.dtype if sigma.is_floating_point() else torch.float64
+        )
 
     def __call__(
-        self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
     ) -> Tensor:
         """The estimate of y, in x's shape and dtype; the network gets float32.
 
@@ -104,15 +124,19 @@ class ProcessDenoiser:
         if self.null_label is None and rows is not self._checked:
             without = len(rows) - int(has_class.sum())
             if without:
-                raise ValueError(f"{without} of {len(rows)} rows of labels are zeros, which stands for "
-                                 "no class, and this network has no label for that: give each image a "
-                                 "class, or null_label= of a network trained with one")
+                raise ValueError(
+                    f"{without} of {len(rows)} rows of labels are zeros, which stands for "
+                    "no class, and this network has no label for that: give each image a "
+                    "class, or null_label= of a network trained with one"
+                )
             self._checked = rows
         null = -1 if self.null_label is None else self.null_label
         return torch.where(has_class, rows.argmax(1), null)
 
     def _between_steps(self, sigma: Tensor) -> Callable[..., Tensor]:
-        """The network, told a float t as it wants it, [N], that lies between those of the two steps around sigma [N]."""
+        """The network, told a float t as it wants it, [N], that lies between those of the two steps
+        around sigma [N].
+        """
         _, logs, _ = self._grid(sigma.device)
         log_sigma = sigma.log()
         below = (torch.searchsorted(logs, log_sigma, right=True) - 1).clamp(0, len(logs) - 2)
@@ -128,8 +152,14 @@ class ProcessDenoiser:
         return torch.bucketize(sigma.double().log(), edges)
 
     def _grid(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """sigma [T], log sigma [T] and the limits [T - 1] between neighbours in log sigma, float64; moved to a device once."""
+        """sigma [T], log sigma [T] and the limits [T - 1] between neighbours in log sigma, float64;
+        moved to a device once.
+        """
         if device not in self._on_device:
             logs = self._sigmas.log()
-            self._on_device[device] = (self._sigmas.to(device), logs.to(device), ((logs[1:] + logs[:-1]) / 2).to(device))
+            self._on_device[device] = (
+                self._sigmas.to(device),
+                logs.to(device),
+                ((logs[1:] + logs[:-1]) / 2).to(device),
+            )
         return self._on_device[device]

@@ -1,4 +1,7 @@
-"""Fewer steps from a process with many: keep a subset of the timesteps, with betas that give the same q at each of them."""
+"""Fewer steps from a process with many: keep a subset of the timesteps, with betas that give the
+same q at each of them.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
@@ -15,18 +18,19 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     """The timesteps to keep, out of num_timesteps.
 
     Args:
-        section_counts: "N": N steps spread evenly from first to last; "a,b,c" (or a sequence): the range is cut in
-            equal sections with a, b, c evenly spread steps in them, the noisy end last; "ddimN":
-            every i-th step from 0 (Song et al. 2021), i being the smallest stride that leaves N of
-            them (T/N where N divides T).
+        section_counts: "N": N steps spread evenly from first to last; "a,b,c" (or a sequence): the
+            range is cut in equal sections with a, b, c evenly spread steps in them, the noisy end
+            last; "ddimN": every i-th step from 0 (Song et al. 2021), i being the smallest stride
+            that leaves N of them (T/N where N divides T).
 
     Raises:
-        ValueError: not of these forms, more steps than there are, or ddimN where no stride leaves N.
+        ValueError: not of these forms, more steps than there are, or ddimN where no stride leaves
+            N.
     """
     if isinstance(section_counts, str):
         text = section_counts.strip()
         if text.startswith("ddim"):
-            return _every_sth(num_timesteps, _count(text[len("ddim"):], text))
+            return _every_sth(num_timesteps, _count(text[len("ddim") :], text))
         section_counts = [_count(part, text) for part in text.split(",")]
     counts = list(section_counts)
     if not counts:
@@ -37,10 +41,13 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     for section, count in enumerate(counts):
         size = base + (section < extra)
         if not 1 <= count <= size:
-            raise ValueError(f"timestep_respacing asks for {count} steps in a section of {size} "
-                             f"({num_timesteps} steps in {len(counts)} sections): give 1 to {size}")
+            raise ValueError(
+                f"timestep_respacing asks for {count} steps in a section of {size} "
+                f"({num_timesteps} steps in {len(counts)} sections): give 1 to {size}"
+            )
         stride = (size - 1) / (count - 1) if count > 1 else 0.0
-        # A running sum, not index * stride: checkpoints were published with samples of exactly these steps.
+        # A running sum, not index * stride: checkpoints were published with samples of exactly
+        # these steps.
         offsets = np.cumsum([0.0] + [stride] * (count - 1))
         kept.update(start + round(float(offset)) for offset in offsets)
         start += size
@@ -49,8 +56,10 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
 def _count(text: str, whole: str) -> int:
     if not text.strip().isdigit():
-        raise ValueError(f"timestep_respacing {whole!r} is not understood: use a number (100), "
-                         "numbers per section (10,15,20), or ddim and a number (ddim25)")
+        raise ValueError(
+            f"timestep_respacing {whole!r} is not understood: use a number (100), "
+            "numbers per section (10,15,20), or ddim and a number (ddim25)"
+        )
     return int(text)
 
 
@@ -58,19 +67,23 @@ def _every_sth(num_timesteps: int, count: int) -> set[int]:
     kept = range(0, num_timesteps, -(-num_timesteps // max(count, 1)))  # smaller strides leave more
     if len(kept) != count:
         possible = {-(-num_timesteps // stride) for stride in range(1, num_timesteps + 1)}
-        near = [max((n for n in possible if n < count), default=0),
-                min((n for n in possible if n > count), default=0)]
-        raise ValueError(f"ddim{count}: no stride from 0 takes {count} of {num_timesteps} steps; "
-                         f"possible near it: {', '.join(f'ddim{n}' for n in near if n)}, "
-                         f"or {min(max(count, 1), num_timesteps)} without 'ddim'")
+        near = [
+            max((n for n in possible if n < count), default=0),
+            min((n for n in possible if n > count), default=0),
+        ]
+        raise ValueError(
+            f"ddim{count}: no stride from 0 takes {count} of {num_timesteps} steps; "
+            f"possible near it: {', '.join(f'ddim{n}' for n in near if n)}, "
+            f"or {min(max(count, 1), num_timesteps)} without 'ddim'"
+        )
     return set(kept)
 
 
 class SpacedDiffusion(GaussianDiffusion):
     """A process on a subset of another's timesteps.
 
-    Its own t runs over 0 .. T'-1; the network, which was trained on the original steps, is told the original ones. The new
-    betas make alpha_bar agree at every step kept.
+    Its own t runs over 0 .. T'-1; the network, which was trained on the original steps, is told the
+    original ones. The new betas make alpha_bar agree at every step kept.
 
     Args:
         use_timesteps: original timesteps to keep.
@@ -83,12 +96,17 @@ class SpacedDiffusion(GaussianDiffusion):
         self.use_timesteps = set(use_timesteps)
         self.timestep_map = sorted(self.use_timesteps)
         if not self.timestep_map or self.timestep_map[0] < 0 or self.timestep_map[-1] >= len(betas):
-            raise ValueError(f"timesteps to keep must lie in 0 .. {len(betas) - 1}, got {self.timestep_map[:3]} ...")
+            raise ValueError(
+                f"timesteps to keep must lie in 0 .. {len(betas) - 1}, got {self.timestep_map[:3]} "
+                "..."
+            )
         kept = np.cumprod(1.0 - betas)[self.timestep_map]
         super().__init__(betas=1.0 - kept / np.append(1.0, kept[:-1]), **kwargs)
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
-        """The only difference: first the original index, then the rescaling of the original process."""
+        """The only difference: first the original index, then the rescaling of the original
+        process.
+        """
         t = torch.as_tensor(self._map_on(t.device), dtype=t.dtype)[t]
         return t.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else t
 

@@ -2,6 +2,7 @@
 
 Every function here must be called on all ranks.
 """
+
 from __future__ import annotations
 
 import copy
@@ -71,7 +72,10 @@ def from_main(work: Callable[[], T], device: torch.device | str = "cpu") -> T:
     if get_rank() == 0:
         try:
             result = work()
-        except (ValueError, OSError) as raised:  # others are mistakes of ours: the watchdog reports them
+        except (
+            ValueError,
+            OSError,
+        ) as raised:  # others are mistakes of ours: the watchdog reports them
             error = raised
     complaint = broadcast_object(None if error is None else str(error))
     if error is not None:
@@ -116,8 +120,10 @@ def all_gather_tensor(x: Tensor) -> Tensor:
         ValueError: x has no dimension to concatenate along.
     """
     if x.ndim == 0:
-        raise ValueError("all_gather_tensor needs a tensor with a first dimension, got a scalar: "
-                         "pass x.reshape(1)")
+        raise ValueError(
+            "all_gather_tensor needs a tensor with a first dimension, got a scalar: "
+            "pass x.reshape(1)"
+        )
     if get_world_size() == 1:
         return x
     sent = x.detach().to(_wire(x)).contiguous()
@@ -127,9 +133,11 @@ def all_gather_tensor(x: Tensor) -> Tensor:
 
 
 def start_gather(x: Tensor) -> Callable[[], Tensor]:
-    """all_gather_tensor without waiting: what it returns waits, and has [world * N, ...] on the host.
+    """all_gather_tensor without waiting: what it returns waits, and has [world * N, ...] on the
+    host.
 
-    What is queued on a GPU after this call is not waited for. x must not be changed in place meanwhile.
+    What is queued on a GPU after this call is not waited for. x must not be changed in place
+    meanwhile.
     """
     x = x.detach()
     parts, work = [x], None
@@ -138,10 +146,12 @@ def start_gather(x: Tensor) -> Callable[[], Tensor]:
         parts = [torch.empty_like(sent) for _ in range(get_world_size())]
         work = dist.all_gather(parts, sent, async_op=True)
     if parts[0].device.type != "cuda":
+
         def finish() -> Tensor:
             if work is not None:
                 work.wait()
             return torch.cat(parts).cpu()
+
         return finish
     if work is not None:
         work.wait()  # lets the current stream wait, not the host
@@ -154,16 +164,19 @@ def start_gather(x: Tensor) -> Callable[[], Tensor]:
     def finish_copy() -> Tensor:
         copied.synchronize()
         return on_host
+
     return finish_copy
 
 
 def all_gather_rows(rows: np.ndarray) -> np.ndarray:
-    """The rows [n_r, D] of all ranks, one below the other, on every rank; n_r may differ, also be 0 (whatever D then)."""
+    """The rows [n_r, D] of all ranks, one below the other, on every rank; n_r may differ, also be 0
+    (whatever D then).
+    """
     if get_world_size() == 1:
         return rows
     shapes = all_gather_tensor(torch.tensor([rows.shape]))  # [world, 2]
     padded = np.zeros((1, *shapes.amax(dim=0).tolist()), rows.dtype)
-    padded[0, :len(rows), :rows.shape[1]] = rows
+    padded[0, : len(rows), : rows.shape[1]] = rows
     every = all_gather_tensor(torch.from_numpy(padded)).numpy()
     return np.concatenate([part[:n] for part, n in zip(every, shapes[:, 0].tolist())])
 
@@ -198,14 +211,17 @@ def check_in_sync(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor] | 
             something else than rank 0.
     """
     items = tensors.items() if isinstance(tensors, Mapping) else tensors
-    pairs = [(f"tensor {i}", item) if isinstance(item, Tensor) else item
-             for i, item in enumerate(items)]
+    pairs = [
+        (f"tensor {i}", item) if isinstance(item, Tensor) else item for i, item in enumerate(items)
+    ]
     if get_world_size() == 1:
         return
     counts = all_gather_tensor(torch.tensor([len(pairs)])).tolist()  # [world]
     if len(set(counts)) > 1:
-        raise RuntimeError(f"ranks hold different numbers of tensors, in rank order: {counts}; "
-                           f"build the model from the same config on every rank")
+        raise RuntimeError(
+            f"ranks hold different numbers of tensors, in rank order: {counts}; "
+            f"build the model from the same config on every rank"
+        )
     if not pairs:
         return
     mine = torch.tensor([[_fingerprint(name, x) for name, x in pairs]])  # [1, tensors]
@@ -214,9 +230,11 @@ def check_in_sync(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor] | 
     if differs.any():
         first = int(differs.any(dim=0).nonzero()[0])
         ranks = ", ".join(map(str, differs[:, first].nonzero().flatten().tolist()))
-        raise RuntimeError(f"{pairs[first][0]} (on rank {get_rank()}) differs between rank 0 and "
-                           f"rank {ranks}; call sync_params after building or loading the model, "
-                           f"and load the same files on every rank")
+        raise RuntimeError(
+            f"{pairs[first][0]} (on rank {get_rank()}) differs between rank 0 and "
+            f"rank {ranks}; call sync_params after building or loading the model, "
+            f"and load the same files on every rank"
+        )
 
 
 def _fingerprint(name: str, x: Tensor) -> int:

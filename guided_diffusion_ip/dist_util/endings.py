@@ -1,4 +1,7 @@
-"""How one of several processes ends after an error: who is to blame, who is told, who waits for nobody."""
+"""How one of several processes ends after an error: who is to blame, who is told, who waits for
+nobody.
+"""
+
 from __future__ import annotations
 
 import sys
@@ -14,14 +17,17 @@ def is_failed_collective(error: BaseException | None) -> bool:
         if isinstance(error, dist.DistError):
             return True
         # gloo has no exception type of its own, and DDP's come out of autograd.
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo/transport", "NCCL", "ProcessGroup")):
+        if isinstance(error, RuntimeError) and any(
+            word in str(error) for word in ("gloo/transport", "NCCL", "ProcessGroup")
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def blame(error: BaseException) -> str:
-    """Who is the cause of the error that ends this rank: one line about another rank, or "" if it is this one.
+    """Who is the cause of the error that ends this rank: one line about another rank, or "" if it
+    is this one.
 
     In the latter case the others are told. In bounded time, like everything here.
     """
@@ -38,10 +44,12 @@ def blame(error: BaseException) -> str:
 
 
 def end_process(error: BaseException, line: str, code: int) -> None:
-    """Ends one of several watched processes after `error`, without waiting for any other; does nothing in a single one.
+    """Ends one of several watched processes after `error`, without waiting for any other; does
+    nothing in a single one.
 
-    If another rank is the cause, says so and exits with code 1. Otherwise tells the others, shows `line` (the traceback if it
-    is "") unless another rank shows the same one, and exits with `code`.
+    If another rank is the cause, says so and exits with code 1. Otherwise tells the others, shows
+    `line` (the traceback if it is "") unless another rank shows the same one, and exits with
+    `code`.
     """
     me = watchdog.current()
     if me is None:

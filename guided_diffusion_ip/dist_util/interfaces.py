@@ -4,6 +4,7 @@ gloo binds to whatever this machine's name stands for, unless GLOO_SOCKET_IFNAME
 Between machines that can be an address that the others cannot reach (Debian's 127.0.1.1, a second
 network), on one machine a look-up that fails.
 """
+
 from __future__ import annotations
 
 import array
@@ -41,7 +42,8 @@ def choose_gloo_interface(host: str, port: int, seen: Iterable[str]) -> None:
 
 
 def route(host: str, port: int) -> tuple[str, str]:
-    """What host stands for here, and this machine's own address on the way to it; ("", "") if unknown.
+    """What host stands for here, and this machine's own address on the way to it; ("", "") if
+    unknown.
 
     Sends nothing.
     """
@@ -82,5 +84,5 @@ def _ipv4() -> list[tuple[str, bytes]]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         request = struct.pack("iP", len(buffer), buffer.buffer_info()[0])
         size = struct.unpack("iP", fcntl.ioctl(asked, _SIOCGIFCONF, request))[0]
-    entries = (buffer[i:i + _IFREQ_BYTES].tobytes() for i in range(0, size, _IFREQ_BYTES))
+    entries = (buffer[i : i + _IFREQ_BYTES].tobytes() for i in range(0, size, _IFREQ_BYTES))
     return [(entry[:16].split(b"\0")[0].decode(), entry[20:24]) for entry in entries]

@@ -2,6 +2,7 @@
 
 Pure functions, no torch and no MPI, so that every launcher can be tested as a table.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -30,8 +31,10 @@ class LaunchInfo:
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world and 0 <= self.local_rank < self.local_world):
-            raise ValueError(f"contradictory environment: {self}; ranks must lie in [0, world). "
-                             f"Unset what is left over from another job, or start with torchrun.")
+            raise ValueError(
+                f"contradictory environment: {self}; ranks must lie in [0, world). "
+                f"Unset what is left over from another job, or start with torchrun."
+            )
 
 
 def launch_info(env: Env = os.environ) -> LaunchInfo:
@@ -60,8 +63,10 @@ def number(env: Env, name: str, default: int | None = None) -> int:
     try:
         return int(text)
     except (TypeError, ValueError):
-        raise ValueError(f"environment variable {name} is {text!r}, must be a whole number; what "
-                         f"starts the processes sets it (torchrun, srun, mpiexec).") from None
+        raise ValueError(
+            f"environment variable {name} is {text!r}, must be a whole number; what "
+            f"starts the processes sets it (torchrun, srun, mpiexec)."
+        ) from None
 
 
 def has_master(env: Env) -> bool:
@@ -79,17 +84,26 @@ def _read_torchrun(env: Env) -> LaunchInfo | None:
     address = env.get("MASTER_ADDR", "")
     by_hand = address.startswith("127.") or address == "localhost"
     local = number(env, "LOCAL_RANK", rank if by_hand else 0)
-    return LaunchInfo("torchrun", rank, number(env, "WORLD_SIZE"),
-                      local, number(env, "LOCAL_WORLD_SIZE", local + 1))
+    return LaunchInfo(
+        "torchrun",
+        rank,
+        number(env, "WORLD_SIZE"),
+        local,
+        number(env, "LOCAL_WORLD_SIZE", local + 1),
+    )
 
 
 def _read_openmpi(env: Env) -> LaunchInfo | None:
     if "OMPI_COMM_WORLD_RANK" not in env:
         return None
     local = number(env, "OMPI_COMM_WORLD_LOCAL_RANK", 0)
-    return LaunchInfo("openmpi", number(env, "OMPI_COMM_WORLD_RANK"),
-                      number(env, "OMPI_COMM_WORLD_SIZE"),
-                      local, number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", local + 1))
+    return LaunchInfo(
+        "openmpi",
+        number(env, "OMPI_COMM_WORLD_RANK"),
+        number(env, "OMPI_COMM_WORLD_SIZE"),
+        local,
+        number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", local + 1),
+    )
 
 
 def _read_mpich(env: Env) -> LaunchInfo | None:
@@ -97,8 +111,13 @@ def _read_mpich(env: Env) -> LaunchInfo | None:
     if not ("PMI_RANK" in env and "MPI_LOCALRANKID" in env):
         return None
     local = number(env, "MPI_LOCALRANKID")
-    return LaunchInfo("mpich", number(env, "PMI_RANK"), number(env, "PMI_SIZE"),
-                      local, number(env, "MPI_LOCALNRANKS", local + 1))
+    return LaunchInfo(
+        "mpich",
+        number(env, "PMI_RANK"),
+        number(env, "PMI_SIZE"),
+        local,
+        number(env, "MPI_LOCALNRANKS", local + 1),
+    )
 
 
 def _read_slurm(env: Env) -> LaunchInfo | None:
@@ -114,8 +133,9 @@ def _read_slurm(env: Env) -> LaunchInfo | None:
     node = number(env, "SLURM_NODEID", 0)
     # The job's layout, all there may be, is not the step's: then it does not add up.
     known = sum(counts) == world and node < len(counts)
-    return LaunchInfo("slurm", number(env, "SLURM_PROCID"), world,
-                      local, counts[node] if known else local + 1)
+    return LaunchInfo(
+        "slurm", number(env, "SLURM_PROCID"), world, local, counts[node] if known else local + 1
+    )
 
 
 def _read_pmi(env: Env) -> LaunchInfo | None:
@@ -124,11 +144,18 @@ def _read_pmi(env: Env) -> LaunchInfo | None:
         if rank_name not in env:
             continue
         if size_name not in env:
-            raise ValueError(f"{rank_name}={env[rank_name]} is set, but nothing says how many "
-                             f"processes there are: set {size_name}, or unset {rank_name}.")
+            raise ValueError(
+                f"{rank_name}={env[rank_name]} is set, but nothing says how many "
+                f"processes there are: set {size_name}, or unset {rank_name}."
+            )
         rank, world = number(env, rank_name), number(env, size_name)
-        return LaunchInfo("pmi", rank, world, number(env, "LOCAL_RANK", rank),
-                          number(env, "LOCAL_WORLD_SIZE", world))
+        return LaunchInfo(
+            "pmi",
+            rank,
+            world,
+            number(env, "LOCAL_RANK", rank),
+            number(env, "LOCAL_WORLD_SIZE", world),
+        )
     return None
 
 
@@ -140,8 +167,10 @@ def slurm_address(env: Env) -> tuple[str, int]:
     """
     hosts = expand_nodelist(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
     if not hosts:
-        raise ValueError("SLURM_STEP_NODELIST and SLURM_JOB_NODELIST are both empty: set "
-                         "MASTER_ADDR to the first node's name and MASTER_PORT to a free port.")
+        raise ValueError(
+            "SLURM_STEP_NODELIST and SLURM_JOB_NODELIST are both empty: set "
+            "MASTER_ADDR to the first node's name and MASTER_PORT to a free port."
+        )
     # Below 32768, where systems begin to hand out ports by themselves.
     ids = 31 * number(env, "SLURM_JOB_ID", 0) + number(env, "SLURM_STEP_ID", 0)
     return ("127.0.0.1" if len(hosts) == 1 else hosts[0]), 15000 + ids % 16000
@@ -181,8 +210,12 @@ def choose_gpu(info: LaunchInfo, visible: int, cards: Sequence[str]) -> int:
     if visible == 1 and cards.count(cards[info.rank]) == 1:
         return 0
     script = os.path.basename(sys.argv[0]) or "script.py"
-    start = {"torchrun": f"torchrun --nproc_per_node {visible} {script}",
-             "slurm": f"srun --ntasks-per-node={visible} python {script}"}
+    start = {
+        "torchrun": f"torchrun --nproc_per_node {visible} {script}",
+        "slurm": f"srun --ntasks-per-node={visible} python {script}",
+    }
     command = start.get(info.launcher, f"mpiexec -n {visible} python {script}")
-    raise ValueError(f"{info.local_world} processes on this machine but {visible} visible GPU(s): "
-                     f"each process needs one of its own. Start {visible} per machine: {command}")
+    raise ValueError(
+        f"{info.local_world} processes on this machine but {visible} visible GPU(s): "
+        f"each process needs one of its own. Start {visible} per machine: {command}"
+    )

@@ -1,4 +1,5 @@
 """Checkpoint files -> tensors. A checkpoint can never run code here."""
+
 from __future__ import annotations
 
 import io
@@ -30,21 +31,35 @@ def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
             # Remote streams cannot jump about as a zip archive wants.
             source = io.BytesIO(file.read()) if is_remote(name) else file
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the pickle's version, ahead of an error that says all
+                warnings.simplefilter(
+                    "ignore"
+                )  # of the pickle's version, ahead of an error that says all
                 return torch.load(source, map_location=map_location, weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         found = "a folder" if isinstance(error, IsADirectoryError) else "no such file"
         raise ValueError(f"checkpoint {name}: {found}; give the path of a .pt file") from None
     except (torch.OutOfMemoryError, PermissionError):
         raise
-    # A changed bit sends the reader to places before the beginning (OSError), or builds calls that nobody wrote (the last three).
-    except (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError, OSError,
-            TypeError, AssertionError, AttributeError) as error:
+    # A changed bit sends the reader to places before the beginning (OSError), or builds calls that
+    # nobody wrote (the last three).
+    except (
+        pickle.UnpicklingError,
+        struct.error,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        OSError,
+        TypeError,
+        AssertionError,
+        AttributeError,
+    ) as error:
         raise ValueError(_explain(name, error)) from None
 
 
 def load_state_dict_once(path: str | os.PathLike, device: torch.device | str) -> Any:
-    """load_state_dict on rank 0; the other ranks receive what it has read, on `device`. A collective.
+    """load_state_dict on rank 0; the other ranks receive what it has read, on `device`. A
+    collective.
 
     So the file is read once and held in the host's memory once, however many ranks there are, and
     is needed where rank 0 is only.
@@ -58,14 +73,21 @@ def load_state_dict_once(path: str | os.PathLike, device: torch.device | str) ->
 def _explain(name: str, error: Exception) -> str:
     text = str(error)
     if name.lower().endswith(".pkl"):  # as EDM publishes its networks
-        return (f"checkpoint {name}: a pickled program, which is not run; if it is one of EDM's, python "
-                f"scripts/convert_checkpoint.py {name} FOLDER makes a .pt and its config.yaml of it")
+        return (
+            f"checkpoint {name}: a pickled program, which is not run; if it is one of EDM's, "
+            f"python scripts/convert_checkpoint.py {name} FOLDER makes a .pt and its config.yaml "
+            "of it"
+        )
     if refused := re.search(r"(?:GLOBAL|class) ([\w.]+)", text):
-        return (f"checkpoint {name}: refused, it holds {refused[1]} besides tensors, and reading "
-                f"that could run code; save its state_dict alone with torch.save and load that")
+        return (
+            f"checkpoint {name}: refused, it holds {refused[1]} besides tensors, and reading "
+            f"that could run code; save its state_dict alone with torch.save and load that"
+        )
     # PyTorch explains weights_only at length first; the reason follows "error:".
     reason = (text.partition("WeightsUnpickler error:")[2] or text).strip()
     reason = re.split(r"[.\n]", reason)[0][:100] or "empty"
-    return (f"checkpoint {name}: damaged, incomplete or no PyTorch checkpoint "
-            f"({type(error).__name__}: {reason}); copy or download it again, or use the one "
-            f"before it")
+    return (
+        f"checkpoint {name}: damaged, incomplete or no PyTorch checkpoint "
+        f"({type(error).__name__}: {reason}); copy or download it again, or use the one "
+        f"before it"
+    )

@@ -1,4 +1,5 @@
 """From separate processes to one process group."""
+
 from __future__ import annotations
 
 import atexit
@@ -27,11 +28,12 @@ _COLLECTIVE_S = 1800.0
 _START_S = 300.0
 _FIRST_WORD_S = 10.0  # of waiting in silence
 
-# Called with (timeout, group): a group is connected within the limit of the start, and has the longer
-# one of collectives from then on. Public since PyTorch 2.15, where the private name warns; where there
-# is neither, the longer limit holds for both.
+# Called with (timeout, group): a group is connected within the limit of the start, and has the
+# longer one of collectives from then on. Public since PyTorch 2.15, where the private name warns;
+# where there is neither, the longer limit holds for both.
 _set_limit: Callable[..., None] | None = getattr(dist, "set_timeout", None) or getattr(
-    dist.distributed_c10d, "_set_pg_timeout", None)
+    dist.distributed_c10d, "_set_pg_timeout", None
+)
 
 # Outlives cleanup(): a second setup_dist() must find the other ranks again, and MPI is asked once.
 _meeting: tuple[str, dist.Store] | None = None
@@ -41,7 +43,8 @@ _control: dist.ProcessGroup | None = None
 
 
 def setup_dist(timeout_s: float | None = None) -> None:
-    """Creates the process group, for a single process too: NCCL where there is CUDA and it, else gloo.
+    """Creates the process group, for a single process too: NCCL where there is CUDA and it, else
+    gloo.
 
     Where a group exists already, does nothing. The GPU is `cuda:{local_rank}` among the visible
     ones; CUDA_VISIBLE_DEVICES is left alone. `timeout_s` limits the wait for the other ranks and
@@ -98,8 +101,14 @@ def _open_groups(info: LaunchInfo, store: dist.Store, timeout_s: float, limit: t
     place = {"device_id": _device} if backend == "nccl" else {}
     start = timedelta(seconds=timeout_s) if _set_limit else limit
     try:
-        dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world,
-                                timeout=start if backend == "gloo" else limit, **place)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=info.rank,
+            world_size=info.world,
+            timeout=start if backend == "gloo" else limit,
+            **place,
+        )
         if info.world > 1:
             if backend != "gloo":
                 _control = dist.new_group(backend="gloo", timeout=start)
@@ -108,12 +117,14 @@ def _open_groups(info: LaunchInfo, store: dist.Store, timeout_s: float, limit: t
         if info.world == 1:
             raise
         name = os.environ.get("GLOO_SOCKET_IFNAME")
-        raise TimeoutError(f"all {info.world} ranks joined, but their first exchange of data "
-                           f"failed within {timeout_s:g} s ({_first_line(error)}). Set "
-                           f"GLOO_SOCKET_IFNAME ({f'here: {name}' if name else 'not set'}) on each "
-                           f"machine to the interface that leads to the others. With NCCL, try "
-                           f"NCCL_P2P_DISABLE=1, or NCCL_SOCKET_IFNAME=<network interface>; "
-                           f"NCCL_DEBUG=INFO shows where it stops.") from None
+        raise TimeoutError(
+            f"all {info.world} ranks joined, but their first exchange of data "
+            f"failed within {timeout_s:g} s ({_first_line(error)}). Set "
+            f"GLOO_SOCKET_IFNAME ({f'here: {name}' if name else 'not set'}) on each "
+            f"machine to the interface that leads to the others. With NCCL, try "
+            f"NCCL_P2P_DISABLE=1, or NCCL_SOCKET_IFNAME=<network interface>; "
+            f"NCCL_DEBUG=INFO shows where it stops."
+        ) from None
     for group in (dist.group.WORLD, _control):
         if _set_limit and group is not None and dist.get_backend(group) == "gloo":
             _set_limit(limit, group)
@@ -131,9 +142,11 @@ def _start_limit(env: Env) -> float:
     except ValueError:
         limit = math.nan
     if not 0 < limit < math.inf:
-        raise ValueError(f"environment variable GUIDED_DIFFUSION_IP_START_TIMEOUT is {text!r}, must "
-                         f"be a number of seconds above 0: how long ranks wait for each other at the "
-                         f"start (unset: {_START_S:g})")
+        raise ValueError(
+            f"environment variable GUIDED_DIFFUSION_IP_START_TIMEOUT is {text!r}, must "
+            f"be a number of seconds above 0: how long ranks wait for each other at the "
+            f"start (unset: {_START_S:g})"
+        )
     return limit
 
 
@@ -175,7 +188,8 @@ def dev() -> torch.device:
 
 
 def cleanup() -> None:
-    """Ends this rank's part: says goodbye to the others, destroys the process group if there is one.
+    """Ends this rank's part: says goodbye to the others, destroys the process group if there is
+    one.
 
     (NCCL warns about groups left at exit.)
     """
@@ -228,8 +242,10 @@ def _meet(info: LaunchInfo, env: Env, timeout_s: float) -> tuple[str, dist.Store
     elif info.launcher == "slurm":
         host, port = slurm_address(env)
     elif info.launcher == "torchrun":
-        raise ValueError(f"RANK={info.rank} and WORLD_SIZE={info.world} are set, MASTER_ADDR and "
-                         f"MASTER_PORT are not both: set them, or start with torchrun.")
+        raise ValueError(
+            f"RANK={info.rank} and WORLD_SIZE={info.world} are set, MASTER_ADDR and "
+            f"MASTER_PORT are not both: set them, or start with torchrun."
+        )
     else:
         return _meet_by_mpi(info, timeout_s)
     return host, _tcp_store(info, host, port, serve, timeout_s)
@@ -241,18 +257,22 @@ def _meet_by_mpi(info: LaunchInfo, timeout_s: float) -> tuple[str, dist.Store]:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library behind the wheel
-        raise ValueError(f'mpiexec started {info.world} processes, but mpi4py is not usable '
-                         f'({_first_line(error)}). Either pip install "guided_diffusion_ip[mpi]", '
-                         f'or set MASTER_ADDR and MASTER_PORT, or start with '
-                         f'torchrun --nproc_per_node {info.world}.') from None
+        raise ValueError(
+            f"mpiexec started {info.world} processes, but mpi4py is not usable "
+            f'({_first_line(error)}). Either pip install "guided_diffusion_ip[mpi]", '
+            f"or set MASTER_ADDR and MASTER_PORT, or start with "
+            f"torchrun --nproc_per_node {info.world}."
+        ) from None
     comm = MPI.COMM_WORLD
     if comm.Get_size() != info.world:
         beside = os.path.join(sys.prefix, "bin", "mpiexec")
         use = beside if os.path.exists(beside) else "the mpiexec of that MPI"
-        raise ValueError(f"mpiexec says {info.world} processes, MPI says {comm.Get_size()}: "
-                         f"mpiexec and mpi4py belong to different MPIs, mpi4py's is "
-                         f"{MPI.Get_library_version().splitlines()[0]}. Start with {use}, or with "
-                         f"torchrun --nproc_per_node {info.world}.")
+        raise ValueError(
+            f"mpiexec says {info.world} processes, MPI says {comm.Get_size()}: "
+            f"mpiexec and mpi4py belong to different MPIs, mpi4py's is "
+            f"{MPI.Get_library_version().splitlines()[0]}. Start with {use}, or with "
+            f"torchrun --nproc_per_node {info.world}."
+        )
     one_machine = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == info.world
     place = store = None
     if info.rank == 0:
@@ -277,22 +297,32 @@ def _own_address() -> str:
     return name if address.startswith("127.") else address
 
 
-def _tcp_store(info: LaunchInfo, host: str, port: int, serve: bool,
-               timeout_s: float) -> dist.TCPStore:
+def _tcp_store(
+    info: LaunchInfo, host: str, port: int, serve: bool, timeout_s: float
+) -> dist.TCPStore:
     if not serve:
         _await_store(info, host, port, timeout_s)
     try:
-        return dist.TCPStore(host, port, is_master=serve, wait_for_workers=False,
-                             timeout=timedelta(seconds=timeout_s))
+        return dist.TCPStore(
+            host,
+            port,
+            is_master=serve,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
     except RuntimeError as error:
         if serve:
-            raise ValueError(f"rank 0 cannot listen on {host}:{port} ({_first_line(error)}): set "
-                             f"MASTER_PORT to a free port.") from None
+            raise ValueError(
+                f"rank 0 cannot listen on {host}:{port} ({_first_line(error)}): set "
+                f"MASTER_PORT to a free port."
+            ) from None
         raise _missing(info, [0], host, timeout_s) from None
 
 
 def _await_store(info: LaunchInfo, host: str, port: int, timeout_s: float) -> None:
-    """Until somebody listens at host:port. (PyTorch's own wait is deaf to Ctrl-C, and not quiet.)"""
+    """Until somebody listens at host:port. (PyTorch's own wait is deaf to Ctrl-C, and
+    not quiet.)
+    """
     wait = _Wait(info, host, timeout_s)
     while True:
         try:
@@ -303,8 +333,9 @@ def _await_store(info: LaunchInfo, host: str, port: int, timeout_s: float) -> No
         time.sleep(0.2)
 
 
-def _check_in(info: LaunchInfo, store: dist.Store, host: str,
-              timeout_s: float) -> tuple[list[str], list[str]]:
+def _check_in(
+    info: LaunchInfo, store: dist.Store, host: str, timeout_s: float
+) -> tuple[list[str], list[str]]:
     """Each rank signs in and waits for all.
 
     Returns: in rank order, the GPU name each brought, and the address that `host` has for it.
@@ -340,7 +371,8 @@ class _Wait:
         self._start, self._speak_at = time.monotonic(), _FIRST_WORD_S
 
     def go_on(self, absent: Callable[[], list[int]], speaks: Callable[[list[int]], bool]) -> None:
-        """Called now and then; after 10 s, 20 s, 40 s, ... says who is awaited, if this rank speaks.
+        """Called now and then; after 10 s, 20 s, 40 s, ... says who is awaited, if this rank
+        speaks.
 
         Raises:
             TimeoutError: it has been long enough.
@@ -353,18 +385,23 @@ class _Wait:
             self._speak_at *= 2
             missing = absent()
             if missing and speaks(missing):
-                print(f"rank {self._info.rank} has been waiting for {_ranks(missing)} of "
-                      f"{self._info.world} at {self._host} for {passed:.0f} s (the limit is "
-                      f"{self._timeout_s:g} s: GUIDED_DIFFUSION_IP_START_TIMEOUT)",
-                      file=sys.stderr, flush=True)
+                print(
+                    f"rank {self._info.rank} has been waiting for {_ranks(missing)} of "
+                    f"{self._info.world} at {self._host} for {passed:.0f} s (the limit is "
+                    f"{self._timeout_s:g} s: GUIDED_DIFFUSION_IP_START_TIMEOUT)",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def _missing(info: LaunchInfo, absent: list[int], host: str, timeout_s: float) -> TimeoutError:
     ranks = _ranks(absent)
-    return TimeoutError(f"{ranks} of {info.world} did not answer at {host} within {timeout_s:g} s "
-                        f"(launcher: {info.launcher}; this is rank {info.rank}). See the output of "
-                        f"{ranks}; start the same command on every machine; between machines, let "
-                        f"TCP connections through. GUIDED_DIFFUSION_IP_START_TIMEOUT sets the limit.")
+    return TimeoutError(
+        f"{ranks} of {info.world} did not answer at {host} within {timeout_s:g} s "
+        f"(launcher: {info.launcher}; this is rank {info.rank}). See the output of "
+        f"{ranks}; start the same command on every machine; between machines, let "
+        f"TCP connections through. GUIDED_DIFFUSION_IP_START_TIMEOUT sets the limit."
+    )
 
 
 def _ranks(numbers: list[int]) -> str:
@@ -373,7 +410,9 @@ def _ranks(numbers: list[int]) -> str:
 
 
 def _first_collective(timeout_s: float) -> None:
-    """Fails in finite time where ranks can meet but not exchange data; tells whether all are watched."""
+    """Fails in finite time where ranks can meet but not exchange data; tells whether all are
+    watched.
+    """
     me = watchdog.current()
     watched = torch.full((1,), int(me is not None), device=_device)
     work = dist.all_reduce(watched, async_op=True)

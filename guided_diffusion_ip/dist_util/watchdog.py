@@ -1,14 +1,17 @@
-"""Ranks that notice each other's end: one that dies or fails ends all others, and each says which one it was.
+"""Ranks that notice each other's end: one that dies or fails ends all others, and each says which
+one it was.
 
-Without this, ranks in a collective with a dead one wait for PyTorch's own limits (NCCL), or end with an error that
-names a socket (gloo). Each process has a daemon thread. Rank 0's holds one connection to each other rank's; over it, each side
-says every second that it is there, a failing rank says why before it ends, and one that is done says goodbye. The system closes
-the connections of a process that dies, however it does, so that its end is known at once; silence alone tells of a
+Without this, ranks in a collective with a dead one wait for PyTorch's own limits (NCCL), or end
+with an error that names a socket (gloo). Each process has a daemon thread. Rank 0's holds one
+connection to each other rank's; over it, each side says every second that it is there, a failing
+rank says why before it ends, and one that is done says goodbye. The system closes the connections
+of a process that dies, however it does, so that its end is known at once; silence alone tells of a
 process that is stopped, or of a machine without power or network.
 
-Not over the TCPStore of the rendezvous: its client waits without limit for a server that hangs, does not tell of clients that
-vanish, and prints a page of C++ frames when the server goes.
+Not over the TCPStore of the rendezvous: its client waits without limit for a server that hangs,
+does not tell of clients that vanish, and prints a page of C++ frames when the server goes.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -43,7 +46,8 @@ _QUIET = "has not answered for some seconds"
 
 
 def silence_limit(env: Mapping[str, str]) -> float:
-    """How long a rank may be silent before it is taken for dead, in seconds: GUIDED_DIFFUSION_IP_TIMEOUT.
+    """How long a rank may be silent before it is taken for dead, in seconds:
+    GUIDED_DIFFUSION_IP_TIMEOUT.
 
     Raises:
         ValueError: not a number of at least 5 seconds.
@@ -54,8 +58,10 @@ def silence_limit(env: Mapping[str, str]) -> float:
     except ValueError:
         limit = math.nan
     if not 5 <= limit < math.inf:
-        raise ValueError(f"environment variable GUIDED_DIFFUSION_IP_TIMEOUT is {text!r}, must be a number of seconds, at least "
-                         f"5: how long a rank may be silent (unset: {DEFAULT_LIMIT_S:g})")
+        raise ValueError(
+            f"environment variable GUIDED_DIFFUSION_IP_TIMEOUT is {text!r}, must be a number of "
+            f"seconds, at least 5: how long a rank may be silent (unset: {DEFAULT_LIMIT_S:g})"
+        )
     return limit
 
 
@@ -69,7 +75,8 @@ class _Line:
     silence_s: float = 0.0
 
     def send(self, message: dict[str, Any]) -> None:
-        # A full buffer means that nobody reads: the silence counts. A broken line is noticed by reading.
+        # A full buffer means that nobody reads: the silence counts. A broken line is noticed by
+        # reading.
         with contextlib.suppress(OSError):
             self.socket.send(json.dumps(message).encode() + b"\n")
 
@@ -172,7 +179,13 @@ class Watchdog:
     def _sentence(self, ranks: set[int] | list[int]) -> str:
         if self.failure:
             return f"rank {self.failure[0]} of {self.world} {self.failure[1]}"
-        what = _GONE if self.gone.issuperset(ranks) else _QUIET if set(self.silent).issuperset(ranks) else _LEFT
+        what = (
+            _GONE
+            if self.gone.issuperset(ranks)
+            else _QUIET
+            if set(self.silent).issuperset(ranks)
+            else _LEFT
+        )
         return f"rank {', '.join(map(str, sorted(ranks)))} of {self.world} {what}" if ranks else ""
 
     def _run(self) -> None:
@@ -187,7 +200,8 @@ class Watchdog:
                 if now >= beat and not self._closed:
                     self._beat()
                     beat = now + 0.9 * _BEAT_S
-                # Whoever holds the interpreter up, or stops the whole job for a while, is not the others' silence.
+                # Whoever holds the interpreter up, or stops the whole job for a while, is not the
+                # others' silence.
                 self._judge(now, min(now - last, 2 * _BEAT_S))
                 last = now
                 self._news.notify_all()
@@ -214,12 +228,17 @@ class Watchdog:
         for rank, line in self._lines.items():
             line.silence_s += passed_s
             if line.silence_s > self.limit_s:
-                self._fail(rank, f"has not been heard of for {self.limit_s:g} s: see whether its machine and network work, "
-                                 f"and what its process does (py-spy dump); GUIDED_DIFFUSION_IP_TIMEOUT sets this limit")
+                self._fail(
+                    rank,
+                    f"has not been heard of for {self.limit_s:g} s: see whether its machine and "
+                    "network work, and what its process does (py-spy dump); "
+                    "GUIDED_DIFFUSION_IP_TIMEOUT sets this limit",
+                )
         if self.failure and not self._reported and not self._closed:
             self._end_at = min(self._end_at, now + _GRACE_S)
             if now >= self._end_at:
-                # The main thread may be in a collective for ever, or at work whose result nobody will use.
+                # The main thread may be in a collective for ever, or at work whose result nobody
+                # will use.
                 self.left.add(self.rank)
                 self._say_goodbye()
                 exit_now(f"error: {self._sentence([])}; this is rank {self.rank}", 1)
@@ -285,8 +304,13 @@ class _Hub(Watchdog):
         for rank in self.left:
             if calls[rank] < max(calls):  # somebody waits for it
                 self.failure = self.failure or (rank, _LEFT)
-        news = {"failure": self.failure, "gone": list(self.gone), "left": list(self.left),
-                "silent": self.silent, "met": self._met}
+        news = {
+            "failure": self.failure,
+            "gone": list(self.gone),
+            "left": list(self.left),
+            "silent": self.silent,
+            "met": self._met,
+        }
         for line in self._lines.values():
             line.send(news)
 
@@ -294,7 +318,9 @@ class _Hub(Watchdog):
 class _Spoke(Watchdog):
     """Any other rank's: knows what rank 0 tells, and how rank 0 is."""
 
-    def __init__(self, rank: int, world: int, limit_s: float, host: str, port: int, token: str) -> None:
+    def __init__(
+        self, rank: int, world: int, limit_s: float, host: str, port: int, token: str
+    ) -> None:
         super().__init__(rank, world, limit_s)
         connection = socket.create_connection((host, port), timeout=10)
         connection.setblocking(False)
@@ -319,7 +345,9 @@ class _Spoke(Watchdog):
     def _beat(self) -> None:
         if self._hub.silence_s > _QUIET_S:
             self.silent = [0]
-        self._hub.send({"calls": self._calls})  # every time: what does not fit into the line is lost
+        self._hub.send(
+            {"calls": self._calls}
+        )  # every time: what does not fit into the line is lost
 
     def _say_goodbye(self) -> None:
         self._hub.send({"left": True})
@@ -329,7 +357,9 @@ def _listen(host: str, world: int) -> socket.socket:
     if host.startswith("127."):
         listener = socket.create_server((host, 0), backlog=world)
     elif socket.has_dualstack_ipv6():
-        listener = socket.create_server(("", 0), family=socket.AF_INET6, backlog=world, dualstack_ipv6=True)
+        listener = socket.create_server(
+            ("", 0), family=socket.AF_INET6, backlog=world, dualstack_ipv6=True
+        )
     else:
         listener = socket.create_server(("", 0), backlog=world)
     listener.setblocking(False)
@@ -337,7 +367,9 @@ def _listen(host: str, world: int) -> socket.socket:
 
 
 def _own_address(host: str, port: int) -> str:
-    """How the ranks that reach the store at host:port reach this process, which need not be the one that keeps the store."""
+    """How the ranks that reach the store at host:port reach this process, which need not be the one
+    that keeps the store.
+    """
     own = route(host, port)[1]
     return host if is_loopback(own) else own
 
@@ -346,7 +378,8 @@ _current: Watchdog | None = None
 
 
 def start(rank: int, world: int, store: dist.Store, host: str, port: int, limit_s: float) -> None:
-    """Starts this process's watchdog; all ranks call it, after they have met at host:port, in `store`.
+    """Starts this process's watchdog; all ranks call it, after they have met at host:port, in
+    `store`.
 
     A rank that cannot connect to rank 0 warns, and goes on unwatched.
     """
@@ -360,8 +393,12 @@ def start(rank: int, world: int, store: dist.Store, host: str, port: int, limit_
         try:
             watchdog = _Spoke(rank, world, limit_s, place, door, token)
         except OSError as error:
-            warnings.warn(f"rank {rank} cannot connect to rank 0 at {place}:{door} ({error}): if one of the two dies, the "
-                          f"other may wait long for it. Between machines, let TCP connections through.", stacklevel=3)
+            warnings.warn(
+                f"rank {rank} cannot connect to rank 0 at {place}:{door} ({error}): if one of the "
+                "two dies, the other may wait long for it. Between machines, let TCP connections "
+                "through.",
+                stacklevel=3,
+            )
             return
     watchdog.start()
     _current = watchdog
@@ -376,7 +413,9 @@ def stop() -> None:
 
 
 def current() -> Watchdog | None:
-    """This process's watchdog: None in a single process, before the ranks have met and after goodbye."""
+    """This process's watchdog: None in a single process, before the ranks have met and after
+    goodbye.
+    """
     return _current
 
 
@@ -385,22 +424,26 @@ def report_failure(text: str) -> tuple[int, str] | None:
 
     They get a few seconds to end by themselves, then their watchdogs end them.
 
-    Returns: (rank, what) of the first failure that was reported, which may be another rank's; None in a single process.
+    Returns: (rank, what) of the first failure that was reported, which may be another rank's; None
+        in a single process.
     """
     return _current.report(" ".join(text.split())[:1000]) if _current else None
 
 
 def absent_ranks(wait_s: float = 5) -> tuple[list[int], str]:
-    """Which ranks are to blame, asked where a collective has just failed, and one sentence on what is known about them.
+    """Which ranks are to blame, asked where a collective has just failed, and one sentence on what
+    is known about them.
 
-    At once if a rank has died or reported a failure; after `wait_s` seconds those that have been silent for 3 s, else those
-    that have ended normally, else ([], "").
+    At once if a rank has died or reported a failure; after `wait_s` seconds those that have been
+    silent for 3 s, else those that have ended normally, else ([], "").
     """
     return _current.absent(wait_s) if _current else ([], "")
 
 
 def exit_now(line: str, code: int) -> NoReturn:
-    """Ends the process from any thread, whatever the main one is blocked in, without the exit handlers that could wait."""
+    """Ends the process from any thread, whatever the main one is blocked in, without the exit
+    handlers that could wait.
+    """
     if line:
         with contextlib.suppress(OSError):  # nobody reads it any more
             os.write(2, (line + "\n").encode())

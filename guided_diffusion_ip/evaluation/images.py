@@ -1,4 +1,7 @@
-"""Sets of images to be evaluated: an npz with arr_0, a folder or a zip of images, as uint8 batches in the order of the file."""
+"""Sets of images to be evaluated: an npz with arr_0, a folder or a zip of images, as uint8 batches
+in the order of the file.
+"""
+
 from __future__ import annotations
 
 import os
@@ -8,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
+from ..data.batches import render
 from ..data.npz_io import NpzReader
 from ..data.preprocessing import of_loader, recorded
 from ..data.sources import Source, open_source
-from ..data.batches import render
 
 _DECODERS = 8  # threads; Pillow decodes outside the interpreter lock
 
@@ -19,7 +22,8 @@ _DECODERS = 8  # threads; Pillow decodes outside the interpreter lock
 class ImageFile:
     """The images of one set.
 
-    `n` images of `shape` (H, W, C); `preprocessing` says how they were made, '' if the set does not.
+    `n` images of `shape` (H, W, C); `preprocessing` says how they were made, '' if the set does
+    not.
     """
 
     path: str
@@ -37,7 +41,9 @@ class ImageFile:
         raise NotImplementedError
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-        """Consecutive batches uint8 [<= size, H, W, C]; the next one is read while the last is worked on."""
+        """Consecutive batches uint8 [<= size, H, W, C]; the next one is read while the last is
+        worked on.
+        """
         with ThreadPoolExecutor(1) as reader:
             waiting = None
             for first in range(start, stop, size):
@@ -49,7 +55,9 @@ class ImageFile:
                 yield waiting.result()
 
 
-def open_images(path: str | os.PathLike, what: str, image_size: tuple[int, int] | None = None) -> ImageFile:
+def open_images(
+    path: str | os.PathLike, what: str, image_size: tuple[int, int] | None = None
+) -> ImageFile:
     """The images at `path`.
 
     Args:
@@ -62,12 +70,17 @@ def open_images(path: str | os.PathLike, what: str, image_size: tuple[int, int] 
     """
     path = os.fspath(path)
     if not os.path.exists(path):
-        raise ValueError(f"{what}: {path} does not exist (seen from {os.getcwd()}); expected an npz with arr_0 uint8 "
-                         "[N, H, W, 3], a folder of images, or a zip of images")
+        raise ValueError(
+            f"{what}: {path} does not exist (seen from {os.getcwd()}); expected an npz with arr_0 "
+            "uint8 [N, H, W, 3], a folder of images, or a zip of images"
+        )
     if os.path.isdir(path) or path.lower().endswith(".zip"):
         return _Pictures(path, what, image_size)
     if path.lower().endswith(".npy"):
-        raise ValueError(f"{what}: {path} is a .npy file; expected .npz: numpy.savez({path[:-4]!r}, arr_0=numpy.load(...))")
+        raise ValueError(
+            f"{what}: {path} is a .npy file; expected .npz: numpy.savez({path[:-4]!r}, "
+            "arr_0=numpy.load(...))"
+        )
     NpzReader(path).close()  # a file of another kind is an error here, with its name
     return _Npz(path, what, image_size)
 
@@ -87,9 +100,11 @@ def check_sizes(reference: ImageFile, samples: ImageFile, fixed: bool = False) -
         # An npz mostly has the size of the model already.
         wanted = reference if fixed or reference.kind == "npz" != samples.kind else samples
         (h, w, _), (height, width, _) = reference.shape, samples.shape
-        raise ValueError(f"reference images are {h} x {w}, samples {height} x {width} (height x width), "
-                         "and would differ by their scaling alone: give --image_size "
-                         f"{size_text(wanted.shape)} to scale and crop as training does")
+        raise ValueError(
+            f"reference images are {h} x {w}, samples {height} x {width} (height x width), "
+            "and would differ by their scaling alone: give --image_size "
+            f"{size_text(wanted.shape)} to scale and crop as training does"
+        )
 
 
 def size_text(shape: tuple[int, ...]) -> str:
@@ -109,7 +124,9 @@ class _Npz(ImageFile):
         found = f"{self._name}: {key} is {dtype} {list(shape)}"
         wanted = "expected uint8 [N, H, W, 3], or 1 channel, values 0 to 255"
         if len(shape) == 4 and shape[3] not in (1, 3) and shape[1] in (1, 3):
-            raise ValueError(f"{found}, which looks like [N, C, H, W]; {wanted}: save x.transpose(0, 2, 3, 1)")
+            raise ValueError(
+                f"{found}, which looks like [N, C, H, W]; {wanted}: save x.transpose(0, 2, 3, 1)"
+            )
         if len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape[1:]:
             raise ValueError(f"{found}; {wanted}")
         if shape[0] == 0:
@@ -118,13 +135,16 @@ class _Npz(ImageFile):
         self._scaled = image_size is not None and image_size != shape[1:3]
         if self._scaled:
             if "mu" in self._reader.keys:
-                raise ValueError(f"{self._name} holds statistics (mu) of {shape[1]} x {shape[2]} images, "
-                                 f"which cannot be scaled to {image_size[0]} x {image_size[1]}: make it "
-                                 "again from its images with evaluations/make_reference.py --image_size, "
-                                 f"or give --image_size {size_text(shape[1:])}")
+                raise ValueError(
+                    f"{self._name} holds statistics (mu) of {shape[1]} x {shape[2]} images, "
+                    f"which cannot be scaled to {image_size[0]} x {image_size[1]}: make it "
+                    "again from its images with evaluations/make_reference.py --image_size, "
+                    f"or give --image_size {size_text(shape[1:])}"
+                )
             self.shape = (*image_size, shape[3])
-            self.preprocessing = of_loader(self.preprocessing, image_size, shape[3],
-                                           stored_size=shape[1:])
+            self.preprocessing = of_loader(
+                self.preprocessing, image_size, shape[3], stored_size=shape[1:]
+            )
         self._floats = dtype.kind == "f"
         if dtype != np.uint8 and not self._floats:
             raise ValueError(f"{found}; {wanted}: save x.astype(numpy.uint8)")
@@ -136,10 +156,15 @@ class _Npz(ImageFile):
             return "arr_0"
         images = [key for key in keys if len(self._reader.shape(key)) == 4]
         hint = f": {images[0]} may be what is meant; save it as arr_0" if len(images) == 1 else ""
-        raise ValueError(f"{self._name} has the arrays {keys}, but images are expected as arr_0, uint8 [N, H, W, 3]{hint}")
+        raise ValueError(
+            f"{self._name} has the arrays {keys}, but images are expected as arr_0, uint8 [N, H, "
+            f"W, 3]{hint}"
+        )
 
     def _check_range(self, found: str, wanted: str) -> None:
-        """Floating-point pixels are taken if they are whole numbers from 0 to 255, as the published evaluator takes them."""
+        """Floating-point pixels are taken if they are whole numbers from 0 to 255, as the published
+        evaluator takes them.
+        """
         if not self._floats:
             return
         some = self._reader.rows("arr_0", 0, min(self.n, 64))
@@ -147,19 +172,25 @@ class _Npz(ImageFile):
             raise ValueError(f"{found} with values that are not finite; {wanted}")
         low, high = float(some.min()), float(some.max())
         if low < 0 and high <= 1.5:
-            raise ValueError(f"{found} from {low:g} to {high:g}, which looks like [-1, 1]; {wanted}: "
-                             "save ((x + 1) * 127.5).clip(0, 255).astype(numpy.uint8)")
+            raise ValueError(
+                f"{found} from {low:g} to {high:g}, which looks like [-1, 1]; {wanted}: "
+                "save ((x + 1) * 127.5).clip(0, 255).astype(numpy.uint8)"
+            )
         if high <= 1:
-            raise ValueError(f"{found} from {low:g} to {high:g}, which looks like [0, 1]; {wanted}: "
-                             "save (x * 255).round().astype(numpy.uint8)")
+            raise ValueError(
+                f"{found} from {low:g} to {high:g}, which looks like [0, 1]; {wanted}: "
+                "save (x * 255).round().astype(numpy.uint8)"
+            )
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         pixels = self._reader.rows("arr_0", start, stop)
         if self._floats:
             whole = pixels.round()
             if not ((whole == pixels) & (whole >= 0) & (whole <= 255)).all():
-                raise ValueError(f"{self._name}: arr_0 is {pixels.dtype} with values in rows {start} to {stop - 1} that are "
-                                 "not whole numbers from 0 to 255; expected uint8")
+                raise ValueError(
+                    f"{self._name}: arr_0 is {pixels.dtype} with values in rows {start} to "
+                    f"{stop - 1} that are not whole numbers from 0 to 255; expected uint8"
+                )
             pixels = whole.astype(np.uint8)
         if not self._scaled:
             return pixels
@@ -171,7 +202,9 @@ class _Npz(ImageFile):
 
 
 class _Pictures(ImageFile):
-    """A folder or zip: all images of one size, that of the first, unless image_size says to which they are brought."""
+    """A folder or zip: all images of one size, that of the first, unless image_size says to which
+    they are brought.
+    """
 
     def __init__(self, path: str, what: str, image_size: tuple[int, int] | None) -> None:
         try:
@@ -181,7 +214,8 @@ class _Pictures(ImageFile):
         self.path, self._name, self.kind = path, what, self._source.kind
         self.n = len(self._source)
         first = self._source.image(0, 3)
-        # Grey pictures stay grey, so that they compare with a grey model's samples in the space of pixels.
+        # Grey pictures stay grey, so that they compare with a grey model's samples in the space of
+        # pixels.
         channels = 1 if np.ptp(np.asarray(first), axis=2).max() == 0 and self._is_grey() else 3
         self._scaled = bool(image_size)
         size = image_size or (first.height, first.width)
@@ -191,8 +225,13 @@ class _Pictures(ImageFile):
         self._pool = ThreadPoolExecutor(_DECODERS)
 
     def _is_grey(self) -> bool:
-        """Are the first images grey throughout? A colour set may begin with one grey picture, hardly with 16."""
-        return all(np.ptp(np.asarray(self._source.image(i, 3)), axis=2).max() == 0 for i in range(min(16, self.n)))
+        """Are the first images grey throughout? A colour set may begin with one grey picture,
+        hardly with 16.
+        """
+        return all(
+            np.ptp(np.asarray(self._source.image(i, 3)), axis=2).max() == 0
+            for i in range(min(16, self.n))
+        )
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         return np.stack(list(self._pool.map(self._one, range(start, stop))))
@@ -201,8 +240,11 @@ class _Pictures(ImageFile):
         image = self._source.image(i, self.shape[2])
         height, width = self.shape[:2]
         if not self._scaled and (image.height, image.width) != (height, width):
-            raise ValueError(f"{self._name}: {self.path}: {self._source.names[i]} is {image.height} x {image.width}, but "
-                             f"{self._source.names[0]} is {height} x {width}: give --image_size to scale and crop all")
+            raise ValueError(
+                f"{self._name}: {self.path}: {self._source.names[i]} is {image.height} x "
+                f"{image.width}, but {self._source.names[0]} is {height} x {width}: give "
+                "--image_size to scale and crop all"
+            )
         return render(image, (height, width))
 
 

@@ -1,8 +1,10 @@
 """Statistics of images stored in an npz: mu, sigma (features), mu_s, sigma_s (spatial features).
 
-OpenAI's VIRTUAL reference files have these names, and arr_0 with some of the images. Ours (evaluations/make_reference.py) add
-`n` (images behind the statistics), `features` (the space) and `preprocessing` (how the images were made).
+OpenAI's VIRTUAL reference files have these names, and arr_0 with some of the images. Ours
+(evaluations/make_reference.py) add `n` (images behind the statistics), `features` (the space) and
+`preprocessing` (how the images were made).
 """
+
 from __future__ import annotations
 
 import math
@@ -13,8 +15,8 @@ import numpy as np
 
 from ..data.npz_io import NpzReader
 from ..data.preprocessing import recorded
-from ..metrics import FeatureStatistics
 from ..features.spaces import FeatureSpace
+from ..metrics import FeatureStatistics
 
 NAMES = ("mu", "sigma", "mu_s", "sigma_s")
 SPATIAL = 17 * 17 * 7  # spatial features of an image, for Inception
@@ -22,7 +24,9 @@ SPATIAL = 17 * 17 * 7  # spatial features of an image, for Inception
 
 @dataclass(frozen=True)
 class StoredStatistics:
-    """What an npz says about the set behind it; `n` is None, and texts are '', where it does not tell."""
+    """What an npz says about the set behind it; `n` is None, and texts are '', where it does not
+    tell.
+    """
 
     pool: FeatureStatistics
     spatial: FeatureStatistics | None
@@ -44,43 +48,62 @@ def has_images(path: str | os.PathLike) -> bool:
     if os.path.isdir(path) or not os.fspath(path).lower().endswith(".npz"):
         return True
     with NpzReader(path) as reader:
-        return "arr_0" in reader.keys or "mu" not in reader.keys  # neither: let whoever opens the images complain
+        return (
+            "arr_0" in reader.keys or "mu" not in reader.keys
+        )  # neither: let whoever opens the images complain
 
 
-def read_statistics(path: str | os.PathLike, space: FeatureSpace, image_shape: tuple[int, ...]) -> StoredStatistics:
+def read_statistics(
+    path: str | os.PathLike, space: FeatureSpace, image_shape: tuple[int, ...]
+) -> StoredStatistics:
     """The statistics in an npz, for use with features of `space` of images of this shape (H, W, C).
 
     Raises:
-        ValueError: arrays missing, of the wrong size or not finite, or statistics of another feature space.
+        ValueError: arrays missing, of the wrong size or not finite, or statistics of another
+            feature space.
     """
     with NpzReader(path) as reader:
         needed = NAMES if space.has_spatial else NAMES[:2]
         missing = [name for name in needed if name not in reader.keys]
         if missing:
-            raise ValueError(f"{path} holds mu but not {', '.join(missing)} (its arrays: {reader.keys}): make it again with "
-                             "evaluations/make_reference.py")
+            raise ValueError(
+                f"{path} holds mu but not {', '.join(missing)} (its arrays: {reader.keys}): make "
+                "it again with evaluations/make_reference.py"
+            )
         features = _text(reader, "features")
         if features and features.split()[0] != space.name:
-            raise ValueError(f"{path} holds statistics of the features {features.split()[0]}, but {space.name} are asked for: "
-                             "make a reference of these, or pass the --features that it was made with")
+            raise ValueError(
+                f"{path} holds statistics of the features {features.split()[0]}, but {space.name} "
+                "are asked for: make a reference of these, or pass the --features that it was "
+                "made with"
+            )
         arrays = {name: _numbers(reader, name) for name in needed}
         n = int(_numbers(reader, "n").reshape(-1)[0]) if "n" in reader.keys else None
     dim = space.dim or math.prod(image_shape)  # pixels
     sizes = {"mu": (dim,), "sigma": (dim,) * 2, "mu_s": (SPATIAL,), "sigma_s": (SPATIAL,) * 2}
     for name in needed:
         if arrays[name].shape != sizes[name]:
-            raise ValueError(f"{path}: {name} is {list(arrays[name].shape)}, expected {list(sizes[name])} for the features "
-                             f"{space.name}")
+            raise ValueError(
+                f"{path}: {name} is {list(arrays[name].shape)}, expected {list(sizes[name])} for "
+                f"the features {space.name}"
+            )
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{path}: {name} holds values that are not finite")
     return StoredStatistics(
         FeatureStatistics.from_moments(arrays["mu"], arrays["sigma"], n),
-        FeatureStatistics.from_moments(arrays["mu_s"], arrays["sigma_s"], n) if space.has_spatial else None,
-        n, features, recorded(path))
+        FeatureStatistics.from_moments(arrays["mu_s"], arrays["sigma_s"], n)
+        if space.has_spatial
+        else None,
+        n,
+        features,
+        recorded(path),
+    )
 
 
 def fingerprint(space: FeatureSpace) -> str:
-    """The feature space and its weights, in a line: numbers compare only where it is the same on both sides."""
+    """The feature space and its weights, in a line: numbers compare only where it is the same on
+    both sides.
+    """
     return f"{space.name} {space.describe().get('sha256', '')[:16]}".strip()
 
 
@@ -88,22 +111,32 @@ def compare_features(stored: StoredStatistics | None, space: FeatureSpace) -> li
     """A note if the statistics were made with other weights than those of `space`."""
     if stored is None or not stored.features or stored.features == fingerprint(space):
         return []
-    return [f"the reference statistics were made with {stored.features}, the samples are measured with {fingerprint(space)}: "
-            "not comparable unless the weights are the same in another file format"]
+    return [
+        f"the reference statistics were made with {stored.features}, the samples are measured with "
+        f"{fingerprint(space)}: not comparable unless the weights are the same in another file "
+        "format"
+    ]
 
 
-def statistics_arrays(pool: FeatureStatistics, spatial: FeatureStatistics | None, space: FeatureSpace) -> dict[str, np.ndarray]:
+def statistics_arrays(
+    pool: FeatureStatistics, spatial: FeatureStatistics | None, space: FeatureSpace
+) -> dict[str, np.ndarray]:
     """The arrays to store, in the names that read_statistics and the published evaluator read."""
     arrays = {"mu": pool.mean, "sigma": pool.cov}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.cov}
-    return arrays | {"n": np.array([pool.n], dtype=np.int64), "features": np.array([fingerprint(space)])}
+    return arrays | {
+        "n": np.array([pool.n], dtype=np.int64),
+        "features": np.array([fingerprint(space)]),
+    }
 
 
 def _numbers(reader: NpzReader, name: str) -> np.ndarray:
     shape = reader.shape(name)
     if not shape or reader.dtype(name).kind not in "fiu":
-        raise ValueError(f"{reader.path}: {name} is {reader.dtype(name)} {list(shape)}, expected numbers")
+        raise ValueError(
+            f"{reader.path}: {name} is {reader.dtype(name)} {list(shape)}, expected numbers"
+        )
     return reader.rows(name, 0, shape[0]).astype(np.float64)
 
 

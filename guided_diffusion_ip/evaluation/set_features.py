@@ -1,4 +1,7 @@
-"""A set of images, over all processes -> what the metrics need of it: moments and, only where asked for, the features."""
+"""A set of images, over all processes -> what the metrics need of it: moments and, only where asked
+for, the features.
+"""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,8 +10,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .. import dist_util
-from ..metrics import FeatureStatistics
 from ..features.spaces import FeatureSpace
+from ..metrics import FeatureStatistics
 from ..metrics.score import InceptionScore
 from .images import ImageFile
 
@@ -18,7 +21,8 @@ class SetFeatures:
     """What is known of one set; the same on every rank.
 
     Args:
-        pool, spatial: statistics of the two kinds of features; spatial is None where the space has none.
+        pool, spatial: statistics of the two kinds of features; spatial is None where the space has
+            none.
         rows: the pool features float32 [n, D] in the order of the images, or None.
         score: the Inception Score's sums, or None.
     """
@@ -30,11 +34,22 @@ class SetFeatures:
     score: InceptionScore | None
 
 
-def extract(images: ImageFile, space: FeatureSpace, *, batch_size: int, limit: int = 0, keep_rows: bool = False,
-            score: bool = False, spatial: bool = True, what: str = "images") -> SetFeatures:
-    """Features of the first `limit` (0: all) images; a collective: each process takes a contiguous part.
+def extract(
+    images: ImageFile,
+    space: FeatureSpace,
+    *,
+    batch_size: int,
+    limit: int = 0,
+    keep_rows: bool = False,
+    score: bool = False,
+    spatial: bool = True,
+    what: str = "images",
+) -> SetFeatures:
+    """Features of the first `limit` (0: all) images; a collective: each process takes a contiguous
+    part.
 
-    Memory does not grow with the number of images, but for 4 D bytes each if `keep_rows` (on every process).
+    Memory does not grow with the number of images, but for 4 D bytes each if `keep_rows` (on every
+    process).
 
     Raises:
         ValueError: an image cannot be read, or features that are not finite.
@@ -57,10 +72,18 @@ def extract(images: ImageFile, space: FeatureSpace, *, batch_size: int, limit: i
             if keep_rows:
                 if first == start:
                     rows = np.empty((stop - start, features.pool.shape[1]), np.float32)
-                rows[first - start:first - start + len(batch)] = features.pool.float().cpu().numpy()
+                rows[first - start : first - start + len(batch)] = (
+                    features.pool.float().cpu().numpy()
+                )
             first += len(batch)
             bar.update(min(len(batch) * world, n - bar.n))
     for statistics in (pool, spatial_statistics, inception_score):
         if statistics is not None:
             statistics.all_reduce()
-    return SetFeatures(n, pool, spatial_statistics, dist_util.all_gather_rows(rows) if keep_rows else None, inception_score)
+    return SetFeatures(
+        n,
+        pool,
+        spatial_statistics,
+        dist_util.all_gather_rows(rows) if keep_rows else None,
+        inception_score,
+    )

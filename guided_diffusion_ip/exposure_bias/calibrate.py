@@ -1,14 +1,17 @@
 """lambda(t) found step by step, from one batch of chains: no samples to keep, no FID, no search.
 
-What measure 1 (or 3) says is imposed: from the noisy end to the clean end, lambda(t) is chosen such that x_{t-1}, which the
-step at t makes, has the mean raw epsilon norm (or the variance) that training inputs have at t - 1. The chain up to t uses
-the lambdas found so far. Ratio = mean norm of epsilon_theta in the chain / mean norm on training inputs, both raw.
+What measure 1 (or 3) says is imposed: from the noisy end to the clean end, lambda(t) is chosen such
+that x_{t-1}, which the step at t makes, has the mean raw epsilon norm (or the variance) that
+training inputs have at t - 1. The chain up to t uses the lambdas found so far. Ratio = mean norm of
+epsilon_theta in the chain / mean norm on training inputs, both raw.
 
-All chains are kept in memory, as x_t and the network's output at x_t: at most 4 images' worth of float32 each, so that
-10,000 CIFAR-10 chains take half a gigabyte. Cost in network calls per chain: for the norm, T' on training inputs and about
-6 T' along the chain (each trial lambda is one call at t - 1); for the variance T' in all. Re-running the chain for each trial
-instead would take memory for one batch only, and T'/2 times as many calls.
+All chains are kept in memory, as x_t and the network's output at x_t: at most 4 images' worth of
+float32 each, so that 10,000 CIFAR-10 chains take half a gigabyte. Cost in network calls per chain:
+for the norm, T' on training inputs and about 6 T' along the chain (each trial lambda is one call at
+t - 1); for the variance T' in all. Re-running the chain for each trial instead would take memory
+for one batch only, and T'/2 times as many calls.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -34,7 +37,11 @@ _TRIALS = 12
 
 # What became of a step.
 SOLVED, EDGE = "solved", "edge of the bracket"
-CLIPPED, NOISE, LAST = "neighbour's: x_0_hat is clipped", "neighbour's: response below noise", "neighbour's: last step"
+CLIPPED, NOISE, LAST = (
+    "neighbour's: x_0_hat is clipped",
+    "neighbour's: response below noise",
+    "neighbour's: last step",
+)
 
 
 @dataclass
@@ -56,7 +63,8 @@ class Calibration:
     how: list[str] = field(default_factory=list)
 
     def fit(self) -> dict[str, float]:
-        """b, and (k, b) of a line: least squares over the steps that were found, weights 1 / error^2.
+        """b, and (k, b) of a line: least squares over the steps that were found, weights 1 /
+        error^2.
 
         With fewer than two such steps the line is the constant; with none, b = 1.
         """
@@ -82,7 +90,11 @@ class Mean:
 
 def over_ranks(values: np.ndarray) -> np.ndarray:
     """The sum of an array over processes, on each; a collective."""
-    return dist_util.all_gather_rows(np.asarray(values, dtype=np.float64).reshape(1, -1)).sum(axis=0).reshape(np.shape(values))
+    return (
+        dist_util.all_gather_rows(np.asarray(values, dtype=np.float64).reshape(1, -1))
+        .sum(axis=0)
+        .reshape(np.shape(values))
+    )
 
 
 class _Norm:
@@ -92,7 +104,9 @@ class _Norm:
 
     def of(self, process: Any, x: Tensor, output: Tensor | None, t: int) -> Mean:
         norms = implied_epsilon(process, output, x, t).flatten(1).double().norm(dim=1)
-        n, first, second = over_ranks(np.array([len(norms), float(norms.sum()), float(norms.square().sum())]))
+        n, first, second = over_ranks(
+            np.array([len(norms), float(norms.sum()), float(norms.square().sum())])
+        )
         mean = first / n
         return Mean(mean, float(np.sqrt(max(second / n - mean**2, 0) / max(n - 1, 1))))
 
@@ -116,13 +130,22 @@ STATISTICS = {"norm": _Norm, "variance": _Variance}
 
 
 @torch.no_grad()
-def calibrate(sampler: Sampler, model: Model, images_for: ImagesFor, num_chains: int, batch_size: int, device: torch.device,
-              by: str = "norm", bracket: tuple[float, float] = BRACKET) -> Calibration:
+def calibrate(
+    sampler: Sampler,
+    model: Model,
+    images_for: ImagesFor,
+    num_chains: int,
+    batch_size: int,
+    device: torch.device,
+    by: str = "norm",
+    bracket: tuple[float, float] = BRACKET,
+) -> Calibration:
     """Find lambda(t) for this sampler; a collective: processes share the chains by number.
 
     Args:
         sampler: its process's own lambda is not used.
-        images_for: real images, as of MeasureRun: for the training norms (or Var(x_0)), and for the chains' classes.
+        images_for: real images, as of MeasureRun: for the training norms (or Var(x_0)), and for the
+            chains' classes.
         by: "norm" (measure 1) or "variance" (measure 3).
 
     Raises:
@@ -132,9 +155,12 @@ def calibrate(sampler: Sampler, model: Model, images_for: ImagesFor, num_chains:
         raise ValueError(f"--by {by}: allowed are {', '.join(STATISTICS)}")
     rank, world = dist_util.get_rank(), dist_util.get_world_size()
     if num_chains < 2 * world:
-        raise ValueError(f"--num_images {num_chains} is too few: calibration needs 2 per process at least, better hundreds")
+        raise ValueError(
+            f"--num_images {num_chains} is too few: calibration needs 2 per process at least, "
+            "better hundreds"
+        )
     mine = list(range(num_chains * rank // world, num_chains * (rank + 1) // world))
-    parts = [mine[first:first + batch_size] for first in range(0, len(mine), batch_size)]
+    parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
     model = classifier_free(model, sampler.guidance_scale, sampler.null_label)
     return _Calibrator(sampler, model, images_for, parts, device, STATISTICS[by](), bracket).run()
 
@@ -142,8 +168,16 @@ def calibrate(sampler: Sampler, model: Model, images_for: ImagesFor, num_chains:
 class _Calibrator:
     """The chains of this process, in batches, and the search at each step."""
 
-    def __init__(self, sampler: Sampler, model: Model, images_for: ImagesFor, parts: list[list[int]], device: torch.device,
-                 statistic: Any, bracket: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        model: Model,
+        images_for: ImagesFor,
+        parts: list[list[int]],
+        device: torch.device,
+        statistic: Any,
+        bracket: tuple[float, float],
+    ) -> None:
         self.sampler, self.process, self.model = sampler, sampler.diffusion, model
         self.images_for, self.parts, self.device = images_for, parts, device
         self.statistic, self.bracket = statistic, bracket
@@ -156,7 +190,12 @@ class _Calibrator:
         found = Calibration(np.full(steps, np.nan), *empty, how=[LAST] * steps)
         output = self._call(x, steps - 1)
         lam = 1.0
-        for t in tqdm(range(steps - 1, 0, -1), desc="calibrating", unit="step", disable=None if dist_util.is_main() else True):
+        for t in tqdm(
+            range(steps - 1, 0, -1),
+            desc="calibrating",
+            unit="step",
+            disable=None if dist_util.is_main() else True,
+        ):
             found.clipped[t] = self._clipped_share(x, output, t)
             if found.clipped[t] > SATURATED:
                 found.how[t], best = CLIPPED, self._try(x, output, t, lam, target)
@@ -165,35 +204,56 @@ class _Calibrator:
             if found.how[t] in (SOLVED, EDGE):
                 lam = found.lambdas[t] = best.lam
                 found.ratio[t] = 1 + best.excess
-            x, output = best.x, best.output if best.output is not None else self._call(best.x, t - 1)
+            x, output = (
+                best.x,
+                best.output if best.output is not None else self._call(best.x, t - 1),
+            )
         found.clipped[0] = self._clipped_share(x, output, 0)
         _inherit(found.lambdas)
         return found
 
     def _targets_and_starts(self) -> tuple[list[Mean], Tensor]:
-        """What the statistic is at each t on training inputs, and the chains' start [n, C, H, W]."""
+        """What the statistic is at each t on training inputs, and the chains' start
+        [n, C, H, W].
+        """
         process, real, starts = self.process, [], []
         for index in self.parts:
             images, cond = self.images_for(index)
             real.append(images)
-            starts.append(step_noise(self.sampler, index, process.num_timesteps)(images.to(self.device)))
+            starts.append(
+                step_noise(self.sampler, index, process.num_timesteps)(images.to(self.device))
+            )
             self.kwargs.append({name: value.to(self.device) for name, value in cond.items()})
         x_start = torch.cat(real)
         if not self.statistic.needs_network:
             data = self.statistic.of(process, x_start, None, 0)
-            return [Mean(ab * data.value + 1 - ab, ab * data.error) for ab in process.alphas_cumprod], torch.cat(starts)
+            return [
+                Mean(ab * data.value + 1 - ab, ab * data.error) for ab in process.alphas_cumprod
+            ], torch.cat(starts)
         targets = []
-        for t in tqdm(range(process.num_timesteps), desc="training norms", unit="step",
-                      disable=None if dist_util.is_main() else True):
-            x_t = torch.cat([noised(self.sampler, Batch(index, images.to(self.device), {}), t)
-                             for index, images in zip(self.parts, real)])
+        for t in tqdm(
+            range(process.num_timesteps),
+            desc="training norms",
+            unit="step",
+            disable=None if dist_util.is_main() else True,
+        ):
+            x_t = torch.cat(
+                [
+                    noised(self.sampler, Batch(index, images.to(self.device), {}), t)
+                    for index, images in zip(self.parts, real)
+                ]
+            )
             targets.append(self.statistic.of(process, x_t, self._call(x_t, t), t))
         return targets, torch.cat(starts)
 
     def _call(self, x: Tensor, t: int) -> Tensor:
         """The network's output at x [n, ...], a batch at a time."""
-        return torch.cat([self.process.call_model(self.model, part, times(part, t), kwargs)
-                          for part, kwargs in zip(x.split([len(index) for index in self.parts]), self.kwargs)])
+        return torch.cat(
+            [
+                self.process.call_model(self.model, part, times(part, t), kwargs)
+                for part, kwargs in zip(x.split([len(index) for index in self.parts]), self.kwargs)
+            ]
+        )
 
     def _clipped_share(self, x: Tensor, output: Tensor, t: int) -> float:
         if not self.sampler.clip_denoised:
@@ -208,19 +268,34 @@ class _Calibrator:
         lambdas[t] = lam
         sampler = replace(self.sampler, diffusion=with_lambdas(self.process, lambdas))
         index = [i for part in self.parts for i in part]
-        before = step(sampler, lambda x, t: output, x, t, {}, step_noise(sampler, index, t))["sample"]
+        before = step(sampler, lambda x, t: output, x, t, {}, step_noise(sampler, index, t))[
+            "sample"
+        ]
         new_output = self._call(before, t - 1) if self.statistic.needs_network else None
         mean, wanted = self.statistic.of(self.process, before, new_output, t - 1), target[t - 1]
         if not (np.isfinite(mean.value) and mean.value > 0 and wanted.value > 0):
-            raise ValueError(f"the chain's mean at t = {t - 1} is {mean.value:g}, on training inputs {wanted.value:g}: the "
-                             "model has diverged, overflows in half precision (try --use_fp16 False), or needs "
-                             "--clip_denoised True")
+            raise ValueError(
+                f"the chain's mean at t = {t - 1} is {mean.value:g}, on training inputs "
+                f"{wanted.value:g}: the model has diverged, overflows in half precision (try "
+                "--use_fp16 False), or needs --clip_denoised True"
+            )
         ratio = mean.value / wanted.value
         noise = ratio * float(np.hypot(mean.error / mean.value, wanted.error / wanted.value))
         return _Trial(lam, ratio - 1, noise, before, new_output)
 
-    def _solve(self, x: Tensor, output: Tensor, t: int, target: list[Mean], found: Calibration, neighbour: float) -> _Trial:
-        """The trial that meets the target, by bracketing; writes how, error and response of step t."""
+    def _solve(
+        self,
+        x: Tensor,
+        output: Tensor,
+        t: int,
+        target: list[Mean],
+        found: Calibration,
+        neighbour: float,
+    ) -> _Trial:
+        """The trial that meets the target, by bracketing; writes how, error and
+        response of step t.
+        """
+
         def trial(lam: float) -> _Trial:
             return self._try(x, output, t, lam, target)
 
@@ -247,8 +322,12 @@ class _Trial:
     output: Tensor | None
 
 
-def _bracket_root(trial: Callable[[float], _Trial], low: _Trial, high: _Trial, small: float) -> _Trial:
-    """The trial with |excess| <= small between two whose excesses differ in sign: regula falsi, Illinois variant."""
+def _bracket_root(
+    trial: Callable[[float], _Trial], low: _Trial, high: _Trial, small: float
+) -> _Trial:
+    """The trial with |excess| <= small between two whose excesses differ in sign: regula falsi,
+    Illinois variant.
+    """
     ends, values = [low, high], [low.excess, high.excess]
     best = min(ends, key=lambda end: abs(end.excess))
     last = -1
@@ -261,13 +340,17 @@ def _bracket_root(trial: Callable[[float], _Trial], low: _Trial, high: _Trial, s
         side = 0 if middle.excess * values[0] > 0 else 1
         ends[side], values[side] = middle, middle.excess
         if side == last:
-            values[1 - side] /= 2  # the other end has stood still twice: let the line lean towards it
+            values[1 - side] /= (
+                2  # the other end has stood still twice: let the line lean towards it
+            )
         last = side
     return best
 
 
 def _inherit(lambdas: np.ndarray) -> None:
-    """Fill gaps (NaN) from the noisier neighbour; the noisiest ones from the first that was found; 1 if none was."""
+    """Fill gaps (NaN) from the noisier neighbour; the noisiest ones from the first that was found;
+    1 if none was.
+    """
     known = 1.0 if np.isnan(lambdas).all() else lambdas[~np.isnan(lambdas)][-1]
     for t in range(len(lambdas) - 1, -1, -1):
         known = lambdas[t] = known if np.isnan(lambdas[t]) else lambdas[t]
@@ -280,7 +363,16 @@ def describe(found: Calibration, settings: dict[str, Any]) -> dict[str, Any]:
     def listed(values: Sequence[float], digits: int) -> list[float | None]:
         return [round(float(value), digits) if np.isfinite(value) else None for value in values]
 
-    return {"steps": len(found.lambdas), "use": "lambda", "lambda": listed(found.lambdas, 6), "b": round(fit["b"], 6),
-            "kb": {"k": round(fit["line_k"], 8), "b": round(fit["line_b"], 6)}, "standard_error": listed(found.error, 6),
-            "how": list(found.how), "ratio": listed(found.ratio, 6), "response": listed(found.response, 6),
-            "clipped_share": listed(found.clipped, 4), "settings": settings}
+    return {
+        "steps": len(found.lambdas),
+        "use": "lambda",
+        "lambda": listed(found.lambdas, 6),
+        "b": round(fit["b"], 6),
+        "kb": {"k": round(fit["line_k"], 8), "b": round(fit["line_b"], 6)},
+        "standard_error": listed(found.error, 6),
+        "how": list(found.how),
+        "ratio": listed(found.ratio, 6),
+        "response": listed(found.response, 6),
+        "clipped_share": listed(found.clipped, 4),
+        "settings": settings,
+    }

@@ -1,13 +1,17 @@
 """A measuring run: the sums of some measures over all images and processes, into one folder.
 
     out_dir/measures.json      every figure, lists indexed by t (null: not defined there)
-    out_dir/measures.npz       the same as float64 arrays MEASURE.NAME, and t, alphas_cumprod, lambda, timestep_map
+    out_dir/measures.npz       the same as float64 arrays MEASURE.NAME, and t, alphas_cumprod,
+                               lambda, timestep_map
     out_dir/settings.yaml      what it was made with
-    out_dir/partial/           sums so far, while it runs: one file per process and start, written after each batch
+    out_dir/partial/           sums so far, while it runs: one file per process and start, written
+                               after each batch
 
-The same command again continues an interrupted run, with any batch size and number of processes: each file of sums says which
-images it counts, files of earlier starts are only read, and at the end all are added up.
+The same command again continues an interrupted run, with any batch size and number of processes:
+each file of sums says which images it counts, files of earlier starts are only read, and at the end
+all are added up.
 """
+
 from __future__ import annotations
 
 import json
@@ -39,8 +43,10 @@ class MeasureRun:
     """What is to be measured, and where it goes.
 
     Args:
-        images_for: x_0 float32 [n, C, H, W] of the images numbered [n] (0 .. num_images - 1), and their model_kwargs.
-        settings: everything that the result depends on, as plain values; a folder made with others is refused.
+        images_for: x_0 float32 [n, C, H, W] of the images numbered [n] (0 .. num_images - 1), and
+            their model_kwargs.
+        settings: everything that the result depends on, as plain values; a folder made with others
+            is refused.
     """
 
     measures: Sequence[Any]
@@ -58,7 +64,8 @@ class MeasureRun:
         """Measure what is missing and sum up; a collective. Returns what is in measures.json.
 
         Raises:
-            ValueError: out_dir holds measures made with other settings, or what `figures_of` refuses.
+            ValueError: out_dir holds measures made with other settings, or what `figures_of`
+                refuses.
         """
         claim_folder(self.out_dir, self.settings, "measures")
         # Rank 0 alone looks: it also writes the file.
@@ -72,21 +79,43 @@ class MeasureRun:
 
     def _fill(self, model: Model, batch_size: int, device: torch.device) -> None:
         partial = PartialSums(os.path.join(self.out_dir, "partial"))
-        todo, start = dist_util.broadcast_object((partial.missing(self.num_images), partial.next_start()))
+        todo, start = dist_util.broadcast_object(
+            (partial.missing(self.num_images), partial.next_start())
+        )
         rank, world = dist_util.get_rank(), dist_util.get_world_size()
-        calls = sum(path.length for path in walks_of(self.measures, self.sampler.diffusion.num_timesteps))
-        mine = todo[len(todo) * rank // world:len(todo) * (rank + 1) // world]
+        calls = sum(
+            path.length for path in walks_of(self.measures, self.sampler.diffusion.num_timesteps)
+        )
+        mine = todo[len(todo) * rank // world : len(todo) * (rank + 1) // world]
         sums: dict[str, Sums] = {}
         done: list[int] = []
-        with resumable(self.num_images, lambda: len(partial.missing(self.num_images))), tqdm(
-                total=calls * self.num_images, initial=calls * (self.num_images - len(todo)), unit="call", unit_scale=True,
-                desc="measuring", disable=None if dist_util.is_main() else True) as bar:
+        with (
+            resumable(self.num_images, lambda: len(partial.missing(self.num_images))),
+            tqdm(
+                total=calls * self.num_images,
+                initial=calls * (self.num_images - len(todo)),
+                unit="call",
+                unit_scale=True,
+                desc="measuring",
+                disable=None if dist_util.is_main() else True,
+            ) as bar,
+        ):
             for first in range(0, len(mine), batch_size):
-                index = mine[first:first + batch_size]
+                index = mine[first : first + batch_size]
                 images, kwargs = self.images_for(index)
-                batch = Batch(index, images.to(device), {name: value.to(device) for name, value in kwargs.items()})
-                observe(self.measures, self.sampler, model, batch, sums,
-                        lambda n: bar.update(min(n * world, bar.total - bar.n)))
+                batch = Batch(
+                    index,
+                    images.to(device),
+                    {name: value.to(device) for name, value in kwargs.items()},
+                )
+                observe(
+                    self.measures,
+                    self.sampler,
+                    model,
+                    batch,
+                    sums,
+                    lambda n: bar.update(min(n * world, bar.total - bar.n)),
+                )
                 done += index
                 partial.write(start, rank, done, sums)
         dist_util.barrier()
@@ -95,34 +124,55 @@ class MeasureRun:
         """From sums to figures; measures.json comes last, and says that all is there."""
         partial = PartialSums(os.path.join(self.out_dir, "partial"))
         if left := left_when_listed(lambda: partial.missing(self.num_images)):
-            raise ValueError(f"{partial.path} does not count image {left[0]}, though all processes have written their sums: do "
-                             "they share this folder? The same command again measures what is missing")
+            raise ValueError(
+                f"{partial.path} does not count image {left[0]}, though all processes have written "
+                "their sums: do they share this folder? The same command again measures what is "
+                "missing"
+            )
         sums, n = partial.total()
         assert n == self.num_images, f"{partial.path} counts {n} of {self.num_images} images"
         process = self.sampler.diffusion
         figures = figures_of(self.measures, sums, n, process)
-        common = {"t": np.arange(process.num_timesteps), "alphas_cumprod": process.alphas_cumprod, "lambda": process.lambdas,
-                  "timestep_map": np.asarray(getattr(process, "timestep_map", range(process.num_timesteps)))}
-        arrays = {f"{name}.{key}": np.asarray(value) for name, found in figures.items() for key, value in found.items()
-                  if not isinstance(value, str)}
+        common = {
+            "t": np.arange(process.num_timesteps),
+            "alphas_cumprod": process.alphas_cumprod,
+            "lambda": process.lambdas,
+            "timestep_map": np.asarray(
+                getattr(process, "timestep_map", range(process.num_timesteps))
+            ),
+        }
+        arrays = {
+            f"{name}.{key}": np.asarray(value)
+            for name, found in figures.items()
+            for key, value in found.items()
+            if not isinstance(value, str)
+        }
         write_npz(os.path.join(self.out_dir, "measures.npz"), {**common, **arrays})
-        content = {"num_images": n, "num_timesteps": process.num_timesteps, "settings": self.settings,
-                   **{name: _plain(value) for name, value in common.items()},
-                   "measures": {name: _plain(found) for name, found in figures.items()}}
+        content = {
+            "num_images": n,
+            "num_timesteps": process.num_timesteps,
+            "settings": self.settings,
+            **{name: _plain(value) for name, value in common.items()},
+            "measures": {name: _plain(found) for name, found in figures.items()},
+        }
         with atomic_file(self.json_path) as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
         partial.remove()
 
 
 class PartialSums:
-    """Sums so far, in files that each name the images which they count; no image is in two of them."""
+    """Sums so far, in files that each name the images which they count; no image is in
+    two of them.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
         os.makedirs(path, exist_ok=True)
 
     def files(self) -> list[str]:
-        return sorted(name for name in os.listdir(self.path) if re.fullmatch(r"sums-\d+-\d+\.npz", name))
+        return sorted(
+            name for name in os.listdir(self.path) if re.fullmatch(r"sums-\d+-\d+\.npz", name)
+        )
 
     def next_start(self) -> int:
         """A number that no file has: what an earlier start wrote is never written again."""
@@ -138,8 +188,15 @@ class PartialSums:
 
     def write(self, start: int, rank: int, done: Sequence[int], sums: dict[str, Sums]) -> None:
         """Replace this process's file by one that counts the images `done`."""
-        arrays = {f"{measure}.{name}": array for measure, own in sums.items() for name, array in own.items()}
-        write_npz(os.path.join(self.path, f"sums-{start:04d}-{rank:04d}.npz"), {"images": np.asarray(done), **arrays})
+        arrays = {
+            f"{measure}.{name}": array
+            for measure, own in sums.items()
+            for name, array in own.items()
+        }
+        write_npz(
+            os.path.join(self.path, f"sums-{start:04d}-{rank:04d}.npz"),
+            {"images": np.asarray(done), **arrays},
+        )
 
     def total(self) -> tuple[dict[str, Sums], int]:
         """The sums of all files, and the number of images that they count."""
@@ -173,10 +230,15 @@ def _plain(value: Any) -> Any:
 
 
 def spread_over(total: int, wanted: int) -> list[int]:
-    """`wanted` numbers out of 0 .. total - 1, evenly spread: a set that is sorted by class gives some of each."""
+    """`wanted` numbers out of 0 .. total - 1, evenly spread: a set that is sorted by class gives
+    some of each.
+    """
     return [k * total // wanted for k in range(wanted)]
 
 
 def as_arrays(figures: dict[str, Any]) -> Figures:
     """One measure of measures.json back as arrays; null becomes NaN."""
-    return {key: np.array(value, dtype=np.float64) if isinstance(value, list) else value for key, value in figures.items()}
+    return {
+        key: np.array(value, dtype=np.float64) if isinstance(value, list) else value
+        for key, value in figures.items()
+    }

@@ -1,14 +1,19 @@
-"""Five measures of exposure bias, as running sums over images; definitions of Ning et al. 2023 (IP) and 2024 (ES).
+"""Five measures of exposure bias, as running sums over images; definitions of Ning et al. 2023 (IP)
+and 2024 (ES).
 
-A measure names the walks it wants to watch, adds what it sees to `sums` (float64 arrays whose size does not depend on the
-number of images, and that add over batches and processes), and turns sums over n images into figures. In short:
+A measure names the walks it wants to watch, adds what it sees to `sums` (float64 arrays whose size
+does not depend on the number of images, and that add over batches and processes), and turns sums
+over n images into figures. In short:
 
     figures = measure(["norm", "variance"], sampler, model, batches)
 
-Every array of a result is indexed by t = 0 .. T'-1, the step of the (respaced) process at which the network is called on
-x_t: 0 is the last, clean step. What concerns the finished image, after step 0, is called `final`. "Std" and "variance" are
+Every array of a result is indexed by t = 0 .. T'-1, the step of the (respaced) process at which the
+network is called on
+x_t: 0 is the last, clean step. What concerns the finished image, after step 0, is called `final`.
+    "Std" and "variance" are
 over images at each pixel, with n - 1, then averaged over pixels.
 """
+
 from __future__ import annotations
 
 import warnings
@@ -22,9 +27,21 @@ from torch import Tensor
 
 from ..data.image_io import to_uint8
 from ..diffusion.guidance import classifier_free
-from ..runs.sample_batch import Sampler
 from ..metrics import frechet_distance
-from .walks import CHAIN, DATA, INPUTS, NOISE_FREE, Batch, Model, Visit, Walk, implied_epsilon, times, walk
+from ..runs.sample_batch import Sampler
+from .walks import (
+    CHAIN,
+    DATA,
+    INPUTS,
+    NOISE_FREE,
+    Batch,
+    Model,
+    Visit,
+    Walk,
+    implied_epsilon,
+    times,
+    walk,
+)
 
 Sums = dict[str, np.ndarray]
 Figures = dict[str, Any]  # arrays [T'] and numbers
@@ -34,10 +51,11 @@ _NORMALITY_IMAGES, _NORMALITY_PIXELS, _ALPHA = 50, 256, 0.05
 
 @dataclass(frozen=True)
 class EpsilonNorm:
-    """Measure 1: the mean Frobenius norm of epsilon_theta per image, along training inputs and along the chain (ES, Fig. 6).
+    """Measure 1: the mean Frobenius norm of epsilon_theta per image, along training inputs and
+    along the chain (ES, Fig. 6).
 
-    `ratio` is of the raw norms; `ratio_published` has the chain's norm divided by lambda(t), as published. Standard errors
-    take the two walks as independent.
+    `ratio` is of the raw norms; `ratio_published` has the chain's norm divided by lambda(t), as
+    published. Standard errors take the two walks as independent.
     """
 
     name = "norm"
@@ -57,17 +75,24 @@ class EpsilonNorm:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = chain / inputs
             error = ratio * np.hypot(chain_error / chain, inputs_error / inputs)
-        return {"inputs": inputs, "chain": chain, "ratio": ratio, "ratio_published": ratio / process.lambdas,
-                "ratio_error": error}
+        return {
+            "inputs": inputs,
+            "chain": chain,
+            "ratio": ratio,
+            "ratio_published": ratio / process.lambdas,
+            "ratio_error": error,
+        }
 
 
 @dataclass(frozen=True)
 class Delta:
     """Measure 2: delta_t = (std of (x_t - sqrt(ab_t) x_0) - sqrt(1 - ab_t))^2 (ES, Section 3).
 
-    `multi`: in the chain started at q(x_{T'-1} | x_0); `single`: after one step from q(x_{t+1} | x_0). Entry T'-1 of both is
-    the start itself. x_0 is the image that the chain started from. A stochastic sampler started near pure noise has forgotten
-    it: even a perfect one ends at sqrt(2) times the data's std, so that compare values between methods, not with 0.
+    `multi`: in the chain started at q(x_{T'-1} | x_0); `single`: after one step from q(x_{t+1} |
+    x_0). Entry T'-1 of both is the start itself. x_0 is the image that the chain started from. A
+    stochastic sampler started near pure noise has forgotten
+    it: even a perfect one ends at sqrt(2) times the data's std, so that compare values between
+        methods, not with 0.
     """
 
     name = "delta"
@@ -83,17 +108,30 @@ class Delta:
             if t == steps - 1:
                 _add_moments(sums, "single", steps, t, self._residual(visit, visit.x, t, process))
             if t > 0:
-                _add_moments(sums, "single", steps, t - 1, self._residual(visit, visit.sample, t - 1, process))
+                _add_moments(
+                    sums,
+                    "single",
+                    steps,
+                    t - 1,
+                    self._residual(visit, visit.sample, t - 1, process),
+                )
 
     @staticmethod
     def _residual(visit: Visit, x: Tensor, t: int, process: Any) -> Tensor:
-        return (x.double() - float(process.sqrt_alphas_cumprod[t]) * visit.batch.x_start.double()).flatten(1)
+        return (
+            x.double() - float(process.sqrt_alphas_cumprod[t]) * visit.batch.x_start.double()
+        ).flatten(1)
 
     def result(self, sums: Sums, n: int, process: Any) -> Figures:
         expected = np.sqrt(1 - process.alphas_cumprod)
-        stds = {kind: np.sqrt(_variance(sums, kind, n)).mean(axis=1) for kind in ("single", "multi")}
-        return {"expected_std": expected, **{f"std_{kind}": std for kind, std in stds.items()},
-                **{f"delta_{kind}": (std - expected) ** 2 for kind, std in stds.items()}}
+        stds = {
+            kind: np.sqrt(_variance(sums, kind, n)).mean(axis=1) for kind in ("single", "multi")
+        }
+        return {
+            "expected_std": expected,
+            **{f"std_{kind}": std for kind, std in stds.items()},
+            **{f"delta_{kind}": (std - expected) ** 2 for kind, std in stds.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -122,18 +160,26 @@ class Variance:
         chain = _variance(sums, "x", n).mean(axis=1)
         real = float(_variance(sums, "real", n).mean())
         expected = process.alphas_cumprod * real + 1 - process.alphas_cumprod
-        return {"chain": chain[:-1], "expected": expected, "error": chain[:-1] - expected, "final": float(chain[-1]),
-                "final_expected": real, "final_error": float(chain[-1]) - real}
+        return {
+            "chain": chain[:-1],
+            "expected": expected,
+            "error": chain[:-1] - expected,
+            "final": float(chain[-1]),
+            "final_expected": real,
+            "final_error": float(chain[-1]) - real,
+        }
 
 
 @dataclass(frozen=True)
 class PredictionError:
-    """Measure 4: e_t = x_0_hat - x_0 on noised real images: mean, nu_t (its std) and normality (IP, Section 5.3).
+    """Measure 4: e_t = x_0_hat - x_0 on noised real images: mean, nu_t (its std) and normality (IP,
+    Section 5.3).
 
-    lambda does not enter: this is what training sees. `rejected` is the share of pixels for which a Shapiro-Wilk test rejects
-    normality at 0.05, from the first 50 images as in the paper, at up to 256 pixels spread evenly; pixels at which nothing
-    varies are left out (`tested` counts the others). `gamma` is nu_t sqrt(ab / (1 - ab)), the epsilon-error that amounts to
-    nu_t; it is derived here, the paper argues for a constant.
+    lambda does not enter: this is what training sees. `rejected` is the share of pixels for which a
+    Shapiro-Wilk test rejects normality at 0.05, from the first 50 images as in the paper, at up to
+    256 pixels spread evenly; pixels at which nothing varies are left out (`tested` counts the
+    others). `gamma` is nu_t sqrt(ab / (1 - ab)), the epsilon-error that amounts to nu_t; it is
+    derived here, the paper argues for a constant.
     """
 
     name = "prediction"
@@ -145,7 +191,9 @@ class PredictionError:
         if visit.walk.kind != INPUTS:
             return
         steps, t, batch = process.num_timesteps, visit.t, visit.batch
-        x_start = process.read_output(visit.output, visit.x, times(visit.x, t), visit.clip)["pred_xstart"]  # without lambda
+        x_start = process.read_output(visit.output, visit.x, times(visit.x, t), visit.clip)[
+            "pred_xstart"
+        ]  # without lambda
         error = (x_start.double() - batch.x_start.double()).flatten(1)
         _add_moments(sums, "error", steps, t, error)
         pixels = np.unique(np.linspace(0, error.shape[1] - 1, _NORMALITY_PIXELS).astype(int))
@@ -157,21 +205,33 @@ class PredictionError:
     def result(self, sums: Sums, n: int, process: Any) -> Figures:
         snr_root = np.sqrt(process.alphas_cumprod / (1 - process.alphas_cumprod))
         nu = np.sqrt(_variance(sums, "error", n)).mean(axis=1)
-        rejected, tested = zip(*(_rejected(rows[:min(n, _NORMALITY_IMAGES)]) for rows in sums["rows"]))
-        return {"mean": sums["error_1"].mean(axis=1) / n, "nu": nu, "gamma": nu * snr_root, "rejected": np.array(rejected),
-                "tested": np.array(tested), "published_gamma": PUBLISHED_GAMMA}
+        rejected, tested = zip(
+            *(_rejected(rows[: min(n, _NORMALITY_IMAGES)]) for rows in sums["rows"])
+        )
+        return {
+            "mean": sums["error_1"].mean(axis=1) / n,
+            "nu": nu,
+            "gamma": nu * snr_root,
+            "rejected": np.array(rejected),
+            "tested": np.array(tested),
+            "published_gamma": PUBLISHED_GAMMA,
+        }
 
 
 def _rejected(rows: np.ndarray) -> tuple[float, int]:
-    """Share of the columns of [images, pixels] that are not normal, of those that vary, and how many these are."""
+    """Share of the columns of [images, pixels] that are not normal, of those that vary, and how
+    many these are.
+    """
     rows = rows[:, np.ptp(rows, axis=0) > 1e-12]
     if len(rows) < 3 or rows.shape[1] == 0:
         return float("nan"), 0
     try:
         from scipy.stats import shapiro
     except ImportError:
-        raise ValueError("the measure 'prediction' tests for normality with scipy, which is not installed: "
-                         "pip install -e '.[plots]', or leave 'prediction' out of --measures") from None
+        raise ValueError(
+            "the measure 'prediction' tests for normality with scipy, which is not installed: "
+            "pip install -e '.[plots]', or leave 'prediction' out of --measures"
+        ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of columns with hardly any range
         values = [shapiro(column).pvalue for column in rows.T]
@@ -182,9 +242,10 @@ def _rejected(rows: np.ndarray) -> tuple[float, int]:
 class Accumulation:
     """Measure 5: what K steps from q(x_{K-1} | x_0) do to real images (IP, Table 1 and Fig. 5).
 
-    `frechet` [K]: distance between the images that come out and the n real ones, in a feature space (uint8 [n, H, W, C] ->
-    .pool [n, D]). `noise_free` [K, T']: mean |x_0_hat - x_0| along the chain without noise (0 where there is no step);
-    `noise_free_final` [K]: at its end. Sums of products of features are kept, D x D for each K: D up to a few thousand.
+    `frechet` [K]: distance between the images that come out and the n real ones, in a feature space
+    (uint8 [n, H, W, C] -> .pool [n, D]). `noise_free` [K, T']: mean |x_0_hat - x_0| along the chain
+    without noise (0 where there is no step); `noise_free_final` [K]: at its end. Sums of products
+    of features are kept, D x D for each K: D up to a few thousand.
     """
 
     lengths: tuple[int, ...]
@@ -193,8 +254,10 @@ class Accumulation:
 
     def walks(self, steps: int) -> list[Walk]:
         if not self.lengths or min(self.lengths) < 1 or max(self.lengths) > steps:
-            raise ValueError(f"error accumulation over {list(self.lengths)} steps: give numbers from 1 to {steps}, the number "
-                             "of steps of this process (--accumulation_steps)")
+            raise ValueError(
+                f"error accumulation over {list(self.lengths)} steps: give numbers from 1 to "
+                f"{steps}, the number of steps of this process (--accumulation_steps)"
+            )
         return [Walk(kind, k) for k in self.lengths for kind in (DATA, NOISE_FREE)]
 
     def see(self, sums: Sums, visit: Visit, process: Any) -> None:
@@ -202,7 +265,13 @@ class Accumulation:
             return
         row, count = self.lengths.index(visit.walk.length), len(self.lengths)
         if visit.walk.kind == NOISE_FREE:
-            error = (visit.pred_xstart.double() - visit.batch.x_start.double()).abs().flatten(1).mean(dim=1).sum()
+            error = (
+                (visit.pred_xstart.double() - visit.batch.x_start.double())
+                .abs()
+                .flatten(1)
+                .mean(dim=1)
+                .sum()
+            )
             _array(sums, "noise_free", (count, process.num_timesteps))[row, visit.t] += float(error)
         elif visit.t == 0:
             self._add_features(sums, count + 1, row, visit.sample)
@@ -212,22 +281,37 @@ class Accumulation:
     def _add_features(self, sums: Sums, count: int, row: int, images: Tensor) -> None:
         features = self.space(to_uint8(images).cpu().numpy()).pool.double().cpu().numpy()  # [n, D]
         _array(sums, "features_1", (count, features.shape[1]))[row] += features.sum(axis=0)
-        _array(sums, "features_2", (count, features.shape[1], features.shape[1]))[row] += features.T @ features
+        _array(sums, "features_2", (count, features.shape[1], features.shape[1]))[row] += (
+            features.T @ features
+        )
 
     def result(self, sums: Sums, n: int, process: Any) -> Figures:
         means = sums["features_1"] / n
-        covs = [(square - n * np.outer(mean, mean)) / (n - 1) for square, mean in zip(sums["features_2"], means)]
-        frechet = [frechet_distance(means[-1], covs[-1], mean, cov) for mean, cov in zip(means[:-1], covs[:-1])]
+        covs = [
+            (square - n * np.outer(mean, mean)) / (n - 1)
+            for square, mean in zip(sums["features_2"], means)
+        ]
+        frechet = [
+            frechet_distance(means[-1], covs[-1], mean, cov)
+            for mean, cov in zip(means[:-1], covs[:-1])
+        ]
         noise_free = sums["noise_free"] / n
-        return {"steps": np.array(self.lengths), "frechet": np.array(frechet), "noise_free": noise_free,
-                "noise_free_final": noise_free[:, 0], "features": getattr(self.space, "name", "given")}
+        return {
+            "steps": np.array(self.lengths),
+            "frechet": np.array(frechet),
+            "noise_free": noise_free,
+            "noise_free_final": noise_free[:, 0],
+            "features": getattr(self.space, "name", "given"),
+        }
 
 
 PLAIN = {kind.name: kind for kind in (EpsilonNorm, Delta, Variance, PredictionError)}
 NAMES = (*PLAIN, Accumulation.name)
 
 
-def create_measures(names: Sequence[str], lengths: Sequence[int] = (), space: Callable[..., Any] | None = None) -> list[Any]:
+def create_measures(
+    names: Sequence[str], lengths: Sequence[int] = (), space: Callable[..., Any] | None = None
+) -> list[Any]:
     """The measures called so; lengths (the K) and space are those of `accumulation`.
 
     Raises:
@@ -235,11 +319,19 @@ def create_measures(names: Sequence[str], lengths: Sequence[int] = (), space: Ca
     """
     unknown = [name for name in names if name not in NAMES]
     if unknown or not names:
-        raise ValueError(f"{unknown[0] + ' is no measure' if unknown else 'no measure asked for'}; "
-                         f"allowed: {', '.join(NAMES)}, separated by commas (--measures)")
+        raise ValueError(
+            f"{unknown[0] + ' is no measure' if unknown else 'no measure asked for'}; "
+            f"allowed: {', '.join(NAMES)}, separated by commas (--measures)"
+        )
     if Accumulation.name in names and space is None:
-        raise ValueError("the measure 'accumulation' compares images in a feature space, and none is given (--features)")
-    return [PLAIN[name]() if name in PLAIN else Accumulation(tuple(lengths), space) for name in dict.fromkeys(names)]
+        raise ValueError(
+            "the measure 'accumulation' compares images in a feature space, and none is given "
+            "(--features)"
+        )
+    return [
+        PLAIN[name]() if name in PLAIN else Accumulation(tuple(lengths), space)
+        for name in dict.fromkeys(names)
+    ]
 
 
 def walks_of(measures: Sequence[Any], steps: int) -> list[Walk]:
@@ -248,9 +340,17 @@ def walks_of(measures: Sequence[Any], steps: int) -> list[Walk]:
 
 
 @torch.no_grad()
-def observe(measures: Sequence[Any], sampler: Sampler, model: Model, batch: Batch, sums: dict[str, Sums],
-            tick: Callable[[int], Any] = lambda images: None) -> None:
-    """Add one batch to the sums {measure: {name: array}}. `tick` is told of the images of each network call."""
+def observe(
+    measures: Sequence[Any],
+    sampler: Sampler,
+    model: Model,
+    batch: Batch,
+    sums: dict[str, Sums],
+    tick: Callable[[int], Any] = lambda images: None,
+) -> None:
+    """Add one batch to the sums {measure: {name: array}}. `tick` is told of the images of each
+    network call.
+    """
     process = sampler.diffusion
     model = classifier_free(model, sampler.guidance_scale, sampler.null_label)
     for measure in measures:
@@ -262,25 +362,40 @@ def observe(measures: Sequence[Any], sampler: Sampler, model: Model, batch: Batc
             tick(len(batch.index))
 
 
-def figures_of(measures: Sequence[Any], sums: dict[str, Sums], n: int, process: Any) -> dict[str, Figures]:
+def figures_of(
+    measures: Sequence[Any], sums: dict[str, Sums], n: int, process: Any
+) -> dict[str, Figures]:
     """What the sums over n images come to.
 
     Raises:
         ValueError: fewer than two images, or values that are not finite.
     """
     if n < 2:
-        raise ValueError(f"{n} image is too few for a spread over images: give --num_images 2 or more, better hundreds")
+        raise ValueError(
+            f"{n} image is too few for a spread over images: give --num_images 2 or more, better "
+            "hundreds"
+        )
     for measure in measures:
         for name, array in sums[measure.name].items():
             if not np.isfinite(array).all():
-                raise ValueError(f"the measure {measure.name!r} met values that are not finite ({name}): the model has "
-                                 "diverged, or overflows in half precision (try --use_fp16 False)")
+                raise ValueError(
+                    f"the measure {measure.name!r} met values that are not finite ({name}): the "
+                    "model has diverged, or overflows in half precision (try --use_fp16 False)"
+                )
     return {measure.name: measure.result(sums[measure.name], n, process) for measure in measures}
 
 
-def measure(names: Sequence[str], sampler: Sampler, model: Model, batches: Iterable[Batch], lengths: Sequence[int] = (),
-            space: Callable[..., Any] | None = None) -> dict[str, Figures]:
-    """{name: figures} over all batches, in this process; the pure function behind scripts/exposure_bias.py."""
+def measure(
+    names: Sequence[str],
+    sampler: Sampler,
+    model: Model,
+    batches: Iterable[Batch],
+    lengths: Sequence[int] = (),
+    space: Callable[..., Any] | None = None,
+) -> dict[str, Figures]:
+    """{name: figures} over all batches, in this process; the pure function behind
+    scripts/exposure_bias.py.
+    """
     measures, sums, n = create_measures(names, lengths, space), {}, 0
     for batch in batches:
         observe(measures, sampler, model, batch, sums)
@@ -290,6 +405,7 @@ def measure(names: Sequence[str], sampler: Sampler, model: Model, batches: Itera
 
 # ---- sums ----
 
+
 def _array(sums: Sums, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name not in sums:
         sums[name] = np.zeros(shape)
@@ -297,7 +413,9 @@ def _array(sums: Sums, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _add_moments(sums: Sums, name: str, rows: int, row: int, values: Tensor) -> None:
-    """Add values [n, D] to row `row` of the sums name_1 and of the sums of squares name_2, both [rows, D]."""
+    """Add values [n, D] to row `row` of the sums name_1 and of the sums of squares name_2, both
+    [rows, D].
+    """
     values = values.double()
     both = torch.stack([values.sum(dim=0), values.square().sum(dim=0)]).cpu().numpy()
     for power, total in zip((1, 2), both):

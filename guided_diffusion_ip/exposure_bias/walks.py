@@ -1,12 +1,15 @@
-"""Walks: the ways in which a network gets to see noisy images. Measures look at what happens on them.
+"""Walks: the ways in which a network gets to see noisy images. Measures look at what happens on
+them.
 
     inputs      x_t = q_sample(x_0, t) at every t, as in training: T' calls
     chain       the sampler's chain from pure noise
     data        the sampler's chain from q(x_{K-1} | x_0), K steps
     noise_free  likewise, with every step's noise left out (DDPM: the posterior mean alone)
 
-The noise of image i depends on (seed, i, t) alone, so results depend on neither batch size nor number of processes.
+The noise of image i depends on (seed, i, t) alone, so results depend on neither batch size nor
+number of processes.
 """
+
 from __future__ import annotations
 
 import copy
@@ -20,8 +23,8 @@ from torch import Tensor
 
 from ..diffusion.epsilon_scaling import lambda_schedule
 from ..diffusion.kinds import ModelMeanType
-from ..runs.sample_batch import Sampler
 from ..noise import NormalStream, Stream
+from ..runs.sample_batch import Sampler
 
 Model = Callable[..., Tensor]
 INPUTS, CHAIN, DATA, NOISE_FREE = "inputs", "chain", "data", "noise_free"
@@ -37,7 +40,9 @@ class Walk:
 
 @dataclass(frozen=True)
 class Batch:
-    """Real images: their numbers [n], x_0 float32 [n, C, H, W], and what the network is told of them."""
+    """Real images: their numbers [n], x_0 float32 [n, C, H, W], and what the network is told of
+    them.
+    """
 
     index: Sequence[int]
     x_start: Tensor
@@ -50,7 +55,8 @@ class Visit:
 
     Args:
         output: what the network returned, [n, C or 2C, H, W].
-        sample: x_{t-1}; pred_xstart: x_0_hat, scaled by lambda, and clipped if `clip`, as the sampler does.
+        sample: x_{t-1}; pred_xstart: x_0_hat, scaled by lambda, and clipped if `clip`, as the
+            sampler does.
     """
 
     walk: Walk
@@ -64,15 +70,21 @@ class Visit:
 
 
 def walk(path: Walk, sampler: Sampler, model: Model, batch: Batch) -> Iterator[Visit]:
-    """The visits of one batch, from the noisy end to the clean end. `model` has its guidance already."""
+    """The visits of one batch, from the noisy end to the clean end. `model` has its guidance
+    already.
+    """
     seen = _Recorder(model)
     x = None
     for t in range(path.length - 1, -1, -1):
         if path.kind == INPUTS or x is None:
             x = _start(path, sampler, batch, t)
-        randn_like = torch.zeros_like if path.kind == NOISE_FREE else step_noise(sampler, batch.index, t)
+        randn_like = (
+            torch.zeros_like if path.kind == NOISE_FREE else step_noise(sampler, batch.index, t)
+        )
         out = step(sampler, seen, x, t, batch.model_kwargs, randn_like)
-        yield Visit(path, t, batch, x, seen.output, out["sample"], out["pred_xstart"], sampler.clip_denoised)
+        yield Visit(
+            path, t, batch, x, seen.output, out["sample"], out["pred_xstart"], sampler.clip_denoised
+        )
         x = out["sample"]
 
 
@@ -96,11 +108,21 @@ def step_noise(sampler: Sampler, index: Sequence[int], t: int) -> NormalStream:
     return noise
 
 
-def step(sampler: Sampler, model: Model, x: Tensor, t: int, model_kwargs: dict[str, Any],
-         randn_like: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def step(
+    sampler: Sampler,
+    model: Model,
+    x: Tensor,
+    t: int,
+    model_kwargs: dict[str, Any],
+    randn_like: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
     """One step of the sampler from x_t, as `p_sample` or `ddim_sample` returns it."""
-    options = {"clip_denoised": sampler.clip_denoised, "cond_fn": sampler.cond_fn, "model_kwargs": model_kwargs,
-               "randn_like": randn_like}
+    options = {
+        "clip_denoised": sampler.clip_denoised,
+        "cond_fn": sampler.cond_fn,
+        "model_kwargs": model_kwargs,
+        "randn_like": randn_like,
+    }
     if sampler.use_ddim:
         return sampler.diffusion.ddim_sample(model, x, times(x, t), eta=sampler.eta, **options)
     return sampler.diffusion.p_sample(model, x, times(x, t), **options)
@@ -114,7 +136,7 @@ def times(x: Tensor, t: int) -> Tensor:
 def implied_epsilon(process: Any, output: Tensor, x: Tensor, t: int) -> Tensor:
     """The network's epsilon [n, C, H, W], not divided by lambda, whatever it predicts."""
     if process.model_mean_type is ModelMeanType.EPSILON:
-        return output[:, :x.shape[1]]
+        return output[:, : x.shape[1]]
     x_start = process.read_output(output, x, times(x, t), clip_denoised=False)["pred_xstart"]
     return process.eps_from_xstart(x, times(x, t), x_start)
 

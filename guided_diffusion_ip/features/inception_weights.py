@@ -1,4 +1,7 @@
-"""Where the weights of the Inception network are, and how they get into memory. Nothing is downloaded unless asked for."""
+"""Where the weights of the Inception network are, and how they get into memory. Nothing is
+downloaded unless asked for.
+"""
+
 from __future__ import annotations
 
 import hashlib
@@ -51,32 +54,46 @@ def cache_path() -> str:
     return os.path.join(root, "guided_diffusion_ip", PUBLISHED_NAME)
 
 
-def resolve(path: str = "", *, allow_download: bool = False, log: Callable[[str], object] = print) -> str:
-    """The weights file: `path`, else the environment's GUIDED_DIFFUSION_IP_INCEPTION, else the user's cache, else a download.
+def resolve(
+    path: str = "", *, allow_download: bool = False, log: Callable[[str], object] = print
+) -> str:
+    """The weights file: `path`, else the environment's GUIDED_DIFFUSION_IP_INCEPTION, else the
+    user's cache, else a download.
 
     No collective is inside. Of several processes that share a cache, let one call it first.
 
     Raises:
-        ValueError: a file that was named is not there; none was found and downloads are not allowed; a download failed.
+        ValueError: a file that was named is not there; none was found and downloads are not
+            allowed; a download failed.
     """
-    named = ((path, "--inception_weights"), (os.environ.get(ENVIRONMENT, ""), f"the environment variable {ENVIRONMENT}"))
+    named = (
+        (path, "--inception_weights"),
+        (os.environ.get(ENVIRONMENT, ""), f"the environment variable {ENVIRONMENT}"),
+    )
     for found, source in named:
         if found:
             if not os.path.isfile(found):
-                raise ValueError(f"{source} names {found}, which is not a file of this machine; {_advice()}")
+                raise ValueError(
+                    f"{source} names {found}, which is not a file of this machine; {_advice()}"
+                )
             return found
     cached = cache_path()
     if not os.path.isfile(cached):
         if not allow_download:
-            raise ValueError(f"the weights of the Inception network are not here; {_advice()}; or --download lets this program "
-                             f"fetch it (95 MB)")
+            raise ValueError(
+                f"the weights of the Inception network are not here; {_advice()}; or --download "
+                "lets this program fetch it (95 MB)"
+            )
         _download(cached, log)
     return cached
 
 
 def _advice() -> str:
-    return (f"get {URL} (sha256 begins with {PUBLISHED_SHA256}) or ADM's TensorFlow graph {URL_TF}, and name the file by "
-            f"--inception_weights PATH or the environment variable {ENVIRONMENT}, or put the former at {cache_path()}")
+    return (
+        f"get {URL} (sha256 begins with {PUBLISHED_SHA256}) or ADM's TensorFlow graph {URL_TF}, "
+        f"and name the file by --inception_weights PATH or the environment variable {ENVIRONMENT}, "
+        f"or put the former at {cache_path()}"
+    )
 
 
 def _download(path: str, log: Callable[[str], object]) -> None:
@@ -95,46 +112,74 @@ def _download(path: str, log: Callable[[str], object]) -> None:
             if size < promised:
                 raise OSError(f"the connection ended after {size} of {promised} bytes")
             if not digest.hexdigest().startswith(PUBLISHED_SHA256):
-                raise OSError(f"what came has the sha256 {digest.hexdigest()}, not the published one, and was removed")
+                raise OSError(
+                    f"what came has the sha256 {digest.hexdigest()}, not the published one, and "
+                    "was removed"
+                )
     except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"the download failed ({error or type(error).__name__}): try again, or {_advice()}") from None
+        raise ValueError(
+            f"the download failed ({error or type(error).__name__}): try again, or {_advice()}"
+        ) from None
 
 
 def load(path: str | os.PathLike) -> Weights:
-    """Reads a PyTorch checkpoint (a state_dict, nothing that could run code) or a frozen TensorFlow graph; its content decides.
+    """Reads a PyTorch checkpoint (a state_dict, nothing that could run code) or a frozen TensorFlow
+    graph; its content decides.
 
     Entries that the network does not have (AuxLogits, counters of training steps) are left alone.
 
     Raises:
-        ValueError: damaged, of another kind, or without one of the network's parameters in its shape.
+        ValueError: damaged, of another kind, or without one of the network's parameters in its
+            shape.
     """
     name = os.fspath(path)
     with open_binary(name) as file:
-        kind = "pb" if file.read(1) == b"\n" else "pth"  # field 1 of a GraphDef; checkpoints are zip archives or pickles
+        kind = (
+            "pb" if file.read(1) == b"\n" else "pth"
+        )  # field 1 of a GraphDef; checkpoints are zip archives or pickles
     if kind == "pb":
         found = tf_graph.read_inception(name)
     else:
         found = dist_util.load_state_dict(name)
     found = found if isinstance(found, dict) else {}
     shapes = inception.parameter_shapes()
-    if wrong := [f"{key} {_found(found.get(key))}, needs {list(shape)}" for key, shape in shapes.items()
-                 if not _fits(found.get(key), shape)]:
-        raise ValueError(f"{name} does not hold the Inception network of 2015-12-05 ({len(wrong)} of {len(shapes)} parameters; "
-                         f"{'; '.join(wrong[:3])}); {_advice()}")
+    if wrong := [
+        f"{key} {_found(found.get(key))}, needs {list(shape)}"
+        for key, shape in shapes.items()
+        if not _fits(found.get(key), shape)
+    ]:
+        raise ValueError(
+            f"{name} does not hold the Inception network of 2015-12-05 ({len(wrong)} of "
+            f"{len(shapes)} parameters; {'; '.join(wrong[:3])}); {_advice()}"
+        )
     # Only now are a graph's arrays copied: their shapes are known to be sane.
     state = {key: _tensor(found[key]) for key in shapes}
     digest = sha256(name)
-    return Weights(state, digest, kind, None if kind == "pb" else digest.startswith(PUBLISHED_SHA256))
+    return Weights(
+        state, digest, kind, None if kind == "pb" else digest.startswith(PUBLISHED_SHA256)
+    )
 
 
 def _fits(value: object, shape: tuple[int, ...]) -> bool:
-    floating = value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, np.ndarray)
+    floating = (
+        value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, np.ndarray)
+    )
     return floating and tuple(value.shape) == shape
 
 
 def _found(value: object) -> str:
-    return "is missing" if value is None else f"is {list(value.shape)}" if hasattr(value, "shape") else "is no tensor"
+    return (
+        "is missing"
+        if value is None
+        else f"is {list(value.shape)}"
+        if hasattr(value, "shape")
+        else "is no tensor"
+    )
 
 
 def _tensor(value: Tensor | np.ndarray) -> Tensor:
-    return (value if isinstance(value, Tensor) else torch.from_numpy(value.astype(np.float32, order="C"))).float()
+    return (
+        value
+        if isinstance(value, Tensor)
+        else torch.from_numpy(value.astype(np.float32, order="C"))
+    ).float()

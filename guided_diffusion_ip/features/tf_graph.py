@@ -1,9 +1,13 @@
-"""Frozen TensorFlow graphs without TensorFlow: the weights of the Inception network out of a GraphDef.
+"""Frozen TensorFlow graphs without TensorFlow: the weights of the Inception network out of a
+GraphDef.
 
-A GraphDef is a protocol buffer: fields of (number, wire type, content), nested (protobuf.dev, "Encoding"; in
-tensorflow/core/framework: graph.proto, node_def.proto, attr_value.proto, tensor.proto). Nothing is copied and nothing is
+A GraphDef is a protocol buffer: fields of (number, wire type, content), nested (protobuf.dev,
+"Encoding"; in
+tensorflow/core/framework: graph.proto, node_def.proto, attr_value.proto, tensor.proto). Nothing is
+    copied and nothing is
 believed: arrays are views of the file, and every length is compared with what is there.
 """
+
 from __future__ import annotations
 
 import math
@@ -43,14 +47,14 @@ def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             raise ValueError(f"a field of the unknown kind {kind}")
         if size > len(message) - at:
             raise ValueError(f"a field of {size} bytes where {len(message) - at} are left")
-        yield number, message[at:at + size]
+        yield number, message[at : at + size]
         at += size
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
     """The number that begins at byte `at`, and where it ends."""
     value = 0
-    for shift, byte in zip(range(0, 70, 7), message[at:at + 10]):
+    for shift, byte in zip(range(0, 70, 7), message[at : at + 10]):
         value |= (byte & 127) << shift
         at += 1
         if byte < 128:
@@ -59,7 +63,9 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
 
 
 def _last(message: memoryview, number: int) -> memoryview:
-    """The message or text in field `number`, the last one if there are several, as protocol buffers want it; else empty."""
+    """The message or text in field `number`, the last one if there are several, as protocol buffers
+    want it; else empty.
+    """
     found = memoryview(b"")
     for i, value in fields(message):
         if i == number:
@@ -78,9 +84,11 @@ def _text(value: int | memoryview) -> str:
 
 
 def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The weights in a graph such as classify_image_graph_def.pb, under their names in PyTorch's checkpoints, as far as there.
+    """The weights in a graph such as classify_image_graph_def.pb, under their names in PyTorch's
+    checkpoints, as far as there.
 
-    Kernels become [out, in, height, width] and the classifier [out, in]; float32, read-only views of the file's content.
+    Kernels become [out, in, height, width] and the classifier [out, in]; float32, read-only views
+    of the file's content.
 
     Raises:
         ValueError: not a GraphDef, cut short, or with a constant whose values do not fit its shape.
@@ -100,7 +108,9 @@ def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
                 array = _tensor(value, name)
                 state[names[name]] = array.transpose(axes.get(array.ndim))
     except ValueError as error:
-        raise ValueError(f"{path}: no frozen TensorFlow graph, or not all of one ({error}); download it again") from None
+        raise ValueError(
+            f"{path}: no frozen TensorFlow graph, or not all of one ({error}); download it again"
+        ) from None
     return state
 
 
@@ -112,7 +122,9 @@ def _constant(node: memoryview) -> tuple[str, memoryview]:
             name = _text(content)
         elif number == 2:
             op = _text(content)
-        elif number == 5 and _text(_last(_bytes(content), 1)) == "value":  # attr: map<string, AttrValue>
+        elif (
+            number == 5 and _text(_last(_bytes(content), 1)) == "value"
+        ):  # attr: map<string, AttrValue>
             tensor = _last(_last(content, 2), 8)
     return (name, tensor) if op == "Const" else ("", memoryview(b""))
 
@@ -145,7 +157,11 @@ def _shape(message: memoryview, name: str) -> list[int]:
     for number, dim in fields(message):
         if number == 2:
             shape.append(next((n for i, n in fields(_bytes(dim)) if i == 1), 0))
-            if len(shape) > MAX_RANK or not isinstance(shape[-1], int) or math.prod(n or 1 for n in shape) > MAX_ELEMENTS:
+            if (
+                len(shape) > MAX_RANK
+                or not isinstance(shape[-1], int)
+                or math.prod(n or 1 for n in shape) > MAX_ELEMENTS
+            ):
                 raise ValueError(f"{name} has an impossible shape")
     return shape
 
@@ -154,33 +170,65 @@ def _names() -> dict[str, str]:
     """Node of the graph -> entry of a checkpoint."""
     names = {"softmax/weights": "fc.weight", "softmax/biases": "fc.bias"}
     for scope, layer in _layers().items():
-        names |= {f"{scope}/conv2d_params": f"{layer}.conv.weight",
-                  f"{scope}/batchnorm/gamma": f"{layer}.bn.weight", f"{scope}/batchnorm/beta": f"{layer}.bn.bias",
-                  f"{scope}/batchnorm/moving_mean": f"{layer}.bn.running_mean",
-                  f"{scope}/batchnorm/moving_variance": f"{layer}.bn.running_var"}
+        names |= {
+            f"{scope}/conv2d_params": f"{layer}.conv.weight",
+            f"{scope}/batchnorm/gamma": f"{layer}.bn.weight",
+            f"{scope}/batchnorm/beta": f"{layer}.bn.bias",
+            f"{scope}/batchnorm/moving_mean": f"{layer}.bn.running_mean",
+            f"{scope}/batchnorm/moving_variance": f"{layer}.bn.running_var",
+        }
     return names
 
 
 def _layers() -> dict[str, str]:
     """Scope of a convolution in the graph -> name of the layer in checkpoints.
 
-    A tower's convolutions are conv, conv_1, conv_2, ... in the graph, however they are called in checkpoints.
+    A tower's convolutions are conv, conv_1, conv_2, ... in the graph, however they are called in
+    checkpoints.
     """
-    a = {"": "1x1", "tower/": "5x5_1 5x5_2", "tower_1/": "3x3dbl_1 3x3dbl_2 3x3dbl_3", "tower_2/": "_pool"}
+    a = {
+        "": "1x1",
+        "tower/": "5x5_1 5x5_2",
+        "tower_1/": "3x3dbl_1 3x3dbl_2 3x3dbl_3",
+        "tower_2/": "_pool",
+    }
     b = {"": "3x3", "tower/": "3x3dbl_1 3x3dbl_2 3x3dbl_3"}
-    c = {"": "1x1", "tower/": "7x7_1 7x7_2 7x7_3", "tower_1/": "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5",
-         "tower_2/": "_pool"}
+    c = {
+        "": "1x1",
+        "tower/": "7x7_1 7x7_2 7x7_3",
+        "tower_1/": "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5",
+        "tower_2/": "_pool",
+    }
     d = {"tower/": "3x3_1 3x3_2", "tower_1/": "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4"}
-    e = {"": "1x1", "tower/": "3x3_1", "tower/mixed/": "3x3_2a 3x3_2b", "tower_1/": "3x3dbl_1 3x3dbl_2",
-         "tower_1/mixed/": "3x3dbl_3a 3x3dbl_3b", "tower_2/": "_pool"}
-    blocks = (("5b", a), ("5c", a), ("5d", a), ("6a", b), ("6b", c), ("6c", c), ("6d", c), ("6e", c),
-              ("7a", d), ("7b", e), ("7c", e))
+    e = {
+        "": "1x1",
+        "tower/": "3x3_1",
+        "tower/mixed/": "3x3_2a 3x3_2b",
+        "tower_1/": "3x3dbl_1 3x3dbl_2",
+        "tower_1/mixed/": "3x3dbl_3a 3x3dbl_3b",
+        "tower_2/": "_pool",
+    }
+    blocks = (
+        ("5b", a),
+        ("5c", a),
+        ("5d", a),
+        ("6a", b),
+        ("6b", c),
+        ("6c", c),
+        ("6d", c),
+        ("6e", c),
+        ("7a", d),
+        ("7b", e),
+        ("7c", e),
+    )
     stem = ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")
     layers = {_numbered("conv", i): f"Conv2d_{name}" for i, name in enumerate(stem)}
     for i, (block, towers) in enumerate(blocks):
         for tower, names in towers.items():
-            layers |= {f"{_numbered('mixed', i)}/{tower}{_numbered('conv', j)}": f"Mixed_{block}.branch{name}"
-                       for j, name in enumerate(names.split())}
+            layers |= {
+                f"{_numbered('mixed', i)}/{tower}{_numbered('conv', j)}": f"Mixed_{block}.branch{name}"
+                for j, name in enumerate(names.split())
+            }
     return layers
 
 

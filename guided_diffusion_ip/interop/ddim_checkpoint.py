@@ -1,12 +1,14 @@
-"""Checkpoints of DDIM's official code (ermongroup/ddim, and pesser's converted DDPM weights) -> diffusers' names, our flags.
+"""Checkpoints of DDIM's official code (ermongroup/ddim, and pesser's converted DDPM weights) ->
+diffusers' names, our flags.
 
     state, flags = convert_ddim_state(dist_util.load_state_dict("model-790000.ckpt"))
     model = ddpm_unet(**{k: v for k, v in flags["model"].items() if k != "framework"})
     model.load_state_dict(state)
 
-The networks are the same; names differ, attention's 1 x 1 convolutions are linear layers there, and the official decoder is
-numbered from the finest resolution, diffusers' from the coarsest.
+The networks are the same; names differ, attention's 1 x 1 convolutions are linear layers there, and
+the official decoder is numbered from the finest resolution, diffusers' from the coarsest.
 """
+
 from __future__ import annotations
 
 import re
@@ -16,10 +18,21 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 
-_OUTSIDE = {"temb.dense.0": "time_embedding.linear_1", "temb.dense.1": "time_embedding.linear_2", "conv_in": "conv_in",
-            "norm_out": "conv_norm_out", "conv_out": "conv_out"}
-_RES_BLOCK = {"norm1": "norm1", "conv1": "conv1", "temb_proj": "time_emb_proj", "norm2": "norm2", "conv2": "conv2",
-              "nin_shortcut": "conv_shortcut"}
+_OUTSIDE = {
+    "temb.dense.0": "time_embedding.linear_1",
+    "temb.dense.1": "time_embedding.linear_2",
+    "conv_in": "conv_in",
+    "norm_out": "conv_norm_out",
+    "conv_out": "conv_out",
+}
+_RES_BLOCK = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "temb_proj": "time_emb_proj",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "nin_shortcut": "conv_shortcut",
+}
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _MIDDLE = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}
 PAPER_ATTENTION = 16  # pixels: where every published network attends
@@ -28,19 +41,20 @@ PAPER_ATTENTION = 16  # pixels: where every published network attends
 def convert_ddim_state(
     content: Any, image_size: int | None = None, ema: bool = True
 ) -> tuple[State, dict[str, dict[str, Any]]]:
-    """Weights in the names of `ddpm_unet` (UNet2DModel), and the flags that describe network and process.
+    """Weights in the names of `ddpm_unet` (UNet2DModel), and the flags that describe network and
+    process.
 
     Args:
-        content: what the file holds: a state_dict, or the list [state_dict, optimizer, epoch, step, averages] of a run;
-            names may begin with "module.".
-        image_size: of the images (the shorter side). It leaves no trace in the shapes: without it the network is taken to
-            attend at 16 pixels, as all that were published do.
+        content: what the file holds: a state_dict, or the list [state_dict, optimizer, epoch, step,
+            averages] of a run; names may begin with "module.".
+        image_size: of the images (the shorter side). It leaves no trace in the shapes: without it
+            the network is taken to attend at 16 pixels, as all that were published do.
         ema: take the averages, where the file has them beside the plain weights.
 
     Returns:
-        The state_dict, and {"model": ..., "diffusion": ...} as in our YAML files. Dropout leaves no trace and is not there;
-        image_size and attention_resolutions neither, for a network without attention outside of its middle block, if image_size
-        is not given.
+        The state_dict, and {"model": ..., "diffusion": ...} as in our YAML files. Dropout leaves no
+        trace and is not there; image_size and attention_resolutions neither, for a network without
+        attention outside of its middle block, if image_size is not given.
 
     Raises:
         ValueError: not such a checkpoint, or a network that UNet2DModel cannot be.
@@ -51,9 +65,13 @@ def convert_ddim_state(
     for name, value in state.items():
         new_name = _convert_name(name, value, levels)
         # Only attention's 1 x 1 convolutions become linear; those of shortcuts stay convolutions.
-        converted[new_name] = value[:, :, 0, 0] if ".attentions." in new_name and value.ndim == 4 else value
-    return converted, {"model": _network_flags(state, image_size),
-                       "diffusion": {"diffusion_steps": 1000, "noise_schedule": "linear"}}
+        converted[new_name] = (
+            value[:, :, 0, 0] if ".attentions." in new_name and value.ndim == 4 else value
+        )
+    return converted, {
+        "model": _network_flags(state, image_size),
+        "diffusion": {"diffusion_steps": 1000, "noise_schedule": "linear"},
+    }
 
 
 def is_ddim_state(content: Any) -> bool:
@@ -64,15 +82,21 @@ def is_ddim_state(content: Any) -> bool:
 def _parts(content: Any) -> list[State]:
     """The dictionaries of tensors in the file, without "module."."""
     candidates = content if isinstance(content, (list, tuple)) else [content]
-    return [{name.removeprefix("module."): value for name, value in part.items()} for part in candidates
-            if isinstance(part, dict) and part and all(isinstance(v, Tensor) for v in part.values())]
+    return [
+        {name.removeprefix("module."): value for name, value in part.items()}
+        for part in candidates
+        if isinstance(part, dict) and part and all(isinstance(v, Tensor) for v in part.values())
+    ]
 
 
 def _weights(content: Any, ema: bool) -> State:
     parts = [part for part in _parts(content) if "temb.dense.0.weight" in part]
     if not parts or "down.0.block.0.conv1.weight" not in parts[0]:
-        raise ValueError("not a checkpoint of DDIM's official code: it has no weights temb.dense.0 and down.0.block.0.conv1; "
-                         "give a model-NNNNNN.ckpt or ckpt.pth of ermongroup/ddim or pesser/pytorch_diffusion")
+        raise ValueError(
+            "not a checkpoint of DDIM's official code: it has no weights temb.dense.0 and "
+            "down.0.block.0.conv1; give a model-NNNNNN.ckpt or ckpt.pth of ermongroup/ddim or "
+            "pesser/pytorch_diffusion"
+        )
     # A run saves its weights first and their averages last.
     return parts[-1] if ema else parts[0]
 
@@ -93,8 +117,10 @@ def _convert_name(name: str, value: Tensor, levels: int) -> str:
         level = int(m[2]) if m[1] == "down" else levels - 1 - int(m[2])
         if part := _part_of_level(m[1], m[3]):
             return f"{m[1]}_blocks.{level}.{part}.{kind}"
-    raise ValueError(f"{name} {list(value.shape)} has no counterpart in diffusers' UNet2DModel: this network differs from "
-                     "DDPM's (conv_shortcut, or resampling without convolutions?)")
+    raise ValueError(
+        f"{name} {list(value.shape)} has no counterpart in diffusers' UNet2DModel: this network "
+        "differs from DDPM's (conv_shortcut, or resampling without convolutions?)"
+    )
 
 
 def _part_of_level(way: str, rest: str) -> str:
@@ -112,15 +138,24 @@ def _network_flags(state: State, image_size: int | None) -> dict[str, Any]:
     levels = _count(state, r"down\.(\d+)\.")
     mult = [state[f"down.{level}.block.0.conv1.weight"].shape[0] / width for level in range(levels)]
     if mult[0] != 1:
-        raise ValueError(f"the first level has {mult[0]:g} times the channels of the first convolution ({width}); diffusers' "
-                         "UNet2DModel has equally many in both")
+        raise ValueError(
+            f"the first level has {mult[0]:g} times the channels of the first convolution "
+            f"({width}); diffusers' UNet2DModel has equally many in both"
+        )
     attending = [level for level in range(levels) if f"down.{level}.attn.0.q.weight" in state]
     if image_size is None and attending:
         image_size = PAPER_ATTENTION << attending[0]
-    flags = {"framework": "ddpm", "in_channels": in_channels, "num_channels": width,
-             "channel_mult": ",".join(f"{m:g}" for m in mult), "num_res_blocks": _count(state, r"down\.0\.block\.(\d+)\."),
-             "learn_sigma": state["conv_out.weight"].shape[0] == 2 * in_channels}
+    flags = {
+        "framework": "ddpm",
+        "in_channels": in_channels,
+        "num_channels": width,
+        "channel_mult": ",".join(f"{m:g}" for m in mult),
+        "num_res_blocks": _count(state, r"down\.0\.block\.(\d+)\."),
+        "learn_sigma": state["conv_out.weight"].shape[0] == 2 * in_channels,
+    }
     if image_size is not None:
-        flags |= {"image_size": image_size,
-                  "attention_resolutions": ",".join(str(image_size >> level) for level in attending)}
+        flags |= {
+            "image_size": image_size,
+            "attention_resolutions": ",".join(str(image_size >> level) for level in attending),
+        }
     return flags

@@ -1,14 +1,17 @@
-"""EDM's published networks: pickles that carry the source of their classes along. Nothing of that is ever run.
+"""EDM's published networks: pickles that carry the source of their classes along. Nothing of that
+is ever run.
 
-EDM (arXiv 2206.00364) publishes a dict with a network under `ema`. An object of one of its classes is stored as a call of
-`torch_utils.persistence._reconstruct_persistent_obj` with a dict: the text of a Python module, the class's name in it, and the
-object's `__dict__`. Reading that with pickle executes the text. Here the text is dropped, and what is left are names of classes,
-arguments of constructors, and tensors.
+EDM (arXiv 2206.00364) publishes a dict with a network under `ema`. An object of one of its classes
+is stored as a call of `torch_utils.persistence._reconstruct_persistent_obj` with a dict: the text
+of a Python module, the class's name in it, and the object's `__dict__`. Reading that with pickle
+executes the text. Here the text is dropped, and what is left are names of classes, arguments of
+constructors, and tensors.
 
     checkpoint = read_edm_pickle("edm-cifar10-32x32-uncond-vp.pkl")
     denoiser = create_edm_denoiser(checkpoint.precond, **checkpoint.init_kwargs)
     denoiser.load_state_dict(checkpoint.state)
 """
+
 from __future__ import annotations
 
 import inspect
@@ -26,8 +29,8 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..preparation.safe_pickle import NUMBERS, Buildable, Refused, SafeUnpickler, explained
 from ..diffusion.denoiser import PRECONDITIONINGS
+from ..preparation.safe_pickle import NUMBERS, Buildable, Refused, SafeUnpickler, explained
 from .edm_networks import DEFAULT_NETWORK, EDM_NETWORKS, NETWORKS
 
 _MOST_DIMENSIONS = 8
@@ -35,7 +38,9 @@ _MOST_DIMENSIONS = 8
 
 @dataclass(frozen=True)
 class EDMCheckpoint:
-    """What is taken from a pickle: the class of the network, how it was made, its state_dict (in the file's number formats)."""
+    """What is taken from a pickle: the class of the network, how it was made, its state_dict (in
+    the file's number formats).
+    """
 
     precond: str
     init_kwargs: dict[str, Any]
@@ -55,7 +60,9 @@ class _Object(Buildable):
 
 
 def _persistent(record: Any) -> _Object:
-    """Stands for torch_utils.persistence._reconstruct_persistent_obj; record["module_src"] is not looked at."""
+    """Stands for torch_utils.persistence._reconstruct_persistent_obj; record["module_src"] is not
+    looked at.
+    """
     if type(record) is not dict or record.get("type") != "class":
         raise Refused("a persistent object that is no class")
     class_name, state = record.get("class_name"), record.get("state")
@@ -65,7 +72,9 @@ def _persistent(record: Any) -> _Object:
 
 
 def _dict(items: Any = ()) -> dict:
-    """Stands for collections.OrderedDict and dnnlib.util.EasyDict; what is in them usually comes by SETITEMS."""
+    """Stands for collections.OrderedDict and dnnlib.util.EasyDict; what is in them usually comes by
+    SETITEMS.
+    """
     if len(items):
         raise Refused("a dict made of something else than keys and values")
     return {}
@@ -88,7 +97,9 @@ class _Storage:
 
 
 def _storage(data: Any) -> _Storage:
-    """Stands for torch.storage._load_from_bytes, whose bytes are a file of torch.save; it may hold one storage only."""
+    """Stands for torch.storage._load_from_bytes, whose bytes are a file of torch.save; it may hold
+    one storage only.
+    """
     if type(data) is not bytes:
         raise Refused(f"a storage made of {type(data).__name__}")
     try:
@@ -99,24 +110,35 @@ def _storage(data: Any) -> _Storage:
                 found = _Storage(found.untyped(), found.dtype)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise Refused(f"{name[1]} inside a storage, which could run code" if name else "a storage that is damaged") from None
+        raise Refused(
+            f"{name[1]} inside a storage, which could run code"
+            if name
+            else "a storage that is damaged"
+        ) from None
     if not isinstance(found, _Storage) or found.numbers.device.type != "cpu":
         raise Refused(f"{type(found).__name__} in the place of a storage")
     return found
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """Stands for torch._utils._rebuild_tensor_v2. The tensor lies within its storage, and is not larger."""
+    """Stands for torch._utils._rebuild_tensor_v2. The tensor lies within its storage, and is not
+    larger.
+    """
     if type(storage) is not _Storage or type(size) is not tuple or type(stride) is not tuple:
         raise Refused("a tensor without storage, size and stride")
-    if len(size) != len(stride) or len(size) > _MOST_DIMENSIONS or not all(
-            type(n) is int and 0 <= n < 1 << 48 for n in (offset, *size, *stride)):
+    if (
+        len(size) != len(stride)
+        or len(size) > _MOST_DIMENSIONS
+        or not all(type(n) is int and 0 <= n < 1 << 48 for n in (offset, *size, *stride))
+    ):
         raise Refused("a tensor whose size makes no sense")
     count = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride)) if count else 0
     if count > len(storage) or last >= max(len(storage), 1):
         raise Refused(f"a tensor {'x'.join(map(str, size))} in a storage of {len(storage)} numbers")
-    return torch.empty(0, dtype=storage.dtype).set_(storage.numbers, offset if count else 0, size, stride)
+    return torch.empty(0, dtype=storage.dtype).set_(
+        storage.numbers, offset if count else 0, size, stride
+    )
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:
@@ -141,20 +163,27 @@ _ALLOWED = {
 
 
 def read_edm_pickle(path: str | os.PathLike) -> EDMCheckpoint:
-    """The network in a .pkl of EDM's form: `ema`, else `net`, else the pickled object itself. Nothing in the file is executed.
+    """The network in a .pkl of EDM's form: `ema`, else `net`, else the pickled object itself.
+    Nothing in the file is executed.
 
     Raises:
-        ValueError: damaged, not of this form, or naming anything but tensors, arrays, containers and persistent objects.
+        ValueError: damaged, not of this form, or naming anything but tensors, arrays, containers
+            and persistent objects.
         OSError: the file cannot be read.
     """
     name = os.fspath(path)
-    with files.open_binary(path) as file, explained(name, "tensors, arrays, containers and EDM's objects without their code"):
+    with (
+        files.open_binary(path) as file,
+        explained(name, "tensors, arrays, containers and EDM's objects without their code"),
+    ):
         if file.read(4) == b"PK\x03\x04":
             raise Refused("a zip archive in its place (a .pt file of torch.save?)")
         file.seek(0)
         content = SafeUnpickler(file, _ALLOWED).load()
         if isinstance(content, dict):
-            content = next((content[key] for key in ("ema", "net") if content.get(key) is not None), content)
+            content = next(
+                (content[key] for key in ("ema", "net") if content.get(key) is not None), content
+            )
         if not isinstance(content, _Object):
             raise Refused(f"{type(content).__name__}, and no network under 'ema' or 'net'")
         return EDMCheckpoint(content.class_name, _init_kwargs(content), _state_dict(content))
@@ -167,7 +196,10 @@ def _init_kwargs(network: _Object) -> dict[str, Any]:
     for key, value in given.items():
         items = value if type(value) in (list, tuple) else [value]
         if not all(type(item) in (bool, int, float, str, type(None)) for item in items):
-            raise Refused(f"the argument {key} of a constructor, which is neither number nor text nor a list of such")
+            raise Refused(
+                f"the argument {key} of a constructor, which is neither number nor text nor a list "
+                "of such"
+            )
     return {key: list(value) if type(value) is tuple else value for key, value in given.items()}
 
 
@@ -180,7 +212,9 @@ def _part(module: _Object, name: str) -> dict[str, Any]:
 
 
 def _state_dict(network: _Object) -> dict[str, Tensor]:
-    """What network.state_dict() would be: names in the same order, tensors that own their numbers."""
+    """What network.state_dict() would be: names in the same order, tensors that own
+    their numbers.
+    """
     state: dict[str, Tensor] = {}
     for name, value in _tensors(network, "", set()):
         if name in state:
@@ -188,12 +222,22 @@ def _state_dict(network: _Object) -> dict[str, Tensor]:
         state[name] = value
     if not state:
         raise Refused(f"{network.class_name} without any tensor")
-    # A few numbers that are shown under many names would fill the memory when each of them gets its own.
-    room = sum({value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}.values())
+    # A few numbers that are shown under many names would fill the memory when each of them gets its
+    # own.
+    room = sum(
+        {
+            value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+            for value in state.values()
+        }.values()
+    )
     if sum(value.numel() * value.itemsize for value in state.values()) > room:
         raise Refused("tensors that share their numbers with each other")
-    return {name: value if value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
-            else value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    return {
+        name: value
+        if value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+        else value.clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
 
 
 def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
@@ -218,10 +262,22 @@ def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Te
 
 _PRECONDS = {kind.__name__: name for name, kind in PRECONDITIONINGS.items()}
 _FLAGS = {  # section -> flag -> the name that EDM's constructors have for it
-    "model": {"image_size": "img_resolution", "in_channels": "img_channels", "num_channels": "model_channels",
-              "channel_mult": "channel_mult", "num_res_blocks": "num_blocks", "attention_resolutions": "attn_resolutions",
-              "dropout": "dropout", "use_fp16": "use_fp16"},
-    "edm": {"augment_dim": "augment_dim", "label_dropout": "label_dropout", "sigma_data": "sigma_data"}}
+    "model": {
+        "image_size": "img_resolution",
+        "in_channels": "img_channels",
+        "num_channels": "model_channels",
+        "channel_mult": "channel_mult",
+        "num_res_blocks": "num_blocks",
+        "attention_resolutions": "attn_resolutions",
+        "dropout": "dropout",
+        "use_fp16": "use_fp16",
+    },
+    "edm": {
+        "augment_dim": "augment_dim",
+        "label_dropout": "label_dropout",
+        "sigma_data": "sigma_data",
+    },
+}
 
 
 def edm_flags(checkpoint: EDMCheckpoint) -> dict[str, dict[str, Any]]:
@@ -231,38 +287,62 @@ def edm_flags(checkpoint: EDMCheckpoint) -> dict[str, dict[str, Any]]:
         ValueError: a class that is not known, or settings for which there is no flag, by name.
     """
     if checkpoint.precond not in _PRECONDS:
-        raise ValueError(f"the network is a {checkpoint.precond}, which is no preconditioning of EDM's: {', '.join(_PRECONDS)} are "
-                         "read")
+        raise ValueError(
+            f"the network is a {checkpoint.precond}, which is no preconditioning of EDM's: "
+            f"{', '.join(_PRECONDS)} are read"
+        )
     precond = _PRECONDS[checkpoint.precond]
     settings, defaults = _settings(checkpoint, precond)
     name = _network_name(settings)
-    with_flag = {*EDM_NETWORKS[name], "label_dim", *_FLAGS["model"].values(), *_FLAGS["edm"].values()}
+    with_flag = {
+        *EDM_NETWORKS[name],
+        "label_dim",
+        *_FLAGS["model"].values(),
+        *_FLAGS["edm"].values(),
+    }
     has = {"model_type", "img_resolution", "img_channels", *defaults}
-    odd = [f"{key} {value!r}" for key, value in settings.items()
-           if key not in has or key not in with_flag and value != defaults[key]]
+    odd = [
+        f"{key} {value!r}"
+        for key, value in settings.items()
+        if key not in has or key not in with_flag and value != defaults[key]
+    ]
     if odd:
-        raise ValueError(f"the network was made with {', '.join(odd)}, for which there is no flag: build it in Python, by "
-                         "create_edm_denoiser(checkpoint.precond, **checkpoint.init_kwargs)")
+        raise ValueError(
+            f"the network was made with {', '.join(odd)}, for which there is no flag: build it in "
+            "Python, by create_edm_denoiser(checkpoint.precond, **checkpoint.init_kwargs)"
+        )
     labels = settings["label_dim"]
     model = {flag: _as_flag(settings[key]) for flag, key in _FLAGS["model"].items()}
     model |= {"class_cond": bool(labels), **({"num_classes": labels} if labels else {})}
     edm = {flag: settings[key] for flag, key in _FLAGS["edm"].items() if key in settings}
-    return {"model": {"framework": "edm", **model}, "edm": {"precond": precond, "edm_network": name, **edm}}
+    return {
+        "model": {"framework": "edm", **model},
+        "edm": {"precond": precond, "edm_network": name, **edm},
+    }
 
 
 def _settings(checkpoint: EDMCheckpoint, precond: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How the network was made, with the defaults of its classes for what was left out; and those defaults."""
+    """How the network was made, with the defaults of its classes for what was left out; and those
+    defaults.
+    """
     given = checkpoint.init_kwargs
     model_type = given.get("model_type", DEFAULT_NETWORK[precond])
     if type(model_type) is not str or model_type not in NETWORKS:
-        raise ValueError(f"the network is a {model_type!r}, which is not known: {', '.join(NETWORKS)} are")
+        raise ValueError(
+            f"the network is a {model_type!r}, which is not known: {', '.join(NETWORKS)} are"
+        )
     missing = [key for key in ("img_resolution", "img_channels") if key not in given]
     if missing:
-        raise ValueError(f"the file does not say with which {' and '.join(missing)} the network was made")
+        raise ValueError(
+            f"the file does not say with which {' and '.join(missing)} the network was made"
+        )
     defaults = {"label_dim": 0, "use_fp16": False}
     for kind in (PRECONDITIONINGS[precond], NETWORKS[model_type]):
-        defaults |= {key: list(p.default) if isinstance(p.default, tuple) else p.default
-                     for key, p in inspect.signature(kind).parameters.items() if p.default is not p.empty and p.default is not None}
+        defaults |= {
+            key: list(p.default) if isinstance(p.default, tuple) else p.default
+            for key, p in inspect.signature(kind).parameters.items()
+            if p.default is not p.empty and p.default is not None
+        }
     return {**defaults, **given, "model_type": model_type}, defaults
 
 
@@ -272,8 +352,10 @@ def _network_name(settings: dict[str, Any]) -> str:
         if all(settings.get(key) == value for key, value in parts.items()):
             return name
     found = ", ".join(f"{key} {settings[key]!r}" for key in EDM_NETWORKS["ddpmpp"])
-    raise ValueError(f"the network was made with {found}, and --edm_network names no such network; {', '.join(EDM_NETWORKS)} are "
-                     "there")
+    raise ValueError(
+        f"the network was made with {found}, and --edm_network names no such network; "
+        f"{', '.join(EDM_NETWORKS)} are there"
+    )
 
 
 def _as_flag(value: Any) -> Any:

@@ -1,7 +1,9 @@
-"""safetensors files: tensors, and beside them in the header the config.yaml that says what they are. Reading one runs nothing.
+"""safetensors files: tensors, and beside them in the header the config.yaml that says what they
+are. Reading one runs nothing.
 
 The library is an extra: pip install 'guided_diffusion_ip[convert]'.
 """
+
 from __future__ import annotations
 
 import os
@@ -15,7 +17,8 @@ State = dict[str, Tensor]
 
 
 def write_safetensors(path: str | os.PathLike, state: State, config_yaml_text: str) -> None:
-    """Write the tensors, bit by bit as they are, and the config; the file appears whole or not at all.
+    """Write the tensors, bit by bit as they are, and the config; the file appears whole or not at
+    all.
 
     Raises:
         ValueError: the library is missing, or something in `state` is no tensor.
@@ -23,10 +26,15 @@ def write_safetensors(path: str | os.PathLike, state: State, config_yaml_text: s
     library = _library(path)
     odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
     if odd is not None:
-        raise ValueError(f"{odd} is {type(state[odd]).__name__}: a safetensors file holds tensors only")
+        raise ValueError(
+            f"{odd} is {type(state[odd]).__name__}: a safetensors file holds tensors only"
+        )
     seen: set[int] = set()
     own = {}
-    for name, value in state.items():  # every tensor is stored by itself: those that share memory need a copy
+    for (
+        name,
+        value,
+    ) in state.items():  # every tensor is stored by itself: those that share memory need a copy
         value = value.detach().cpu().contiguous()
         place = value.untyped_storage().data_ptr()
         own[name] = value.clone() if place in seen else value
@@ -37,7 +45,8 @@ def write_safetensors(path: str | os.PathLike, state: State, config_yaml_text: s
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[State, str]:
-    """The tensors (on the CPU), and the config as YAML text; "" if somebody else wrote the file and it has none.
+    """The tensors (on the CPU), and the config as YAML text; "" if somebody else wrote the file and
+    it has none.
 
     Raises:
         ValueError: no such file, damaged, no safetensors file, or the library is missing.
@@ -52,8 +61,10 @@ def read_safetensors(path: str | os.PathLike) -> tuple[State, str]:
             return {name: file.get_tensor(name) for name in file.keys()}, config
     # Numbers of a kind that torch does not have make the second and third.
     except (library.SafetensorError, AttributeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged, or no safetensors file ({' '.join(str(error).split())[:100]}); copy or download it "
-                         "again") from None
+        raise ValueError(
+            f"{path}: damaged, or no safetensors file ({' '.join(str(error).split())[:100]}); copy "
+            "or download it again"
+        ) from None
 
 
 def _library(path: str | os.PathLike) -> Any:
@@ -61,6 +72,8 @@ def _library(path: str | os.PathLike) -> Any:
         import safetensors
         import safetensors.torch
     except ImportError:
-        raise ValueError(f"{path}: safetensors files need the library: pip install 'guided_diffusion_ip[convert]' (or pip install "
-                         "safetensors)") from None
+        raise ValueError(
+            f"{path}: safetensors files need the library: pip install "
+            "'guided_diffusion_ip[convert]' (or pip install safetensors)"
+        ) from None
     return safetensors

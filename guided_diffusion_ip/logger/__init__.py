@@ -9,6 +9,7 @@ All of them continue the files that are there, so a resumed run has one history.
 tensor: it is copied when logged and read when dumped, so that logging never waits for the GPU.
 Until configure() is called, everything goes to the terminal alone.
 """
+
 from __future__ import annotations
 
 import functools
@@ -66,7 +67,10 @@ class Logger:
 
     def state_dict(self) -> dict[str, tuple[float, int]]:
         """The numbers of the row so far, as {key: (sum, how many)}."""
-        plain = {key: (total.item() if hasattr(total, "item") else total, count) for key, (total, count) in self._sums.items()}
+        plain = {
+            key: (total.item() if hasattr(total, "item") else total, count)
+            for key, (total, count) in self._sums.items()
+        }
         return {key: pair for key, pair in plain.items() if isinstance(pair[0], (int, float))}
 
     def load_state_dict(self, state: Mapping[str, tuple[float, int]]) -> None:
@@ -121,8 +125,10 @@ class Logger:
 def _scalar(key: str, val: Any) -> Any:
     """A copy, which later in-place changes do not reach, still on its device."""
     if math.prod(getattr(val, "shape", ())) != 1:
-        raise ValueError(f"logged value {key!r} has shape {tuple(val.shape)}, must be one number: "
-                         f"log its mean, or one key per entry")
+        raise ValueError(
+            f"logged value {key!r} has shape {tuple(val.shape)}, must be one number: "
+            f"log its mean, or one key per entry"
+        )
     if hasattr(val, "detach"):
         return val.detach().clone()
     return val.copy() if hasattr(val, "shape") else val
@@ -145,8 +151,14 @@ def get_rank_without_mpi_import() -> int:
 _current: Logger | None = None
 
 
-def configure(dir: str | None = None, format_strs: Sequence[str] | None = None, comm: Any = None,
-              log_suffix: str = "", rank: int | None = None, resume_step: int | None = None) -> None:
+def configure(
+    dir: str | None = None,
+    format_strs: Sequence[str] | None = None,
+    comm: Any = None,
+    log_suffix: str = "",
+    rank: int | None = None,
+    resume_step: int | None = None,
+) -> None:
     """Starts logging to a folder; what was configured before is closed.
 
     Args:
@@ -156,7 +168,8 @@ def configure(dir: str | None = None, format_strs: Sequence[str] | None = None, 
         comm: see Logger.set_comm.
         log_suffix: inserted into the file names, before the ending.
         rank: ranks other than 0 write and print nothing; default from the environment.
-        resume_step: a run that continues at this step writes what came later in its files anew: rows beyond it are removed.
+        resume_step: a run that continues at this step writes what came later in its files anew:
+            rows beyond it are removed.
 
     Raises:
         ValueError: an unknown format.
@@ -170,7 +183,9 @@ def configure(dir: str | None = None, format_strs: Sequence[str] | None = None, 
     outputs = []
     if rank == 0:
         os.makedirs(dir, exist_ok=True)
-        outputs = [make_output_format(name.strip(), dir, log_suffix, resume_step) for name in format_strs]
+        outputs = [
+            make_output_format(name.strip(), dir, log_suffix, resume_step) for name in format_strs
+        ]
     reset()
     _current = Logger(dir, outputs, comm)
     if not named:
@@ -196,8 +211,9 @@ def reset() -> None:
 
 
 @contextmanager
-def scoped_configure(dir: str | None = None, format_strs: Sequence[str] | None = None,
-                     comm: Any = None) -> Iterator[None]:
+def scoped_configure(
+    dir: str | None = None, format_strs: Sequence[str] | None = None, comm: Any = None
+) -> Iterator[None]:
     """configure() for the length of a `with` block; the logger before it then continues."""
     global _current
     outer, _current = _current, None
@@ -300,10 +316,13 @@ def profile_kv(scopename: str) -> Iterator[None]:
 
 def profile(n: str) -> Callable[[Callable], Callable]:
     """Decorator: profile_kv(n) around every call."""
+
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             with profile_kv(n):
                 return function(*args, **kwargs)
+
         return timed
+
     return decorate

@@ -1,4 +1,5 @@
 """Where a run's numbers and messages go: an output takes rows of values, lines of text, or both."""
+
 from __future__ import annotations
 
 import csv
@@ -96,9 +97,10 @@ class CsvFile(Output):
         self._file.close()
         rows = self._read()[1:]
         self._columns += new
-        self._rewrite([self._columns] + [row + [""] * (len(self._columns) - len(row)) for row in rows])
+        self._rewrite(
+            [self._columns] + [row + [""] * (len(self._columns) - len(row)) for row in rows]
+        )
         self._file = open(self._path, "a", newline="", encoding="utf-8")
-
 
     def _rewrite(self, rows: list[list[str]]) -> None:
         # A crash half-way must not cost the history: write beside, then replace.
@@ -128,15 +130,19 @@ class JsonLines(Output):
         _drop_torn_line(path)
         if resume_step is not None and os.path.exists(path):
             with open(path, encoding="utf-8") as file:
-                kept = [line for line in file if _at_most(json.loads(line).get("step"), resume_step)]
+                kept = [
+                    line for line in file if _at_most(json.loads(line).get("step"), resume_step)
+                ]
             with open(path + ".tmp", "w", encoding="utf-8") as file:
                 file.writelines(kept)
             os.replace(path + ".tmp", path)
         self._file = open(path, "a", encoding="utf-8")
 
     def write_values(self, values: Mapping[str, Value]) -> None:
-        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-               for key, value in values.items()}
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -151,9 +157,13 @@ class TensorBoard(Output):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError(f"log format tensorboard needs the package tensorboard ({error}): "
-                             f"pip install tensorboard, or leave the format out") from None
-        self._writer: Any = SummaryWriter(folder, purge_step=None if resume_step is None else resume_step + 1)
+            raise ValueError(
+                f"log format tensorboard needs the package tensorboard ({error}): "
+                f"pip install tensorboard, or leave the format out"
+            ) from None
+        self._writer: Any = SummaryWriter(
+            folder, purge_step=None if resume_step is None else resume_step + 1
+        )
         self._dumps = 0
 
     def write_values(self, values: Mapping[str, Value]) -> None:
@@ -171,14 +181,23 @@ class TensorBoard(Output):
 FORMATS = {
     "stdout": lambda folder, suffix, resume_step: Terminal(),
     "log": lambda folder, suffix, resume_step: TextFile(os.path.join(folder, f"log{suffix}.txt")),
-    "csv": lambda folder, suffix, resume_step: CsvFile(os.path.join(folder, f"progress{suffix}.csv"), resume_step),
-    "json": lambda folder, suffix, resume_step: JsonLines(os.path.join(folder, f"progress{suffix}.json"), resume_step),
-    "tensorboard": lambda folder, suffix, resume_step: TensorBoard(os.path.join(folder, f"tb{suffix}"), resume_step),
+    "csv": lambda folder, suffix, resume_step: CsvFile(
+        os.path.join(folder, f"progress{suffix}.csv"), resume_step
+    ),
+    "json": lambda folder, suffix, resume_step: JsonLines(
+        os.path.join(folder, f"progress{suffix}.json"), resume_step
+    ),
+    "tensorboard": lambda folder, suffix, resume_step: TensorBoard(
+        os.path.join(folder, f"tb{suffix}"), resume_step
+    ),
 }
 
 
-def make_output_format(format: str, ev_dir: str, log_suffix: str = "", resume_step: int | None = None) -> Output:
-    """The output of that name, with its file in `ev_dir`, which is made if need be; see configure for `resume_step`.
+def make_output_format(
+    format: str, ev_dir: str, log_suffix: str = "", resume_step: int | None = None
+) -> Output:
+    """The output of that name, with its file in `ev_dir`, which is made if need be; see configure
+    for `resume_step`.
 
     Raises:
         ValueError: no such format, or TensorBoard is not installed.
@@ -203,17 +222,22 @@ class LineLayout:
         """
         cells: dict[str, str] = {}
         for key in [*filter(values.__contains__, _FIRST), *values]:
-            if quartile := _QUARTILE.fullmatch(key):  # quarters of the time range: one cell, not four
+            if quartile := _QUARTILE.fullmatch(
+                key
+            ):  # quarters of the time range: one cell, not four
                 name = f"{quartile[1]}_q"
                 parts = [values.get(f"{name}{q}") for q in range(4)]
-                cells[name] = "/".join("-" if part is None else human(name, part, digits=3)
-                                       for part in parts)
+                cells[name] = "/".join(
+                    "-" if part is None else human(name, part, digits=3) for part in parts
+                )
             elif key not in cells:
                 cells[key] = human(key, values[key])
         for name, text in cells.items():
             self._widths[name] = max(self._widths.get(name, 0), len(text))
-        return "  ".join(f"{name.rstrip('%').rstrip('_')} {text.rjust(self._widths[name])}"
-                         for name, text in cells.items())
+        return "  ".join(
+            f"{name.rstrip('%').rstrip('_')} {text.rjust(self._widths[name])}"
+            for name, text in cells.items()
+        )
 
 
 def human(key: str, value: Value, digits: int = 4) -> str:

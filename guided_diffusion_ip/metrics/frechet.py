@@ -1,4 +1,7 @@
-"""The Frechet distance between two Gaussians (Dowson & Landau 1982), the number inside FID and sFID (Heusel et al. 2017)."""
+"""The Frechet distance between two Gaussians (Dowson & Landau 1982), the number inside FID and sFID
+(Heusel et al. 2017).
+"""
+
 from __future__ import annotations
 
 import warnings
@@ -15,28 +18,42 @@ _ASYMMETRY = 1e-6  # of the largest entry: above what storing as float32 does
 _INDEFINITE = 1e-6  # of the largest eigenvalue, likewise
 
 
-def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+def frechet_distance(
+    mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray
+) -> float:
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), in float64, never negative.
 
-    With sigma1 = A A^T and sigma2 = B B^T the trace of the root is the sum of the singular values of A^T B. Roots of
-    eigenvalues of the product would be roots of rounding noise in the null space of singular covariances (fewer images than
-    features: an error of 1e-4); singular values have no such step. No imaginary parts arise, nothing is added to a diagonal.
+    With sigma1 = A A^T and sigma2 = B B^T the trace of the root is the sum of the singular values
+    of A^T B. Roots of eigenvalues of the product would be roots of rounding noise in the null space
+    of singular covariances (fewer images than
+    features: an error of 1e-4); singular values have no such step. No imaginary parts arise,
+        nothing is added to a diagonal.
 
     Args:
         mu1, mu2: means [D].
         sigma1, sigma2: covariances [D, D]; any rank, also zero.
 
     Warns:
-        UserWarning: a covariance with an eigenvalue below -1e-6 of its largest. Negative ones count as 0 in any case.
+        UserWarning: a covariance with an eigenvalue below -1e-6 of its largest. Negative ones count
+            as 0 in any case.
 
     Raises:
-        ValueError: shapes that do not fit together, non-finite numbers, covariances that are not symmetric.
+        ValueError: shapes that do not fit together, non-finite numbers, covariances that are not
+            symmetric.
     """
     mu1, mu2, sigma1, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, mu2, sigma1, sigma2))
     d = mu1.size
-    if d == 0 or mu1.shape != (d,) or mu2.shape != (d,) or sigma1.shape != (d, d) or sigma2.shape != (d, d):
-        raise ValueError(f"means must be [D] and covariances [D, D] with one D, got {mu1.shape}, {sigma1.shape}, "
-                         f"{mu2.shape}, {sigma2.shape}: were both made with the same features?")
+    if (
+        d == 0
+        or mu1.shape != (d,)
+        or mu2.shape != (d,)
+        or sigma1.shape != (d, d)
+        or sigma2.shape != (d, d)
+    ):
+        raise ValueError(
+            f"means must be [D] and covariances [D, D] with one D, got {mu1.shape}, "
+            f"{sigma1.shape}, {mu2.shape}, {sigma2.shape}: were both made with the same features?"
+        )
     if not (np.isfinite(mu1).all() and np.isfinite(mu2).all()):
         raise ValueError("a mean of features holds NaN or infinity: look for it in the features")
     first, second = _Factor.of(sigma1), _Factor.of(sigma2)
@@ -49,7 +66,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 def covariance_rank(sigma: np.ndarray) -> int:
     """Numerical rank of a covariance [D, D]: eigenvalues above D eps times the largest.
 
-    n images give at most n - 1, and a distance from a covariance of less than full rank is biased upward.
+    n images give at most n - 1, and a distance from a covariance of less than full rank is biased
+    upward.
 
     Raises:
         ValueError: not square, not finite or not symmetric.
@@ -70,18 +88,24 @@ class _Factor:
         s = _checked(sigma)
         d, trace = len(s), float(s.trace())
         a, info = torch.linalg.cholesky_ex(s)
-        # Where rounding noise happens to be positive, Cholesky succeeds on a singular matrix; the smallest pivot tells. (The
-        # trace is at least the largest eigenvalue.)
+        # Where rounding noise happens to be positive, Cholesky succeeds on a singular matrix; the
+        # smallest pivot tells. (The trace is at least the largest eigenvalue.)
         if info == 0 and float(a.diagonal().min()) ** 2 > d * _EPS * trace:
             return cls(a, trace)
         values, vectors = torch.linalg.eigh(s)  # ascending
         largest = float(values[-1].clamp(min=0))
         cut = d * _EPS * largest
         if float(values[0]) < -_INDEFINITE * largest or (largest == 0 and float(values[0]) < 0):
-            warnings.warn(f"a covariance of features has the negative eigenvalue {float(values[0]):.3g} (largest {largest:.3g})"
-                          ": it was not computed or not stored in full precision; negative ones count as 0", stacklevel=3)
+            warnings.warn(
+                f"a covariance of features has the negative eigenvalue {float(values[0]):.3g} "
+                f"(largest {largest:.3g}): it was not computed or not stored in full precision; "
+                "negative ones count as 0",
+                stacklevel=3,
+            )
         kept = values > cut
-        return cls(vectors[:, kept] * values[kept].sqrt(), trace - float(values[values < -cut].sum()))
+        return cls(
+            vectors[:, kept] * values[kept].sqrt(), trace - float(values[values < -cut].sum())
+        )
 
 
 def _checked(sigma: np.ndarray) -> Tensor:
@@ -91,9 +115,14 @@ def _checked(sigma: np.ndarray) -> Tensor:
     s = as_tensor(sigma)
     scale = float(s.abs().max())
     if not np.isfinite(scale):
-        raise ValueError("a covariance of features holds NaN or infinity: look for it in the features, of two images or more")
+        raise ValueError(
+            "a covariance of features holds NaN or infinity: look for it in the features, of two "
+            "images or more"
+        )
     gap = float((s - s.T).abs().max())
     if gap > _ASYMMETRY * scale:
-        raise ValueError(f"a covariance must be symmetric: entries differ from their mirror images by up to {gap:.3g}, the "
-                         f"largest is {scale:.3g}; is it a covariance of features?")
+        raise ValueError(
+            "a covariance must be symmetric: entries differ from their mirror images by up to "
+            f"{gap:.3g}, the largest is {scale:.3g}; is it a covariance of features?"
+        )
     return (s + s.T) / 2

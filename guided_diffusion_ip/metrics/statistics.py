@@ -1,4 +1,5 @@
 """Mean and covariance of features that come a batch at a time and never are in memory together."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -19,21 +20,26 @@ class FeatureStatistics:
             statistics.update(batch)  # [n, D]
         distance = frechet_distance(statistics.mean, statistics.cov, mu, sigma)
 
-    Rows are collected into blocks; a block is centred on its own mean and merged with what went before by the pairwise update
-    of Chan, Golub & LeVeque (1979). No large numbers are subtracted, so that a mean far from zero costs no accuracy. Memory:
-    about 24 D^2 + 16,000 D bytes (130 MB at D = 2048) however many rows there are.
+    Rows are collected into blocks; a block is centred on its own mean and merged with what went
+    before by the pairwise update of Chan, Golub & LeVeque (1979). No large numbers are subtracted,
+    so that a mean far from zero costs no accuracy. Memory: about 24 D^2 + 16,000 D bytes (130 MB at
+    D = 2048) however many rows there are.
     """
 
     def __init__(self) -> None:
         self._n: int | None = 0
-        self._mean = np.zeros(0)       # [D] of the rows merged so far; D = 0: none seen yet
+        self._mean = np.zeros(0)  # [D] of the rows merged so far; D = 0: none seen yet
         self._scatter = np.zeros((0, 0))  # [D, D] sum of (x - mean)(x - mean)^T
-        self._block = np.zeros((0, 0))  # [_BLOCK_ROWS + 1, D], the last row is for the step between means
-        self._waiting = 0              # rows in the block
+        self._block = np.zeros(
+            (0, 0)
+        )  # [_BLOCK_ROWS + 1, D], the last row is for the step between means
+        self._waiting = 0  # rows in the block
         self._stored = False
 
     @classmethod
-    def from_moments(cls, mean: np.ndarray, cov: np.ndarray, n: int | None = None) -> FeatureStatistics:
+    def from_moments(
+        cls, mean: np.ndarray, cov: np.ndarray, n: int | None = None
+    ) -> FeatureStatistics:
         """Statistics from a file: to be compared, not to be continued.
 
         Args:
@@ -46,9 +52,14 @@ class FeatureStatistics:
         """
         mean, cov = np.asarray(mean, dtype=np.float64), np.asarray(cov, dtype=np.float64)
         if mean.ndim != 1 or mean.size == 0 or cov.shape != (mean.size, mean.size):
-            raise ValueError(f"stored statistics must be a mean [D] and a covariance [D, D], got {mean.shape} and {cov.shape}")
+            raise ValueError(
+                f"stored statistics must be a mean [D] and a covariance [D, D], got {mean.shape} "
+                f"and {cov.shape}"
+            )
         if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-            raise ValueError("stored statistics hold NaN or infinity: make them again from the images")
+            raise ValueError(
+                "stored statistics hold NaN or infinity: make them again from the images"
+            )
         self = cls()
         self._n, self._mean, self._scatter, self._stored = n, mean, cov, True
         return self
@@ -84,7 +95,8 @@ class FeatureStatistics:
         """Take in rows [n, D] of any float type on any device; n may be 0.
 
         Raises:
-            ValueError: not [n, D], another D than before, NaN or infinity (it names the row), or stored statistics.
+            ValueError: not [n, D], another D than before, NaN or infinity (it names the row), or
+                stored statistics.
         """
         self._refuse_stored()
         rows = feature_rows(batch)
@@ -92,7 +104,7 @@ class FeatureStatistics:
         for chunk in finite_chunks(rows, _BLOCK_ROWS, first_row=self.n):
             while len(chunk):
                 taken = min(len(chunk), _BLOCK_ROWS - self._waiting)
-                self._block[self._waiting:self._waiting + taken] = chunk[:taken]
+                self._block[self._waiting : self._waiting + taken] = chunk[:taken]
                 self._waiting += taken
                 chunk = chunk[taken:]
                 if self._waiting == _BLOCK_ROWS:
@@ -118,9 +130,11 @@ class FeatureStatistics:
         return self
 
     def all_reduce(self) -> None:
-        """Merge over ranks: afterwards every rank has the rows of all, to the same bits. To be called on all ranks.
+        """Merge over ranks: afterwards every rank has the rows of all, to the same bits. To be
+        called on all ranks.
 
-        Ranks may hold different numbers of rows, also none. Once, at the end: a second call would count every row per rank.
+        Ranks may hold different numbers of rows, also none. Once, at the end: a second call would
+        count every row per rank.
 
         Raises:
             ValueError: on every rank, where they differ in D; on a rank with stored statistics.
@@ -134,7 +148,10 @@ class FeatureStatistics:
         if sizes.max() == 0:
             return
         if len(set(sizes[sizes > 0].tolist())) > 1:
-            raise ValueError(f"ranks hold features of different sizes, in rank order: {sizes.tolist()}; use one network")
+            raise ValueError(
+                f"ranks hold features of different sizes, in rank order: {sizes.tolist()}; use one "
+                "network"
+            )
         self._open(int(sizes.max()))
         means, total = gather_ranks(self._mean[None]), int(counts.sum())  # [world, D]
         if total == 0:
@@ -145,7 +162,7 @@ class FeatureStatistics:
         # In strips, because a gather holds as many copies as there are ranks.
         strip = max(1, _GATHER_BYTES // (8 * self._mean.size * len(counts)))
         for start in range(0, self._mean.size, strip):
-            part = self._scatter[start:start + strip]  # [strip, D]
+            part = self._scatter[start : start + strip]  # [strip, D]
             part[:] = gather_ranks(part[None]).sum(axis=0)
 
     def _open(self, d: int) -> None:
@@ -153,7 +170,10 @@ class FeatureStatistics:
         if self._mean.size == 0:
             self._mean, self._scatter = np.zeros(d), np.zeros((d, d))
         elif self._mean.size != d:
-            raise ValueError(f"features have {d} entries a row, those before them {self._mean.size}: use one network")
+            raise ValueError(
+                f"features have {d} entries a row, those before them {self._mean.size}: use one "
+                "network"
+            )
         if self._block.size == 0:
             self._block = np.empty((_BLOCK_ROWS + 1, d))
 
@@ -163,7 +183,8 @@ class FeatureStatistics:
         if m == 0:
             return
         rows = self._block[:m]
-        # Centred twice: the first time on a number that is near, so that the second mean is one of small numbers.
+        # Centred twice: the first time on a number that is near, so that the second mean is one of
+        # small numbers.
         near = self._mean if self._n else rows[0].copy()
         rows -= near
         step = rows.mean(axis=0)
@@ -171,8 +192,10 @@ class FeatureStatistics:
         total = self._n + m
         # One more row makes the product add the step between the means as well.
         self._block[m] = step * np.sqrt(self._n * m / total)
-        rows = self._block[:m + 1]
-        self._scatter += rows.T @ rows  # numpy computes X^T X by the symmetric product, at half the cost
+        rows = self._block[: m + 1]
+        self._scatter += (
+            rows.T @ rows
+        )  # numpy computes X^T X by the symmetric product, at half the cost
         self._mean = near + step * (m / total)
         self._n, self._waiting = total, 0
 
@@ -181,8 +204,12 @@ class FeatureStatistics:
             return
         self._flush()
         if self._n < least:
-            raise ValueError(f"{what} of features needs at least {least} images, there are {self._n}")
+            raise ValueError(
+                f"{what} of features needs at least {least} images, there are {self._n}"
+            )
 
     def _refuse_stored(self) -> None:
         if self._stored:
-            raise ValueError("stored statistics cannot take in more images: compute them from all images instead")
+            raise ValueError(
+                "stored statistics cannot take in more images: compute them from all images instead"
+            )

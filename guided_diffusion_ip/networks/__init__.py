@@ -3,6 +3,7 @@
 A network is called as model(x, t, **cond): x [N, C, H, W], t [N], and according to its kind
 y (labels, int64 [N]) and low_res [N, C, h, w].
 """
+
 from .attention import AttentionBlock, AttentionPool2d
 from .blocks import Downsample, ResBlock, TimestepBlock, TimestepEmbedSequential, Upsample
 from .layers import (

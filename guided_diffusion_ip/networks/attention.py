@@ -4,6 +4,7 @@ Shapes: N images, C channels, H x W pixels, T = H * W tokens, h heads of d = C /
 Projections are stored as 1x1 convolutions (the published parameter names and shapes), but applied
 to tokens [N, T, C]: of a channels_last feature map these are a view, so nothing is copied.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -34,8 +35,14 @@ def split_qkv(qkv: Tensor, num_heads: int, new_order: bool) -> tuple[Tensor, Ten
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, heads joined: [N, h, T, d] -> [N, T, C]."""
-    if q.dtype is torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and k.shape[2] <= _FEW_TOKENS:
-        # The fused kernel's backward pass is up to six times slower there than two products that know the CPU's bf16 units.
+    if (
+        q.dtype is torch.bfloat16
+        and q.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and k.shape[2] <= _FEW_TOKENS
+    ):
+        # The fused kernel's backward pass is up to six times slower there than two products that
+        # know the CPU's bf16 units.
         weights = (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=3, dtype=q.dtype)
         attended = weights @ v
     else:
@@ -60,7 +67,8 @@ def head_count(channels: int, num_heads: int, num_head_channels: int) -> int:
     if divisor < 1 or channels % divisor:
         raise ValueError(
             f"attention over {channels} channels with {name} {divisor}: {name} must divide the "
-            "channels wherever there is attention; change it, the base channels or channel_mult")
+            "channels wherever there is attention; change it, the base channels or channel_mult"
+        )
     return channels // num_head_channels if by_width else num_heads
 
 
@@ -127,7 +135,7 @@ class AttentionPool2d(nn.Module):
         self.spatial = sides
         self.num_heads = head_count(embed_dim, -1, num_heads_channels)
         tokens = sides[0] * sides[1] + 1
-        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, tokens) * embed_dim ** -0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, tokens) * embed_dim**-0.5)
         self.qkv_proj = nn.Conv1d(embed_dim, 3 * embed_dim, 1)
         self.c_proj = nn.Conv1d(embed_dim, output_dim or embed_dim, 1)
 
@@ -135,7 +143,8 @@ class AttentionPool2d(nn.Module):
         if x.shape[2:] != self.spatial:
             raise ValueError(
                 f"attention pooling was built for feature maps of {self.spatial}, got "
-                f"{tuple(x.shape[2:])}: give images of the model's image_size, or use another pool")
+                f"{tuple(x.shape[2:])}: give images of the model's image_size, or use another pool"
+            )
         pixels = x.flatten(2).transpose(1, 2)  # [N, T, C]
         tokens = torch.cat([pixels.mean(dim=1, keepdim=True), pixels], dim=1)  # [N, T + 1, C]
         tokens = tokens + self.positional_embedding.t().to(tokens.dtype)

@@ -3,13 +3,23 @@
 Shapes: N images, C channels, H x W pixels, E embedding channels. With three spatial dimensions only
 the last two are resampled; the first (frames, slices) keeps its length.
 """
+
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import (
-    Dropout, SiLU, avg_pool_nd, checkpoint, conv_nd, full_precision, linear, normalization, zero_module)
+    Dropout,
+    SiLU,
+    avg_pool_nd,
+    checkpoint,
+    conv_nd,
+    full_precision,
+    linear,
+    normalization,
+    zero_module,
+)
 
 
 class TimestepBlock(nn.Module):
@@ -49,8 +59,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.factors = tuple(float(s) for s in resampling_strides(dims))
         out_channels = _resampled_channels(channels, out_channels, use_conv)
-        self.conv = (conv_nd(dims, channels, out_channels, 3, padding=1) if use_conv
-                     else nn.Identity())
+        self.conv = (
+            conv_nd(dims, channels, out_channels, 3, padding=1) if use_conv else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=self.factors, mode="nearest"))
@@ -71,8 +82,11 @@ class Downsample(nn.Module):
         super().__init__()
         strides = resampling_strides(dims)
         out_channels = _resampled_channels(channels, out_channels, use_conv)
-        self.op = (conv_nd(dims, channels, out_channels, 3, stride=strides, padding=1) if use_conv
-                   else avg_pool_nd(dims, strides))
+        self.op = (
+            conv_nd(dims, channels, out_channels, 3, stride=strides, padding=1)
+            if use_conv
+            else avg_pool_nd(dims, strides)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
@@ -82,7 +96,8 @@ def _resampled_channels(channels: int, out_channels: int | None, use_conv: bool)
     if not use_conv and out_channels not in (None, channels):
         raise ValueError(
             f"resampling without a convolution keeps its {channels} channels, but out_channels is "
-            f"{out_channels}: set use_conv=True or leave out_channels out")
+            f"{out_channels}: set use_conv=True or leave out_channels out"
+        )
     return out_channels or channels
 
 
@@ -122,19 +137,32 @@ class ResBlock(TimestepBlock):
         out_channels = out_channels or channels
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
-        self.resample = (Upsample(channels, False, dims) if up
-                         else Downsample(channels, False, dims) if down else nn.Identity())
+        self.resample = (
+            Upsample(channels, False, dims)
+            if up
+            else Downsample(channels, False, dims)
+            if down
+            else nn.Identity()
+        )
         self.in_layers = nn.Sequential(
-            normalization(channels), SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1))
+            normalization(channels), SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
+        )
         self.emb_layers = nn.Sequential(
-            SiLU(), linear(emb_channels, (2 if use_scale_shift_norm else 1) * out_channels))
+            SiLU(), linear(emb_channels, (2 if use_scale_shift_norm else 1) * out_channels)
+        )
         self.out_layers = nn.Sequential(
-            normalization(out_channels), SiLU(), Dropout(dropout),
-            zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)))
+            normalization(out_channels),
+            SiLU(),
+            Dropout(dropout),
+            zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
+        )
         self.skip_connection = (
-            nn.Identity() if out_channels == channels
-            else conv_nd(dims, channels, out_channels, 3, padding=1) if use_conv
-            else conv_nd(dims, channels, out_channels, 1))
+            nn.Identity()
+            if out_channels == channels
+            else conv_nd(dims, channels, out_channels, 3, padding=1)
+            if use_conv
+            else conv_nd(dims, channels, out_channels, 1)
+        )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return checkpoint(self._residual, (x, emb), self.parameters(), self.use_checkpoint)

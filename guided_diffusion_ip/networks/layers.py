@@ -3,6 +3,7 @@
 Shapes: N images, C channels, H x W pixels. Functions work for one, two and
 three spatial dimensions; two are written out in the text.
 """
+
 from __future__ import annotations
 
 import math
@@ -32,19 +33,27 @@ class SiLU(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, with masks that a CPU draws some five times faster: 16 random bits for each element.
+    """nn.Dropout, with masks that a CPU draws some five times faster: 16 random bits for each
+    element.
 
-    There p is rounded to a multiple of 2**-16, and what is kept is scaled by the rounded p, so that the mean stays exact.
+    There p is rounded to a multiple of 2**-16, and what is kept is scaled by the rounded p, so that
+    the mean stays exact.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         kept = round((1 - self.p) * 65536)  # of 65536 equally likely numbers
-        if (not self.training or kept in (0, 65536) or x.device.type != "cpu" or not x.is_floating_point()
-                or torch.compiler.is_compiling()):
+        if (
+            not self.training
+            or kept in (0, 65536)
+            or x.device.type != "cpu"
+            or not x.is_floating_point()
+            or torch.compiler.is_compiling()
+        ):
             return super().forward(x)
-        # Bernoulli draws of PyTorch cost more than a convolution here; one 64-bit word serves four elements.
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
-        keep = words.view(torch.int16)[:x.numel()] < kept - 32768
+        # Bernoulli draws of PyTorch cost more than a convolution here; one 64-bit word serves four
+        # elements.
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        keep = words.view(torch.int16)[: x.numel()] < kept - 32768
         mask = torch.empty_like(x, requires_grad=False)  # dense, in the memory format of x
         torch.mul(keep.as_strided(mask.shape, mask.stride()), 65536 / kept, out=mask)
         return x * mask
@@ -59,10 +68,15 @@ class GroupNorm32(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(wide), self.bias.to(wide)
-        if (x.dtype is torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled()
-                and x.numel() >= _LARGE_MAP * x.shape[0] * x.shape[1]):
-            # This kernel computes in float32 by itself: the same numbers, without a wide copy. Its backward pass is slower than
-            # with the copy, and on smaller maps PyTorch takes another kernel, four times slower.
+        if (
+            x.dtype is torch.bfloat16
+            and x.device.type == "cpu"
+            and not torch.is_grad_enabled()
+            and x.numel() >= _LARGE_MAP * x.shape[0] * x.shape[1]
+        ):
+            # This kernel computes in float32 by itself: the same numbers, without a wide copy. Its
+            # backward pass is slower than with the copy, and on smaller maps PyTorch takes another
+            # kernel, four times slower.
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
         y = F.group_norm(x.to(wide), self.num_groups, weight, bias, self.eps)
         # The CUDA kernel answers contiguously whatever it was given, and all that follows would
@@ -92,7 +106,8 @@ def normalization(channels: int) -> GroupNorm32:
     if channels < 1 or channels % NUM_GROUPS:
         raise ValueError(
             f"{channels} channels cannot be normalised in {NUM_GROUPS} groups: choose base "
-            f"channels and channel_mult so that every product is a multiple of {NUM_GROUPS}")
+            f"channels and channel_mult so that every product is a multiple of {NUM_GROUPS}"
+        )
     return GroupNorm32(NUM_GROUPS, channels)
 
 
@@ -121,10 +136,11 @@ def _by_dims(table: dict[int, type[nn.Module]], dims: int) -> type[nn.Module]:
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
-    """A context that autocast does not reach, on x's device: for parts of a network that convert_to_fp16 leaves alone, too.
+    """A context that autocast does not reach, on x's device: for parts of a network that
+    convert_to_fp16 leaves alone, too.
 
-    The embedding tells neighbouring timesteps apart by little, and the rounding of an output would be
-    a part of the loss.
+    The embedding tells neighbouring timesteps apart by little, and the rounding of an output would
+    be a part of the loss.
     """
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # "meta" knows no autocast

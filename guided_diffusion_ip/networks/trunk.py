@@ -4,6 +4,7 @@ Shapes: N images, C channels, H x W pixels, E = 4 model_channels embedding chann
 0 .. L-1 works at downsample rate ds = 2**l, on feature maps of H / ds x W / ds.
 Parameter names, their order and shapes are those of the published checkpoints.
 """
+
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
@@ -43,7 +44,8 @@ def require_divisible(sides: Sequence[int], levels: int) -> None:
             raise ValueError(
                 f"an image side of {side} does not fit a UNet of {levels} levels, which needs "
                 f"multiples of {step}: resize or pad it to {nearest}, or give a channel_mult with "
-                "fewer levels")
+                "fewer levels"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,25 @@ class Recipe:
     def res_block(self, channels: int, out_channels: int, **resample: bool) -> ResBlock:
         """A residual block; `resample` may be up=True or down=True."""
         return ResBlock(
-            channels, self.emb_channels, self.dropout, out_channels=out_channels, dims=self.dims,
-            use_checkpoint=self.use_checkpoint, use_scale_shift_norm=self.use_scale_shift_norm,
-            **resample)
+            channels,
+            self.emb_channels,
+            self.dropout,
+            out_channels=out_channels,
+            dims=self.dims,
+            use_checkpoint=self.use_checkpoint,
+            use_scale_shift_norm=self.use_scale_shift_norm,
+            **resample,
+        )
 
     def attention(self, channels: int, num_heads: int) -> AttentionBlock:
         """An attention block; `num_heads` counts only where no width of a head is set."""
         return AttentionBlock(
-            channels, num_heads, self.num_head_channels, use_checkpoint=self.use_checkpoint,
-            use_new_attention_order=self.use_new_attention_order)
+            channels,
+            num_heads,
+            self.num_head_channels,
+            use_checkpoint=self.use_checkpoint,
+            use_new_attention_order=self.use_new_attention_order,
+        )
 
     def down(self, channels: int) -> nn.Module:
         """The step to the next lower resolution."""
@@ -108,7 +120,8 @@ class UNetTrunk(nn.Module):
         if isinstance(attention_resolutions, str):
             raise ValueError(
                 f"attention_resolutions is the text {attention_resolutions!r}, but a network takes "
-                "downsample rates such as (2, 4): attention_downsample_rates converts")
+                "downsample rates such as (2, 4): attention_downsample_rates converts"
+            )
         self.image_size = height_width(image_size)
         self.in_channels = in_channels
         self.model_channels = model_channels
@@ -117,8 +130,10 @@ class UNetTrunk(nn.Module):
         self.widths = tuple(int(mult * model_channels) for mult in channel_mult)
 
         self.time_embed = nn.Sequential(
-            linear(model_channels, recipe.emb_channels), SiLU(),
-            linear(recipe.emb_channels, recipe.emb_channels))
+            linear(model_channels, recipe.emb_channels),
+            SiLU(),
+            linear(recipe.emb_channels, recipe.emb_channels),
+        )
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, recipe.emb_channels)
         self._build_encoder(recipe, num_res_blocks, attention_resolutions, num_heads)
@@ -126,7 +141,8 @@ class UNetTrunk(nn.Module):
         self.middle_block = TimestepEmbedSequential(
             recipe.res_block(width, width),
             recipe.attention(width, num_heads),
-            recipe.res_block(width, width))
+            recipe.res_block(width, width),
+        )
 
     def _build_encoder(
         self,
@@ -146,7 +162,7 @@ class UNetTrunk(nn.Module):
             for _ in range(num_res_blocks):
                 layers: list[nn.Module] = [recipe.res_block(width, out_width)]
                 width = out_width
-                if 2 ** level in attention_resolutions:
+                if 2**level in attention_resolutions:
                     layers.append(recipe.attention(width, num_heads))
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 self.state_channels.append(width)
@@ -189,7 +205,8 @@ class UNetTrunk(nn.Module):
         if timesteps.shape not in ((batch,), (1,)):
             raise ValueError(
                 f"timesteps have shape {tuple(timesteps.shape)} for a batch of {batch}: give one "
-                f"per image, shape ({batch},)")
+                f"per image, shape ({batch},)"
+            )
         self._check_labels(y, batch)
         waves = timestep_embedding(timesteps, self.model_channels)
         with full_precision(waves):
@@ -199,8 +216,10 @@ class UNetTrunk(nn.Module):
     def _check_labels(self, y: Tensor | None, batch: int) -> None:
         if self.num_classes is None:
             if y is not None:
-                raise ValueError("got labels y, but this model is unconditional: leave y out, or "
-                                 "build the model with num_classes (--class_cond True)")
+                raise ValueError(
+                    "got labels y, but this model is unconditional: leave y out, or "
+                    "build the model with num_classes (--class_cond True)"
+                )
             return
         wanted = f"pass y, int64 [{batch}] with values 0 to {self.num_classes - 1}"
         if y is None:
@@ -223,9 +242,10 @@ class UNetTrunk(nn.Module):
             raise ValueError(
                 f"got an input of shape {tuple(x.shape)}, but this model takes {self.in_channels} "
                 f"channels in {self.dims} spatial dimensions: convert the images, or build the "
-                "model with their in_channels")
+                "model with their in_channels"
+            )
         # Of three spatial dimensions the first is never resampled.
-        require_divisible(x.shape[-min(self.dims, 2):], len(self.widths))
+        require_divisible(x.shape[-min(self.dims, 2) :], len(self.widths))
         h, states = x.to(self.dtype), []
         for block in self.input_blocks:
             h = block(h, emb)

@@ -6,6 +6,7 @@
 
 Shapes: N images, C channels, H x W pixels.
 """
+
 from __future__ import annotations
 
 import math
@@ -64,8 +65,10 @@ def parse_channel_mult(text_or_sequence: str | Sequence[float]) -> tuple[float, 
     except (TypeError, ValueError):
         values = []
     if not values or not all(0 < v < math.inf for v in values):
-        raise ValueError(f"channel_mult is {given!r}: give positive numbers separated by commas, "
-                         "one per level, for example 1,2,2,2 or 0.5,1,2")
+        raise ValueError(
+            f"channel_mult is {given!r}: give positive numbers separated by commas, "
+            "one per level, for example 1,2,2,2 or 0.5,1,2"
+        )
     return tuple(int(v) if v.is_integer() else v for v in values)
 
 
@@ -88,15 +91,18 @@ def attention_downsample_rates(
     except (TypeError, ValueError):
         resolutions = [0]
     if any(r < 1 for r in resolutions):
-        raise ValueError(f"attention_resolutions is {given!r}: give whole numbers of pixels "
-                         "separated by commas, for example 16,8")
+        raise ValueError(
+            f"attention_resolutions is {given!r}: give whole numbers of pixels "
+            "separated by commas, for example 16,8"
+        )
     rates = tuple(shorter // r for r in resolutions)
     for resolution, rate in zip(resolutions, rates):
         if rate & (rate - 1):
             warnings.warn(
                 f"attention resolution {resolution} has no effect: images of {shorter} pixels are "
                 f"halved to {shorter // 2}, {shorter // 4} and so on; name one of these",
-                stacklevel=2)
+                stacklevel=2,
+            )
     return rates
 
 
@@ -145,18 +151,36 @@ class UNetModel(UNetTrunk):
         use_new_attention_order: bool = False,
     ) -> None:
         recipe = Recipe(
-            4 * model_channels, dropout, dims, conv_resample, resblock_updown, use_scale_shift_norm,
-            use_checkpoint, num_head_channels, use_new_attention_order)
+            4 * model_channels,
+            dropout,
+            dims,
+            conv_resample,
+            resblock_updown,
+            use_scale_shift_norm,
+            use_checkpoint,
+            num_head_channels,
+            use_new_attention_order,
+        )
         super().__init__(
-            recipe, image_size, in_channels, model_channels, num_res_blocks, attention_resolutions,
-            channel_mult, num_heads, num_classes)
+            recipe,
+            image_size,
+            in_channels,
+            model_channels,
+            num_res_blocks,
+            attention_resolutions,
+            channel_mult,
+            num_heads,
+            num_classes,
+        )
         self.out_channels = out_channels
         self.use_fp16 = use_fp16
         decoder_heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self._build_decoder(recipe, num_res_blocks, attention_resolutions, decoder_heads)
         self.out = nn.Sequential(
-            normalization(self.widths[0]), SiLU(),
-            zero_module(conv_nd(dims, self.widths[0], out_channels, 3, padding=1)))
+            normalization(self.widths[0]),
+            SiLU(),
+            zero_module(conv_nd(dims, self.widths[0], out_channels, 3, padding=1)),
+        )
 
     def _build_decoder(
         self,
@@ -172,7 +196,7 @@ class UNetModel(UNetTrunk):
             for remaining in reversed(range(num_res_blocks + 1)):
                 layers: list[nn.Module] = [recipe.res_block(width + skips.pop(), out_width)]
                 width = out_width
-                if 2 ** level in attention_resolutions:
+                if 2**level in attention_resolutions:
                     layers.append(recipe.attention(width, num_heads))
                 if level and not remaining:
                     layers.append(recipe.up(width))
@@ -213,12 +237,15 @@ class SuperResModel(UNetModel):
         """
         channels = self.in_channels // 2
         if low_res is None:
-            raise ValueError("got no low_res, but this is a super-resolution model: pass low_res, "
-                             f"[{len(x)}, {channels}, h, w]")
+            raise ValueError(
+                "got no low_res, but this is a super-resolution model: pass low_res, "
+                f"[{len(x)}, {channels}, h, w]"
+            )
         if low_res.shape[:2] != x.shape[:2] or x.shape[1] != channels:
             raise ValueError(
                 f"x has shape {tuple(x.shape)} and low_res {tuple(low_res.shape)}: give both the "
-                f"same number of images, and {channels} channels")
+                f"same number of images, and {channels} channels"
+            )
         enlarged = F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")
         return super().forward(torch.cat([x, enlarged], dim=1), timesteps, **kwargs)
 
@@ -263,11 +290,27 @@ class EncoderUNetModel(UNetTrunk):
         if pool not in POOLS:
             raise ValueError(f"unknown pool {pool!r}: use one of {', '.join(POOLS)}")
         recipe = Recipe(
-            4 * model_channels, dropout, dims, conv_resample, resblock_updown, use_scale_shift_norm,
-            use_checkpoint, num_head_channels, use_new_attention_order)
+            4 * model_channels,
+            dropout,
+            dims,
+            conv_resample,
+            resblock_updown,
+            use_scale_shift_norm,
+            use_checkpoint,
+            num_head_channels,
+            use_new_attention_order,
+        )
         super().__init__(
-            recipe, image_size, in_channels, model_channels, num_res_blocks, attention_resolutions,
-            channel_mult, num_heads, num_classes=None)
+            recipe,
+            image_size,
+            in_channels,
+            model_channels,
+            num_res_blocks,
+            attention_resolutions,
+            channel_mult,
+            num_heads,
+            num_classes=None,
+        )
         self.out_channels = out_channels
         self.use_fp16 = use_fp16
         self.pool = pool
@@ -288,14 +331,20 @@ def _adaptive_head(trunk: UNetTrunk, out_channels: int, num_head_channels: int) 
     width = trunk.widths[-1]
     pools = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
     return nn.Sequential(
-        normalization(width), SiLU(), pools[trunk.dims](1),
-        zero_module(conv_nd(trunk.dims, width, out_channels, 1)), nn.Flatten())
+        normalization(width),
+        SiLU(),
+        pools[trunk.dims](1),
+        zero_module(conv_nd(trunk.dims, width, out_channels, 1)),
+        nn.Flatten(),
+    )
 
 
 def _attention_head(trunk: UNetTrunk, out_channels: int, num_head_channels: int) -> nn.Sequential:
     if num_head_channels == -1:
-        raise ValueError("pool 'attention' got num_head_channels -1: give the width of a head, for "
-                         "example 64, or choose another pool")
+        raise ValueError(
+            "pool 'attention' got num_head_channels -1: give the width of a head, for "
+            "example 64, or choose another pool"
+        )
     require_divisible(trunk.image_size, len(trunk.widths))
     width, rate = trunk.widths[-1], 2 ** (len(trunk.widths) - 1)
     size = tuple(side // rate for side in trunk.image_size)

@@ -1,4 +1,7 @@
-"""The files of a published download: an unpacked folder, a .zip, a .tar or .tar.gz. Nothing is unpacked to disk."""
+"""The files of a published download: an unpacked folder, a .zip, a .tar or .tar.gz. Nothing is
+unpacked to disk.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -19,12 +22,21 @@ def reading(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, EOFError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        NotImplementedError,
+        zlib.error,
+        zipfile.BadZipFile,
+        tarfile.TarError,
+    ) as error:
         raise ValueError(f"{name} cannot be read: {error} (download it again)") from error
 
 
 class Archive:
-    """The files called `wanted` (base names, in whatever folder), in the order in which they are stored.
+    """The files called `wanted` (base names, in whatever folder), in the order in which they are
+    stored.
 
     Raises:
         ValueError: `path` is no such thing, or damaged.
@@ -36,20 +48,29 @@ class Archive:
         self._open = contextlib.ExitStack()
         with reading(path):
             if os.path.isdir(path):
-                found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in sorted(names)]
+                found = [
+                    os.path.join(folder, name)
+                    for folder, _, names in os.walk(path)
+                    for name in sorted(names)
+                ]
             elif zipfile.is_zipfile(path):
                 self._archive = self._open.enter_context(zipfile.ZipFile(path))
                 found = self._archive.namelist()
             else:
                 self._archive = self._open.enter_context(tarfile.open(path))
                 found = [member.name for member in self._archive if member.isreg()]
-        # Stored order: going back in a compressed tar means to decompress it again from its beginning.
-        self._members = {os.path.basename(name): name for name in found if os.path.basename(name) in wanted}
+        # Stored order: going back in a compressed tar means to decompress it again from its
+        # beginning.
+        self._members = {
+            os.path.basename(name): name for name in found if os.path.basename(name) in wanted
+        }
         self.names = list(self._members)
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
-        """One of `names`, for reading in a `with` block; what fails inside because of damage names the archive."""
+        """One of `names`, for reading in a `with` block; what fails inside because of damage names
+        the archive.
+        """
         member = self._members[name]
         with contextlib.ExitStack() as stack:
             stack.enter_context(reading(f"{self.path}: {name}"))

@@ -1,4 +1,5 @@
 """Images in an LMDB folder, as LSUN is published: key -> the bytes of a webp or jpeg file."""
+
 from __future__ import annotations
 
 import os
@@ -19,8 +20,10 @@ def lmdb_package() -> Any:
     try:
         import lmdb
     except ImportError as error:
-        raise ValueError("LSUN is published as an LMDB, which needs the lmdb package: pip install lmdb "
-                         "(or the extra [lsun])") from error
+        raise ValueError(
+            "LSUN is published as an LMDB, which needs the lmdb package: pip install lmdb "
+            "(or the extra [lsun])"
+        ) from error
     return lmdb
 
 
@@ -61,7 +64,9 @@ class LmdbSource(Source):
         lmdb = lmdb_package()
         if self._env is None or self._owner != os.getpid():  # an environment must not cross a fork
             try:
-                self._env = lmdb.open(self.path, readonly=True, lock=False, create=False, readahead=False)
+                self._env = lmdb.open(
+                    self.path, readonly=True, lock=False, create=False, readahead=False
+                )
             except lmdb.Error as error:
                 raise ValueError(f"{self.path} cannot be read as an LMDB: {error}") from error
             self._owner = os.getpid()

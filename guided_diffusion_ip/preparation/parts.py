@@ -1,4 +1,7 @@
-"""Pieces of a set on their way: each whole or absent, so that the same command again goes on where it was interrupted."""
+"""Pieces of a set on their way: each whole or absent, so that the same command again goes on where
+it was interrupted.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -8,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..files import atomic_file
 from ..data.npz_io import NpzReader, merge_npz
+from ..files import atomic_file
 
 
 class Parts:
@@ -32,8 +35,10 @@ class Parts:
             with open(note, encoding="utf-8") as file:
                 begun = file.read()
             if begun != settings:
-                raise ValueError(f"{self.folder} was begun with {begun!r}, not {settings!r}: remove it, "
-                                 "or choose another --out")
+                raise ValueError(
+                    f"{self.folder} was begun with {begun!r}, not {settings!r}: remove it, "
+                    "or choose another --out"
+                )
         else:
             with atomic_file(note) as file:
                 file.write(settings.encode())
@@ -58,8 +63,11 @@ class Parts:
                 total += piece.shape("arr_0")[0]
         return total
 
-    def join(self, names: Sequence[str], path: str | os.PathLike, extra: Mapping[str, np.ndarray]) -> None:
-        """Make one npz `path` of all rows of the npz pieces, in the order given, and of the arrays `extra`; remove the pieces.
+    def join(
+        self, names: Sequence[str], path: str | os.PathLike, extra: Mapping[str, np.ndarray]
+    ) -> None:
+        """Make one npz `path` of all rows of the npz pieces, in the order given, and of the arrays
+        `extra`; remove the pieces.
 
         The disk holds both for a while. `path` and the pieces must be on one file system.
         """
@@ -74,7 +82,9 @@ class Parts:
 
 
 def discard(out_dir: str | os.PathLike, name: str) -> None:
-    """Delete what is left of the pieces of a set that is finished, if the process that made it was killed before it could."""
+    """Delete what is left of the pieces of a set that is finished, if the process that made it was
+    killed before it could.
+    """
     folder = _folder(out_dir, name)
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # not there, or other sets are on their way beside this one

@@ -1,10 +1,14 @@
-"""Read pickles that hold nothing but plain containers and arrays of numbers, without being able to run anything else.
+"""Read pickles that hold nothing but plain containers and arrays of numbers, without being able to
+run anything else.
 
-CIFAR-10 and the downsampled ImageNet are published as pickles, and so are EDM's networks (interop/edm_pickle.py). A pickle is a
-program: it names functions and calls them. The machine here has no instruction that imports or calls anything: a name stands
-for a function of ours that keeps what it is given, and every other name is refused; not even numpy's own functions are called
-before the whole pickle has been read.
+CIFAR-10 and the downsampled ImageNet are published as pickles, and so are EDM's networks
+(interop/edm_pickle.py). A pickle is a
+program: it names functions and calls them. The machine here has no instruction that imports or
+    calls anything: a name stands
+for a function of ours that keeps what it is given, and every other name is refused; not even
+numpy's own functions are called before the whole pickle has been read.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -20,11 +24,15 @@ _TYPES = ("u1", "i1", "b1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8")
 
 
 class Refused(ValueError):
-    """The pickle wants something that its kind of file does not need; the text says what, after 'this pickle holds'."""
+    """The pickle wants something that its kind of file does not need; the text says what, after
+    'this pickle holds'.
+    """
 
 
 class Buildable:
-    """What the instruction BUILD may hand a state to; nothing else gets attributes from a pickle."""
+    """What the instruction BUILD may hand a state to; nothing else gets attributes
+    from a pickle.
+    """
 
     def build(self, state: Any) -> None:
         """Take the state; Refused if it is not what this object is made of."""
@@ -102,14 +110,20 @@ class _Name:
 
 
 def _require(value: Any, kind: type, instruction: str) -> Any:
-    """`value`, if it is exactly a `kind`: subclasses and lookalikes could do things of their own."""
+    """`value`, if it is exactly a `kind`: subclasses and lookalikes could do things of
+    their own.
+    """
     if type(value) is not kind:
-        raise Refused(f"{instruction} on {type(value).__name__}, where only {kind.__name__} is expected")
+        raise Refused(
+            f"{instruction} on {type(value).__name__}, where only {kind.__name__} is expected"
+        )
     return value
 
 
 def _keys(items: Iterable[Any]) -> Iterable[Any]:
-    """The items, if they are text or numbers. (The hash of tuples in tuples in tuples overflows the stack of the process.)"""
+    """The items, if they are text or numbers. (The hash of tuples in tuples in tuples overflows the
+    stack of the process.)
+    """
     items = list(items)
     for item in items:
         if type(item) not in (str, bytes, int, float, bool, type(None)):
@@ -123,15 +137,20 @@ def _update(target: Any, items: Sequence[Any], instruction: str) -> None:
 
 
 class _Instructions(dict):
-    """From the byte of an instruction to what carries it out; all that are not listed are refused by name."""
+    """From the byte of an instruction to what carries it out; all that are not listed are refused
+    by name.
+    """
 
     def __missing__(self, byte: int) -> Callable[[Any], None]:
         known = pickletools.code2op.get(chr(byte))
 
         def refuse(_: Any) -> None:
             if known is None:
-                raise pickle.UnpicklingError(f"no instruction of a pickle begins with the byte {byte}")
+                raise pickle.UnpicklingError(
+                    f"no instruction of a pickle begins with the byte {byte}"
+                )
             raise Refused(f"the instruction {known.name}, which could run code")
+
         return refuse
 
 
@@ -154,27 +173,41 @@ class _Whole:
         return line
 
 
-# What moves plain data; taken over from Python's own machine, the one written in Python, which these are written for.
-_PLAIN = ("PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
-          "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
-          "TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST EMPTY_DICT EMPTY_SET GET BINGET LONG_BINGET PUT BINPUT "
-          "LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL").split()
+# What moves plain data; taken over from Python's own machine, the one written in Python, which
+# these are written for.
+_PLAIN = (
+    "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG "
+    "LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES "
+    "BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 "
+    "TUPLE3 EMPTY_LIST LIST EMPTY_DICT EMPTY_SET GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT "
+    "MEMOIZE GLOBAL STACK_GLOBAL"
+).split()
 
 
 class SafeUnpickler(pickle._Unpickler):
     """Reads a pickle of any protocol.
 
-    It is the machine in Python rather than the one in C because its instructions can be replaced one by one, and because a
-    number in a damaged file cannot make it fill memory with an empty table.
+    It is the machine in Python rather than the one in C because its instructions can be replaced
+    one by one, and because a number in a damaged file cannot make it fill memory with an empty
+    table.
 
     Args:
-        file: open for reading. allowed: what each name stands for. encoding: of Python 2's text, "bytes" to keep it.
+        file: open for reading. allowed: what each name stands for. encoding: of Python 2's text,
+            "bytes" to keep it.
     """
 
-    dispatch = _Instructions({getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _PLAIN})
+    dispatch = _Instructions(
+        {
+            getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+            for name in _PLAIN
+        }
+    )
 
     def __init__(
-        self, file: IO[bytes], allowed: Mapping[tuple[str, str], Callable[..., Any]], encoding: str = "ASCII"
+        self,
+        file: IO[bytes],
+        allowed: Mapping[tuple[str, str], Callable[..., Any]],
+        encoding: str = "ASCII",
     ) -> None:
         super().__init__(_Whole(file), encoding=encoding)
         self.allowed = allowed
@@ -196,7 +229,9 @@ class SafeUnpickler(pickle._Unpickler):
             raise Refused(f"a state for {type(target).__name__}, which has none")
         target.build(state)
 
-    def _old_instance(self) -> None:  # names a class without asking for it first, so that the name is worth telling
+    def _old_instance(
+        self,
+    ) -> None:  # names a class without asking for it first, so that the name is worth telling
         self.find_class(*(self.readline()[:-1].decode("ascii") for _ in range(2)))
         raise Refused("the instruction INST, which could run code")
 
@@ -228,29 +263,55 @@ class SafeUnpickler(pickle._Unpickler):
     def _frozen_set(self) -> None:
         self.append(frozenset(_keys(self.pop_mark())))
 
-    def _byte_array(self) -> None:  # Python's own makes room, all zero, for as many bytes as the file claims to have
+    def _byte_array(
+        self,
+    ) -> None:  # Python's own makes room, all zero, for as many bytes as the file claims to have
         self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
-    dispatch.update({code[0]: function for code, function in (
-        (pickle.REDUCE, _call), (pickle.NEWOBJ, _call), (pickle.BUILD, _build), (pickle.INST, _old_instance),
-        (pickle.APPEND, _append), (pickle.APPENDS, _extend), (pickle.DICT, _dict), (pickle.SETITEM, _set_item),
-        (pickle.SETITEMS, _set_items), (pickle.ADDITEMS, _add_items), (pickle.FROZENSET, _frozen_set),
-        (pickle.BYTEARRAY8, _byte_array))})
+    dispatch.update(
+        {
+            code[0]: function
+            for code, function in (
+                (pickle.REDUCE, _call),
+                (pickle.NEWOBJ, _call),
+                (pickle.BUILD, _build),
+                (pickle.INST, _old_instance),
+                (pickle.APPEND, _append),
+                (pickle.APPENDS, _extend),
+                (pickle.DICT, _dict),
+                (pickle.SETITEM, _set_item),
+                (pickle.SETITEMS, _set_items),
+                (pickle.ADDITEMS, _add_items),
+                (pickle.FROZENSET, _frozen_set),
+                (pickle.BYTEARRAY8, _byte_array),
+            )
+        }
+    )
 
 
 @contextlib.contextmanager
 def explained(name: str, only: str) -> Iterator[None]:
-    """Turn whatever reading a pickle raises into a ValueError of one line. only: what such a pickle may hold."""
+    """Turn whatever reading a pickle raises into a ValueError of one line. only: what such a pickle
+    may hold.
+    """
     try:
         yield
     except Refused as error:
-        raise ValueError(f"{name}: refused, because this pickle holds {_line(error)}: only {only} are read "
-                         "(download the file again from its page)") from error
+        raise ValueError(
+            f"{name}: refused, because this pickle holds {_line(error)}: only {only} are read "
+            "(download the file again from its page)"
+        ) from error
     except MemoryError:
-        raise ValueError(f"{name} is damaged, or too large for the memory of this machine (download it again)") from None
+        raise ValueError(
+            f"{name} is damaged, or too large for the memory of this machine (download it again)"
+        ) from None
     # A damaged pickle can fail in any step of its program, with any exception.
     except Exception as error:
-        text = "it ends too early" if isinstance(error, EOFError) else _line(error) or type(error).__name__
+        text = (
+            "it ends too early"
+            if isinstance(error, EOFError)
+            else _line(error) or type(error).__name__
+        )
         raise ValueError(f"{name} is damaged: {text} (download it again)") from error
 
 
@@ -275,7 +336,10 @@ def load_batch(file: IO[bytes], name: str) -> dict[str, Any]:
         content = SafeUnpickler(file, NUMBERS, encoding="bytes").load()
         if not isinstance(content, dict):
             raise Refused(f"{type(content).__name__} instead of a dict")
-        return {_text(key): value.array() if isinstance(value, Array) else _plain(value) for key, value in content.items()}
+        return {
+            _text(key): value.array() if isinstance(value, Array) else _plain(value)
+            for key, value in content.items()
+        }
 
 
 def _text(key: Any) -> str:

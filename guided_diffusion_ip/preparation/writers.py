@@ -1,8 +1,10 @@
-"""Turn images into a training set: a folder with class sub-folders, or an npz; and draw reference images from it.
+"""Turn images into a training set: a folder with class sub-folders, or an npz; and draw reference
+images from it.
 
 The scripts in datasets/ read their sources; the writing is done here, so that a set is either
 complete under its final name or not there at all, and goes on where it was interrupted (`parts`).
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -17,12 +19,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..files import atomic_file
-from ..noise import Stream, permutation
 from ..data import preprocessing as made
 from ..data.image_io import NpzReader, NpzWriter, save_png, write_npz
-from .parts import Parts, discard
 from ..data.sources import CLASSES, FolderSource, Source
+from ..files import atomic_file
+from ..noise import Stream, permutation
+from .parts import Parts, discard
 
 TRAIN = "train.npz"
 REFERENCE = "reference.npz"
@@ -30,8 +32,13 @@ _PART_BYTES = 48 << 20  # of pixels: what memory holds, and what an interruption
 _MOST_PARTS = 50  # of a set that is small
 
 
-def write_image_folder(out_dir: str | os.PathLike, items: Iterable[tuple[np.ndarray, str | None]],
-                       digits: int = 4, preprocessing: str = "", parts: Parts | None = None) -> int:
+def write_image_folder(
+    out_dir: str | os.PathLike,
+    items: Iterable[tuple[np.ndarray, str | None]],
+    digits: int = 4,
+    preprocessing: str = "",
+    parts: Parts | None = None,
+) -> int:
     """Write PNGs OUT_DIR/CLASS/0000.png, numbered through the whole set; returns how many.
 
     Args:
@@ -39,8 +46,8 @@ def write_image_folder(out_dir: str | os.PathLike, items: Iterable[tuple[np.ndar
             goes to OUT_DIR itself.
         digits: of the numbers, at least.
         preprocessing: how the images were made, written beside them.
-        parts: where to gather the PNGs, to be continued if interrupted: those that are there already
-            are not written again. Without it an interrupted set vanishes.
+        parts: where to gather the PNGs, to be continued if interrupted: those that are there
+            already are not written again. Without it an interrupted set vanishes.
 
     Raises:
         ValueError: out_dir has something in it, no items, or a class name that is no folder name.
@@ -76,21 +83,28 @@ def _gathering(out_dir: str, parts: Parts | None) -> Iterator[str]:
         yield parts.path("set")
         parts.remove()
         return
-    temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(out_dir)}.", dir=os.path.dirname(out_dir))
+    temporary = tempfile.mkdtemp(
+        prefix=f".{os.path.basename(out_dir)}.", dir=os.path.dirname(out_dir)
+    )
     try:
         yield os.path.join(temporary, "set")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_image_npz(path: str | os.PathLike, images: Iterable[np.ndarray], shape: Sequence[int],
-                    labels: Sequence[int] | None = None, preprocessing: str = "",
-                    classes: Sequence[str] | None = None) -> None:
+def write_image_npz(
+    path: str | os.PathLike,
+    images: Iterable[np.ndarray],
+    shape: Sequence[int],
+    labels: Sequence[int] | None = None,
+    preprocessing: str = "",
+    classes: Sequence[str] | None = None,
+) -> None:
     """Stream images uint8 [H, W, C] into arr_0 of an npz, and labels into arr_1 (int64 [N]).
 
     `shape` is [N, H, W, C], announced beforehand; memory holds one image at a time. `preprocessing`
-    says how the images were made, `classes` what the labels 0, 1, ... are called; each is stored as a
-    text of that name.
+    says how the images were made, `classes` what the labels 0, 1, ... are called; each is stored as
+    a text of that name.
 
     Raises:
         ValueError: another number or shape of images, or not one label each.
@@ -109,18 +123,25 @@ def write_image_npz(path: str | os.PathLike, images: Iterable[np.ndarray], shape
             out.write(made.KEY, text.shape, text.dtype, [text])
 
 
-def render_npz(out_dir: str, source: Source, render: Callable[[Image.Image, str], np.ndarray], size: tuple[int, int],
-               preprocessing: str) -> None:
-    """Write OUT_DIR/train.npz: arr_0 uint8 [N, H, W, 3], the images of the source in its order, each through `render`.
+def render_npz(
+    out_dir: str,
+    source: Source,
+    render: Callable[[Image.Image, str], np.ndarray],
+    size: tuple[int, int],
+    preprocessing: str,
+) -> None:
+    """Write OUT_DIR/train.npz: arr_0 uint8 [N, H, W, 3], the images of the source in its order,
+    each through `render`.
 
-    Images are decoded in threads (Pillow works outside the interpreter lock) and stored in pieces; the same call again goes
-    on after the last whole one. Memory holds one piece, 48 MB.
+    Images are decoded in threads (Pillow works outside the interpreter lock) and stored in pieces;
+    the same call again goes on after the last whole one. Memory holds one piece, 48 MB.
 
     Args:
         render: RGB image and its name -> uint8 [H, W, 3].
 
     Raises:
-        ValueError: an image cannot be read or is not as `render` wants it, named; or another set lies there already.
+        ValueError: an image cannot be read or is not as `render` wants it, named; or another set
+            lies there already.
     """
     path, n = os.path.join(out_dir, TRAIN), len(source)
     if is_finished(path, n, preprocessing):
@@ -137,7 +158,9 @@ def render_npz(out_dir: str, source: Source, render: Callable[[Image.Image, str]
         with tqdm(desc=path, total=n, initial=done, unit="img", disable=None) as bar:
             for name in missing:
                 pixels = np.empty((len(pieces[name]), *size, 3), np.uint8)
-                rendered = pool.map(lambda i: render(source.image(i, 3), source.names[i]), pieces[name])
+                rendered = pool.map(
+                    lambda i: render(source.image(i, 3), source.names[i]), pieces[name]
+                )
                 for k, image in enumerate(rendered):
                     pixels[k] = image
                     bar.update()
@@ -148,10 +171,11 @@ def render_npz(out_dir: str, source: Source, render: Callable[[Image.Image, str]
 
 
 def write_reference(out_dir: str, count: int, preprocessing: str) -> str:
-    """OUT_DIR/reference.npz: `count` images of OUT_DIR/train.npz (`reference_rows`), or all if it has no more; returns a note.
+    """OUT_DIR/reference.npz: `count` images of OUT_DIR/train.npz (`reference_rows`), or all if it
+    has no more; returns a note.
 
-    If it is all, the file is a second name (hard link) of train.npz and takes no space; where the file system cannot do
-    that, train.npz itself is to be used.
+    If it is all, the file is a second name (hard link) of train.npz and takes no space; where the
+    file system cannot do that, train.npz itself is to be used.
     """
     train, path = os.path.join(out_dir, TRAIN), os.path.join(out_dir, REFERENCE)
     with NpzReader(train) as reader:
@@ -165,15 +189,20 @@ def write_reference(out_dir: str, count: int, preprocessing: str) -> str:
             except OSError:
                 return f"the reference is the whole training set: use {train}"
             return f"{path}: the whole training set, another name of {train}"
-        images = (reader.rows("arr_0", int(i), int(i) + 1)[0] for i in tqdm(chosen, path, unit="img", disable=None))
+        images = (
+            reader.rows("arr_0", int(i), int(i) + 1)[0]
+            for i in tqdm(chosen, path, unit="img", disable=None)
+        )
         write_image_npz(path, images, (len(chosen), *shape), preprocessing=preprocessing)
     return f"{path}: {len(chosen):,} images drawn from {n:,}"
 
 
 def reference_rows(n: int, count: int) -> np.ndarray:
-    """Which of n images the reference takes, int64 [min(count, n)], ascending: the first `count` of a fixed permutation.
+    """Which of n images the reference takes, int64 [min(count, n)], ascending: the first `count` of
+    a fixed permutation.
 
-    They are sorted(noise.permutation(seed 0, Stream.SHUFFLE, epoch 0, n)[:count]) and depend on n and count only.
+    They are sorted(noise.permutation(seed 0, Stream.SHUFFLE, epoch 0, n)[:count]) and depend on n
+    and count only.
 
     Raises:
         ValueError: count is not positive.
@@ -198,8 +227,11 @@ def is_finished(path: str, n: int, preprocessing: str) -> bool:
             found = reader.shape("arr_0")[0]
     record = made.recorded(path)
     if (found, record) != (n, preprocessing):
-        raise ValueError(f"{path} is there already and is another set: {found} images, {record or 'of unknown making'!r}; "
-                         f"wanted are {n}, {preprocessing!r}: remove it, or choose another --out")
+        raise ValueError(
+            f"{path} is there already and is another set: {found} images, "
+            f"{record or 'of unknown making'!r}; wanted are {n}, {preprocessing!r}: remove it, or "
+            "choose another --out"
+        )
     return True
 
 

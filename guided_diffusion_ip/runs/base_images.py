@@ -1,7 +1,10 @@
-"""Which output of an enlarging run belongs to which low-resolution image: names for its pictures, and a table.
+"""Which output of an enlarging run belongs to which low-resolution image: names for its pictures,
+and a table.
 
-Image i is made from low-resolution image i mod N, in the order of the sorted names or of the npz's rows.
+Image i is made from low-resolution image i mod N, in the order of the sorted names or of the npz's
+rows.
 """
+
 from __future__ import annotations
 
 import csv
@@ -15,16 +18,21 @@ TABLE = "base_images.csv"
 
 
 def picture_names(base_names: Sequence[str], count: int) -> list[str]:
-    """Names [count] for the pictures of images 0 .. count - 1, without extension: those of the files that they are made from.
+    """Names [count] for the pictures of images 0 .. count - 1, without extension: those of the
+    files that they are made from.
 
-    cat/001.jpg gives cat/001 and, enlarged again, cat/001~2, cat/001~3. No name comes twice (a.png and a.jpg give a and a~),
-    and none leads out of the folder that it is meant for.
+    cat/001.jpg gives cat/001 and, enlarged again, cat/001~2, cat/001~3. No name comes twice (a.png
+    and a.jpg give a and a~), and none leads out of the folder that it is meant for.
     """
     names: dict[str, None] = {}
     for i in range(count):
         time, base = divmod(i, len(base_names))
         # A zip may call its members ../../x.png.
-        parts = [part for part in os.path.splitext(base_names[base])[0].split("/") if part not in ("", ".", "..")]
+        parts = [
+            part
+            for part in os.path.splitext(base_names[base])[0].split("/")
+            if part not in ("", ".", "..")
+        ]
         name = "/".join(parts) + (f"~{time + 1}" if time else "")
         while name in names:
             name += "~"
@@ -33,7 +41,9 @@ def picture_names(base_names: Sequence[str], count: int) -> list[str]:
 
 
 def write_table(out_dir: str, base_names: Sequence[object], count: int) -> str:
-    """out_dir/base_images.csv: number of the image, number of the low-resolution image, its name or row. Returns the path."""
+    """out_dir/base_images.csv: number of the image, number of the low-resolution image, its name or
+    row. Returns the path.
+    """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["image", "base_image", "base_name"])

@@ -1,4 +1,7 @@
-"""The folder of a run that may be interrupted and continued: it says what it was made with, and refuses anything else."""
+"""The folder of a run that may be interrupted and continued: it says what it was made with, and
+refuses anything else.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -33,7 +36,9 @@ def claim_folder(out_dir: str, settings: dict[str, Any], holds: str) -> None:
                 file.write(yaml.safe_dump(settings, sort_keys=False).encode())
     complaint = dist_util.broadcast_object(complaint)
     if complaint:
-        raise ValueError(f"{out_dir} holds {holds} made with {complaint}: give another --out_dir, or remove it")
+        raise ValueError(
+            f"{out_dir} holds {holds} made with {complaint}: give another --out_dir, or remove it"
+        )
 
 
 @contextlib.contextmanager
@@ -42,11 +47,17 @@ def resumable(total: int, missing: Callable[[], int]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"the same command continues; {total - missing()} of {total} images are done") from None
+        raise KeyboardInterrupt(
+            f"the same command continues; {total - missing()} of {total} images are done"
+        ) from None
 
 
 def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
     """'seed 1 instead of 0, ...', or ''."""
     keys = [*wanted, *(key for key in there if key not in wanted)]
-    odd = [f"{key} {there.get(key)!r} instead of {wanted.get(key)!r}" for key in keys if there.get(key) != wanted.get(key)]
+    odd = [
+        f"{key} {there.get(key)!r} instead of {wanted.get(key)!r}"
+        for key in keys
+        if there.get(key) != wanted.get(key)
+    ]
     return ", ".join(odd)

@@ -2,13 +2,16 @@
 
     out_dir/bpd.json              mean and standard error over the images
     out_dir/total_bpd.npz         arr_0 float32 [N]: each image
-    out_dir/vb_terms.npz          arr_0 float64 [T]: the mean of each term of the bound; mse_terms.npz and
-                                  xstart_mse_terms.npz likewise. Entry 0 is t = T-1 (as published)
+    out_dir/vb_terms.npz          arr_0 float64 [T]: the mean of each term of the bound;
+                                  mse_terms.npz and xstart_mse_terms.npz likewise. Entry 0 is t =
+                                  T-1 (as published)
     out_dir/settings.yaml         what it was made with
 
-The noise of image i depends on (seed, i) alone: the result depends on neither batch size nor processes, but for rounding.
-The same command again continues an interrupted run, from batches on disk.
+The noise of image i depends on (seed, i) alone: the result depends on neither batch size nor
+processes, but for rounding. The same command again continues an interrupted run, from batches on
+disk.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -26,8 +29,8 @@ from torch import Tensor
 from .. import dist_util, files
 from ..data.npz_io import NpzReader, write_npz
 from ..noise import NormalStream, Stream
-from .progress import ImageBar
 from .folder import claim_folder, resumable
+from .progress import ImageBar
 from .shards import ShardFolder
 
 TERMS = ("vb", "mse", "xstart_mse")
@@ -40,7 +43,8 @@ class LikelihoodRun:
     Args:
         diffusion: the (respaced) process.
         images_for: float32 [n, C, H, W] of the images numbered [n], and their model_kwargs.
-        settings: everything that the result depends on, as plain values; a folder made with others is refused.
+        settings: everything that the result depends on, as plain values; a folder made with others
+            is refused.
     """
 
     diffusion: Any
@@ -55,7 +59,9 @@ class LikelihoodRun:
     def summary_path(self) -> str:
         return os.path.join(self.out_dir, "bpd.json")
 
-    def __call__(self, model: Callable[..., Tensor], batch_size: int, device: torch.device) -> dict[str, Any]:
+    def __call__(
+        self, model: Callable[..., Tensor], batch_size: int, device: torch.device
+    ) -> dict[str, Any]:
         """Measure what is missing and sum up; a collective. Returns what is in bpd.json.
 
         Raises:
@@ -76,26 +82,39 @@ class LikelihoodRun:
         pieces = dist_util.broadcast_object(folder.missing(batch_size))
         world = dist_util.get_world_size()
         left = sum(stop - start for start, stop in pieces)
-        with resumable(self.num_images, lambda: folder.left), \
-                ImageBar("likelihood", self.num_images, self.num_images - left, self.diffusion.num_timesteps) as bar:
-            for start, stop in pieces[dist_util.get_rank()::world]:
+        with (
+            resumable(self.num_images, lambda: folder.left),
+            ImageBar(
+                "likelihood", self.num_images, self.num_images - left, self.diffusion.num_timesteps
+            ) as bar,
+        ):
+            for start, stop in pieces[dist_util.get_rank() :: world]:
                 with bar.batch(model, stop - start) as counted:
                     arrays = self._measure(counted, range(start, stop), device)
                 folder.write(start, arrays)
         dist_util.barrier()
 
-    def _measure(self, model: Callable[..., Tensor], index: Sequence[int], device: torch.device) -> dict[str, np.ndarray]:
+    def _measure(
+        self, model: Callable[..., Tensor], index: Sequence[int], device: torch.device
+    ) -> dict[str, np.ndarray]:
         """One batch: total_bpd and prior_bpd float32 [n], the TERMS float32 [n, T]."""
         images, kwargs = self.images_for(index)
         result = self.diffusion.calc_bpd_loop(
-            model, images.to(device), clip_denoised=self.clip_denoised,
+            model,
+            images.to(device),
+            clip_denoised=self.clip_denoised,
             model_kwargs={name: value.to(device) for name, value in kwargs.items()},
-            randn_like=NormalStream(self.seed, Stream.LIKELIHOOD, torch.tensor(index)))
-        arrays = {name: result[name].float().cpu().numpy() for name in ("total_bpd", "prior_bpd", *TERMS)}
+            randn_like=NormalStream(self.seed, Stream.LIKELIHOOD, torch.tensor(index)),
+        )
+        arrays = {
+            name: result[name].float().cpu().numpy() for name in ("total_bpd", "prior_bpd", *TERMS)
+        }
         bad = [i for i, bpd in zip(index, arrays["total_bpd"]) if not math.isfinite(bpd)]
         if bad:
-            raise ValueError(f"the likelihood of image {bad[0]} is {arrays['total_bpd'][bad[0] - index[0]]}: the model has "
-                             "diverged or overflows in half precision (try --use_fp16 False)")
+            raise ValueError(
+                f"the likelihood of image {bad[0]} is {arrays['total_bpd'][bad[0] - index[0]]}: "
+                "the model has diverged or overflows in half precision (try --use_fp16 False)"
+            )
         return arrays
 
     def _sum_up(self) -> None:
@@ -116,9 +135,13 @@ class LikelihoodRun:
         write_npz(os.path.join(self.out_dir, "total_bpd.npz"), {"arr_0": bpd})
         summary = {
             "total_bpd": float(bpd.mean(dtype=np.float64)),
-            "standard_error": float(bpd.std(ddof=1, dtype=np.float64) / math.sqrt(n)) if n > 1 else None,
+            "standard_error": float(bpd.std(ddof=1, dtype=np.float64) / math.sqrt(n))
+            if n > 1
+            else None,
             "prior_bpd": float(np.concatenate(prior).mean(dtype=np.float64)),
-            "num_images": n, "timesteps": self.diffusion.num_timesteps}
+            "num_images": n,
+            "timesteps": self.diffusion.num_timesteps,
+        }
         with files.atomic_file(self.summary_path) as file:
             file.write((json.dumps(summary, indent=1) + "\n").encode())
         folder.remove()
@@ -136,7 +159,9 @@ def _readers(folder: ShardFolder) -> Iterator[NpzReader]:
 
 
 def default_out_dir(model_path: str, num_images: int, settings: dict[str, Any]) -> str:
-    """nll/ beside the checkpoint, and in it a folder named after the settings: the same command finds what it had begun."""
+    """nll/ beside the checkpoint, and in it a folder named after the settings: the same command
+    finds what it had begun.
+    """
     stem = os.path.splitext(os.path.basename(model_path))[0]
     key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
     return os.path.join(files.folder_beside(model_path), "nll", f"{stem}-n{num_images}-{key}")

@@ -1,4 +1,5 @@
 """A bar of images that moves with every call of the network: a batch may take hours."""
+
 from __future__ import annotations
 
 import contextlib
@@ -25,12 +26,22 @@ class ImageBar:
 
     def __init__(self, desc: str, total: int, done: int, calls: int) -> None:
         self._calls = calls
-        self._bar = tqdm(total=total, initial=done, unit="img", desc=desc, disable=not dist_util.is_main(), bar_format=_FORMAT,
-                         miniters=0, mininterval=_TERMINAL_S if sys.stderr.isatty() else _FILE_S)
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit="img",
+            desc=desc,
+            disable=not dist_util.is_main(),
+            bar_format=_FORMAT,
+            miniters=0,
+            mininterval=_TERMINAL_S if sys.stderr.isatty() else _FILE_S,
+        )
 
     @contextlib.contextmanager
     def batch(self, model: Callable[..., Any], count: int) -> Iterator[Callable[..., Any]]:
-        """`model`, counted, for `count` images of this process, beside which the others make as many each."""
+        """`model`, counted, for `count` images of this process, beside which the others make as
+        many each.
+        """
         start = self._bar.n
         end = min(start + count * dist_util.get_world_size(), self._bar.total)
         called = 0
@@ -52,5 +63,10 @@ class ImageBar:
     def __enter__(self) -> ImageBar:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._bar.close()

@@ -1,4 +1,7 @@
-"""A batch of samples in which image i depends on (seed, i) alone: not on batch size, processes or device."""
+"""A batch of samples in which image i depends on (seed, i) alone: not on batch size, processes or
+device.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -20,7 +23,8 @@ from ..noise import NormalStream, Stream, integers
 class Sampler:
     """How to sample: the process is already respaced, and knows its lambda(t).
 
-    cond_fn and guidance_scale guide, see diffusion/guidance.py; cond_fn is given the same model_kwargs as the network.
+    cond_fn and guidance_scale guide, see diffusion/guidance.py; cond_fn is given the same
+    model_kwargs as the network.
 
     Raises:
         ValueError: guidance_scale is not 1 and there is no null_label.
@@ -47,14 +51,23 @@ class Sampler:
         return self.diffusion.num_timesteps
 
     def __call__(
-        self, model: Callable[..., Tensor], index: Sequence[int], model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str = "cpu", progress: bool = False,
+        self,
+        model: Callable[..., Tensor],
+        index: Sequence[int],
+        model_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        progress: bool = False,
     ) -> Tensor:
         """The images numbered `index`, float32 [N, C, H, W] in about [-1, 1]."""
         model = classifier_free(model, self.guidance_scale, self.null_label)
-        options = {"clip_denoised": self.clip_denoised, "model_kwargs": model_kwargs, "device": device,
-                   "progress": progress, "cond_fn": self.cond_fn,
-                   "randn_like": NormalStream(self.seed, Stream.SAMPLE, torch.as_tensor(index))}
+        options = {
+            "clip_denoised": self.clip_denoised,
+            "model_kwargs": model_kwargs,
+            "device": device,
+            "progress": progress,
+            "cond_fn": self.cond_fn,
+            "randn_like": NormalStream(self.seed, Stream.SAMPLE, torch.as_tensor(index)),
+        }
         shape = (len(index), *self.image_shape)
         if self.use_ddim:
             return self.diffusion.ddim_sample_loop(model, shape, eta=self.eta, **options)
@@ -63,11 +76,13 @@ class Sampler:
 
 @dataclass(frozen=True)
 class SigmaSampler:
-    """How to sample along noise levels sigma: EDM's Heun and Euler, of anything that can be seen as a denoiser D(x, sigma).
+    """How to sample along noise levels sigma: EDM's Heun and Euler, of anything that can be seen as
+    a denoiser D(x, sigma).
 
     Args:
         as_denoiser: as_denoiser(network, model_kwargs) -> D; see diffusion/denoiser.py.
-        options: of edm_sample or, with `ablation`, of ablation_sample: num_steps, sigma_min, S_churn, eps_scaler, ...
+        options: of edm_sample or, with `ablation`, of ablation_sample: num_steps, sigma_min,
+            S_churn, eps_scaler, ...
         guidance_scale, null_label: as for Sampler.
         rounded: make pixels of the images as EDM does, see to_uint8; for EDM's models.
     """
@@ -88,29 +103,40 @@ class SigmaSampler:
         return 2 * steps - 1 if self.options.get("solver", "heun") == "heun" else steps
 
     def __call__(
-        self, model: Callable[..., Tensor], index: Sequence[int], model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str = "cpu", progress: bool = False,
+        self,
+        model: Callable[..., Tensor],
+        index: Sequence[int],
+        model_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        progress: bool = False,
     ) -> Tensor:
         """The images numbered `index`, float32 [N, C, H, W] in about [-1, 1]."""
         kwargs = dict(model_kwargs or {})
         labels = kwargs.pop("y", None)
-        denoiser = self.as_denoiser(classifier_free(model, self.guidance_scale, self.null_label), kwargs)
+        denoiser = self.as_denoiser(
+            classifier_free(model, self.guidance_scale, self.null_label), kwargs
+        )
         draw = NormalStream(self.seed, Stream.SAMPLE, torch.as_tensor(index))
         latents = draw(torch.empty(len(index), *self.image_shape, device=device))
         with torch.no_grad():
             return (ablation_sample if self.ablation else edm_sample)(
-                denoiser, latents, labels, randn_like=draw, progress=progress, **self.options).float()
+                denoiser, latents, labels, randn_like=draw, progress=progress, **self.options
+            ).float()
 
 
 def compiled(network: torch.nn.Module, device: torch.device) -> Callable[..., Tensor]:
-    """The network through torch.compile, for calling without gradients; on a GPU with CUDA graphs, which save launching kernels."""
+    """The network through torch.compile, for calling without gradients; on a GPU with CUDA graphs,
+    which save launching kernels.
+    """
     if device.type != "cuda":
         return torch.compile(network)
     graphed = torch.compile(network, mode="reduce-overhead")
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return graphed(*args, **kwargs).clone()  # the graph's next run writes where this one's answer lies
+        return graphed(
+            *args, **kwargs
+        ).clone()  # the graph's next run writes where this one's answer lies
 
     return call
 
@@ -119,9 +145,15 @@ class ImagesWithNaN(ValueError):
     """Some of the images that were drawn are none."""
 
 
-def draw_images(sampler: Sampler | SigmaSampler, model: Callable[..., Tensor], count: int, batch_size: int,
-                kwargs_for: Callable[[list[int]], dict[str, Tensor]]) -> np.ndarray:
-    """Images 0 .. count - 1 as uint8 [count, H, W, C], on every rank; a collective: the ranks share the work.
+def draw_images(
+    sampler: Sampler | SigmaSampler,
+    model: Callable[..., Tensor],
+    count: int,
+    batch_size: int,
+    kwargs_for: Callable[[list[int]], dict[str, Tensor]],
+) -> np.ndarray:
+    """Images 0 .. count - 1 as uint8 [count, H, W, C], on every rank; a collective: the ranks share
+    the work.
 
     Args:
         kwargs_for: model_kwargs of the images numbered [n].
@@ -134,18 +166,23 @@ def draw_images(sampler: Sampler | SigmaSampler, model: Callable[..., Tensor], c
     channels, height, width = sampler.image_shape
     flat, bad = [np.empty((0, height * width * channels), np.uint8)], 0
     for start in range(0, len(mine), batch_size):
-        index = list(mine[start:start + batch_size])
+        index = list(mine[start : start + batch_size])
         kwargs = {name: value.to(device) for name, value in kwargs_for(index).items()}
         images = sampler(model, index, kwargs, device)
         broken = images.isnan().flatten(1).any(1)
         bad += int(broken.sum())
         flat.append(to_uint8(images[~broken], sampler.rounded).flatten(1).cpu().numpy())
     if bad := sum(dist_util.all_gather_objects(bad)):
-        raise ImagesWithNaN(f"{bad} of {count} images contain NaN: the model has diverged, or overflows in half precision")
+        raise ImagesWithNaN(
+            f"{bad} of {count} images contain NaN: the model has diverged, or overflows in half "
+            "precision"
+        )
     return dist_util.all_gather_rows(np.concatenate(flat)).reshape(count, height, width, channels)
 
 
-def draw_labels(seed: int, index: Sequence[int], class_ids: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+def draw_labels(
+    seed: int, index: Sequence[int], class_ids: Sequence[int], device: torch.device | str = "cpu"
+) -> Tensor:
     """The class of each image, int64 [N], drawn from class_ids by (seed, image number) alone."""
     choice = integers(seed, Stream.LABEL, torch.as_tensor(index), 0, len(class_ids))
     return torch.as_tensor(class_ids)[choice].to(device)
@@ -157,7 +194,8 @@ def captions(labels: Sequence[int], class_names: Sequence[str]) -> list[str]:
 
 
 def parse_class_ids(text: str, num_classes: int, class_names: Sequence[str] = ()) -> list[int]:
-    """[0, 1, 2, 7] from "0-2,7"; all classes from "". What is no number may be the name of a class; label k is class_names[k].
+    """[0, 1, 2, 7] from "0-2,7"; all classes from "". What is no number may be the name of a class;
+    label k is class_names[k].
 
     Raises:
         ValueError: not of this form, or not below num_classes.
@@ -170,12 +208,19 @@ def parse_class_ids(text: str, num_classes: int, class_names: Sequence[str] = ()
                 ids.append(class_names.index(part))
                 continue
             known = f", or names of its classes ({', '.join(class_names[:4])}{', ...' * (len(class_names) > 4)})"
-            raise ValueError(f"class_ids {text!r} is not understood: use numbers and ranges, such as 0-9 or 3,5"
-                             + (known if class_names else ""))
+            raise ValueError(
+                f"class_ids {text!r} is not understood: use numbers and ranges, such as 0-9 or 3,5"
+                + (known if class_names else "")
+            )
         if int(ends[0]) > int(ends[-1]):
-            raise ValueError(f"class_ids {text!r} has a range that runs backwards: use {ends[-1].strip()}-{ends[0].strip()}")
+            raise ValueError(
+                f"class_ids {text!r} has a range that runs backwards: use "
+                f"{ends[-1].strip()}-{ends[0].strip()}"
+            )
         ids.extend(range(int(ends[0]), int(ends[-1]) + 1))
     ids = ids or list(range(num_classes))
     if max(ids) >= num_classes:
-        raise ValueError(f"class_ids asks for class {max(ids)}, but the model knows 0 to {num_classes - 1}")
+        raise ValueError(
+            f"class_ids asks for class {max(ids)}, but the model knows 0 to {num_classes - 1}"
+        )
     return ids

@@ -1,12 +1,14 @@
 """A sampling run: all images of one set, over all processes, into one folder.
 
-    out_dir/samples_{N}x{H}x{W}x{C}.npz   arr_0 uint8 [N, H, W, C], arr_1 int64 [N] if there are labels
+    out_dir/samples_{N}x{H}x{W}x{C}.npz   arr_0 uint8 [N, H, W, C], arr_1 int64 [N] if there are
+                                          labels
     out_dir/grid.png                      the first images
     out_dir/settings.yaml                 what they were made with
     out_dir/png/000000.png ...            if asked for; other names if they are given
 
 The same command again continues an interrupted run; memory does not grow with the number of images.
 """
+
 from __future__ import annotations
 
 import os
@@ -20,8 +22,8 @@ from torch import Tensor
 from .. import dist_util
 from ..data.image_io import save_grid, save_png, to_uint8
 from ..data.npz_io import NpzReader
-from .progress import ImageBar
 from .folder import claim_folder, resumable
+from .progress import ImageBar
 from .sample_batch import Sampler, SigmaSampler, captions
 from .shards import ShardFolder
 
@@ -33,10 +35,13 @@ class SampleRun:
     """What is wanted, and where it goes.
 
     Args:
-        settings: everything that the images depend on, as plain values; a folder made with others is refused.
+        settings: everything that the images depend on, as plain values; a folder made with others
+            is refused.
         kwargs_for: model_kwargs (labels y, low_res, ...) of the images numbered [N].
-        picture_names: of the PNG files, num_samples of them, without extension; () for their numbers.
-        class_names: of the labels y, to be printed below the pictures of grid.png; () for their numbers.
+        picture_names: of the PNG files, num_samples of them, without extension; () for their
+            numbers.
+        class_names: of the labels y, to be printed below the pictures of grid.png; () for their
+            numbers.
     """
 
     sampler: Sampler | SigmaSampler
@@ -50,9 +55,13 @@ class SampleRun:
     @property
     def npz_path(self) -> str:
         channels, height, width = self.sampler.image_shape
-        return os.path.join(self.out_dir, f"samples_{self.num_samples}x{height}x{width}x{channels}.npz")
+        return os.path.join(
+            self.out_dir, f"samples_{self.num_samples}x{height}x{width}x{channels}.npz"
+        )
 
-    def __call__(self, model: Callable[..., Tensor], batch_size: int, device: torch.device, png: bool = False) -> str:
+    def __call__(
+        self, model: Callable[..., Tensor], batch_size: int, device: torch.device, png: bool = False
+    ) -> str:
         """Make what is missing and join it; a collective. Returns the path of the npz.
 
         Raises:
@@ -70,10 +79,14 @@ class SampleRun:
     def _fill(self, model: Callable[..., Tensor], batch_size: int, device: torch.device) -> None:
         folder = ShardFolder(os.path.join(self.out_dir, "shards"), self.num_samples)
         pieces = dist_util.broadcast_object(folder.missing(batch_size))
-        mine = pieces[dist_util.get_rank()::dist_util.get_world_size()]
+        mine = pieces[dist_util.get_rank() :: dist_util.get_world_size()]
         left = sum(stop - start for start, stop in pieces)
-        with resumable(self.num_samples, lambda: folder.left), \
-                ImageBar("sampling", self.num_samples, self.num_samples - left, self.sampler.network_calls) as bar:
+        with (
+            resumable(self.num_samples, lambda: folder.left),
+            ImageBar(
+                "sampling", self.num_samples, self.num_samples - left, self.sampler.network_calls
+            ) as bar,
+        ):
             for start, stop in mine:
                 index = list(range(start, stop))
                 kwargs = {name: value.to(device) for name, value in self.kwargs_for(index).items()}
@@ -100,7 +113,11 @@ class SampleRun:
                 number = 0
                 for chunk in reader.chunks("arr_0"):
                     for image in chunk:
-                        name = self.picture_names[number] if self.picture_names else f"{number:0{digits}d}"
+                        name = (
+                            self.picture_names[number]
+                            if self.picture_names
+                            else f"{number:0{digits}d}"
+                        )
                         save_png(image, os.path.join(self.out_dir, "png", f"{name}.png"))
                         number += 1
         finally:

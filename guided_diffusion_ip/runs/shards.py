@@ -1,8 +1,11 @@
-"""Results on disk: shards written as they are produced, gaps filled by the next run, joined into one npz at the end.
+"""Results on disk: shards written as they are produced, gaps filled by the next run, joined into
+one npz at the end.
 
-A shard holds the images start .. stop-1 under a name that says so, and exists only when it is whole. Because image i does
-not depend on who makes it, a run may be continued with another batch size or number of processes.
+A shard holds the images start .. stop-1 under a name that says so, and exists only when it is
+whole. Because image i does not depend on who makes it, a run may be continued with another batch
+size or number of processes.
 """
+
 from __future__ import annotations
 
 import os
@@ -16,14 +19,16 @@ from ..data.npz_io import merge_npz, write_npz
 
 Range = tuple[int, int]
 
-# What other machines have written may be missing from a listing of a network file system for so long: NFS keeps its view of a
-# folder for up to a minute (acdirmax).
+# What other machines have written may be missing from a listing of a network file system for so
+# long: NFS keeps its view of a folder for up to a minute (acdirmax).
 LISTING_S = 75.0
 _POLL_S = 0.5
 
 
 def left_when_listed(missing: Callable[[], Sequence]) -> Sequence:
-    """What `missing` still returns when it has been asked for LISTING_S seconds; empty as soon as it returns nothing."""
+    """What `missing` still returns when it has been asked for LISTING_S seconds; empty as soon as
+    it returns nothing.
+    """
     deadline = time.monotonic() + LISTING_S
     while (left := missing()) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
@@ -57,7 +62,9 @@ class ShardFolder:
         return sum(stop - start for start, stop in self.missing(self.num_samples))
 
     def write(self, start: int, arrays: dict[str, np.ndarray]) -> None:
-        """Store what belongs to the images numbered from start: arrays of n rows each, such as arr_0 uint8 [n, H, W, C]."""
+        """Store what belongs to the images numbered from start: arrays of n rows each, such as
+        arr_0 uint8 [n, H, W, C].
+        """
         stop = start + len(next(iter(arrays.values())))
         write_npz(self._file((start, stop)), arrays)
 
@@ -67,14 +74,18 @@ class ShardFolder:
         self.remove()
 
     def files(self) -> list[str]:
-        """The paths of all shards, in order, when all have been written; waits until this machine sees them.
+        """The paths of all shards, in order, when all have been written; waits until this machine
+        sees them.
 
         Raises:
             ValueError: some do not appear.
         """
         if gaps := left_when_listed(lambda: self.missing(self.num_samples)):
-            raise ValueError(f"{self.path} lacks the images {gaps[0][0]} to {gaps[0][1] - 1}, though all processes have written "
-                             "theirs: do they share this folder? The same command again makes what is missing")
+            raise ValueError(
+                f"{self.path} lacks the images {gaps[0][0]} to {gaps[0][1] - 1}, though all "
+                "processes have written theirs: do they share this folder? The same command again "
+                "makes what is missing"
+            )
         return [self._file(r) for r in self.present()]
 
     def remove(self) -> None:

@@ -1,4 +1,5 @@
 """What the evaluation scripts share: flags -> a device and a feature space."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,7 +18,10 @@ def choose_device(device: str) -> torch.device:
         ValueError: a GPU is asked for and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch sees no GPU: use --device auto, or install a CUDA build of torch")
+        raise ValueError(
+            "--device cuda, but PyTorch sees no GPU: use --device auto, or install a CUDA build "
+            "of torch"
+        )
     return torch.device("cpu") if device == "cpu" else dist_util.dev()
 
 
@@ -26,8 +30,14 @@ def open_space(cfg: Any, say: Callable[[str], Any]) -> FeatureSpace:
     device = choose_device(cfg.device)
 
     def opened() -> FeatureSpace:
-        return open_features(cfg.features, device=device, precision=cfg.precision, inception_weights=cfg.inception_weights,
-                             allow_download=cfg.download, log=say)
+        return open_features(
+            cfg.features,
+            device=device,
+            precision=cfg.precision,
+            inception_weights=cfg.inception_weights,
+            allow_download=cfg.download,
+            log=say,
+        )
 
     if dist_util.is_main():
         try:

@@ -1,16 +1,20 @@
-"""The YAML with lambda(t) that scripts/calibrate_eps.py writes and `--eps_schedule FILE` of every sampler reads.
+"""The YAML with lambda(t) that scripts/calibrate_eps.py writes and `--eps_schedule FILE` of every
+sampler reads.
 
     steps: 20                        # T', optional: refused for another number of steps
     lambda: [1.004, ..., 1.0]        # T' values, index 0 = last, clean step
     b: 1.0123                        # a constant, or with k: lambda(t) = k t + b
     k: 0.0
     kb: {k: 0.0005, b: 1.004}        # a line, beside a constant b
-    use: lambda                      # which of them counts: lambda, b (with k), or kb; default: the first that is there
+    use: lambda                      # which of them counts: lambda, b (with k), or kb; default: the
+                                     first that is there
 
-    settings: {use_ddim: false, ...} # what it was calibrated for; compared with what it is used for, where it is there
+    settings: {use_ddim: false, ...} # what it was calibrated for; compared with what it is used
+        for, where it is there
 
 Other keys are for people and are not read.
 """
+
 from __future__ import annotations
 
 import math
@@ -24,7 +28,12 @@ from ..diffusion.respace import space_timesteps
 from ..files import atomic_file
 
 FORMS = ("lambda", "b", "kb")
-_CHECKED = ("eta", "diffusion_steps", "timestep_respacing", "model_sha256")  # by check_origin, each in its own way
+_CHECKED = (
+    "eta",
+    "diffusion_steps",
+    "timestep_respacing",
+    "model_sha256",
+)  # by check_origin, each in its own way
 
 
 def read_schedule(path: str | os.PathLike, num_timesteps: int) -> tuple[float | list[float], float]:
@@ -36,18 +45,25 @@ def read_schedule(path: str | os.PathLike, num_timesteps: int) -> tuple[float | 
     content = _load(path)
     use = content.get("use") or next((form for form in FORMS if form in content), None)
     if use not in FORMS or use not in content:
-        raise ValueError(f"{path} has no {use or 'lambda, b or kb'}: it needs one of lambda (a list with one value per step), "
-                         f"b (with or without k) or kb, and 'use' may name one of those that are there")
+        raise ValueError(
+            f"{path} has no {use or 'lambda, b or kb'}: it needs one of lambda (a list with one "
+            "value per step), b (with or without k) or kb, and 'use' may name one of those that "
+            "are there"
+        )
     steps = content.get("steps", num_timesteps)
     if steps != num_timesteps:
-        raise ValueError(f"{path} was made for {steps} steps, but sampling has {num_timesteps}: calibrate for them "
-                         f"(scripts/calibrate_eps.py), or sample with --timestep_respacing {steps}")
+        raise ValueError(
+            f"{path} was made for {steps} steps, but sampling has {num_timesteps}: calibrate for "
+            f"them (scripts/calibrate_eps.py), or sample with --timestep_respacing {steps}"
+        )
     if use == "lambda":
         values = content["lambda"]
         if not isinstance(values, list) or len(values) != num_timesteps:
             found = f"{len(values)} values" if isinstance(values, list) else repr(values)
-            raise ValueError(f"{path}: lambda has {found}, but sampling has {num_timesteps} steps: give one value per step "
-                             "(index 0 = last, clean step)")
+            raise ValueError(
+                f"{path}: lambda has {found}, but sampling has {num_timesteps} steps: give one "
+                "value per step (index 0 = last, clean step)"
+            )
         return [_number(path, "lambda", value) for value in values], 0.0
     if use == "kb":
         line = content["kb"]
@@ -58,14 +74,17 @@ def read_schedule(path: str | os.PathLike, num_timesteps: int) -> tuple[float | 
 
 
 def check_origin(path: str | os.PathLike, sampler: str, wanted: Mapping[str, Any]) -> list[str]:
-    """Warnings about what the schedule was calibrated with and is not used with; [] for one that was written by hand.
+    """Warnings about what the schedule was calibrated with and is not used with; [] for one that
+    was written by hand.
 
     Args:
         sampler: ddpm, ddim, heun or euler.
-        wanted: eta, diffusion_steps, timestep_respacing, model_sha256 ('' if unknown), and whatever else is to be compared.
+        wanted: eta, diffusion_steps, timestep_respacing, model_sha256 ('' if unknown), and whatever
+            else is to be compared.
 
     Raises:
-        ValueError: it was calibrated for another sampler or respacing, for which its lambdas mean nothing.
+        ValueError: it was calibrated for another sampler or respacing, for which its lambdas mean
+            nothing.
     """
     made_for = _load(path).get("settings")
     if not isinstance(made_for, dict):
@@ -75,21 +94,41 @@ def check_origin(path: str | os.PathLike, sampler: str, wanted: Mapping[str, Any
     if isinstance(made_for.get("use_ddim"), bool):
         kind = "ddim" if made_for["use_ddim"] else "ddpm"
     if kind != sampler:
-        raise ValueError(f"{path} was calibrated for {kind.upper()}, and {sampler.upper()} is asked for: {again}, or sample by "
-                         f"{kind.upper()}")
+        raise ValueError(
+            f"{path} was calibrated for {kind.upper()}, and {sampler.upper()} is asked for: "
+            f"{again}, or sample by {kind.upper()}"
+        )
     if kind == "ddim" and made_for.get("eta", wanted["eta"]) != wanted["eta"]:
-        raise ValueError(f"{path} was calibrated for DDIM with --eta {made_for['eta']}, and --eta {wanted['eta']:g} is asked for: "
-                         f"{again}")
-    if {"diffusion_steps", "timestep_respacing"} <= set(made_for) and _timesteps(made_for) != _timesteps(wanted):
-        was, asked = made_for["timestep_respacing"] or "of all steps", wanted["timestep_respacing"] or "all"
-        raise ValueError(f"{path} was calibrated for --timestep_respacing {was}, which are other steps than {asked}: {again}, or "
-                         "sample with those")
+        raise ValueError(
+            f"{path} was calibrated for DDIM with --eta {made_for['eta']}, and --eta "
+            f"{wanted['eta']:g} is asked for: {again}"
+        )
+    if {"diffusion_steps", "timestep_respacing"} <= set(made_for) and _timesteps(
+        made_for
+    ) != _timesteps(wanted):
+        was, asked = (
+            made_for["timestep_respacing"] or "of all steps",
+            wanted["timestep_respacing"] or "all",
+        )
+        raise ValueError(
+            f"{path} was calibrated for --timestep_respacing {was}, which are other steps than "
+            f"{asked}: {again}, or sample with those"
+        )
     notes = []
-    if wanted["model_sha256"] and made_for.get("model_sha256", wanted["model_sha256"]) != wanted["model_sha256"]:
-        notes.append(f"{path} was calibrated for another checkpoint ({made_for.get('model_path', '?')}, of another content): its "
-                     "lambdas may be too large or too small for this one")
-    notes += [f"{path} was calibrated with --{name} {made_for[name]}, and {wanted[name]} is asked for: its lambdas may not fit"
-              for name in wanted if name not in _CHECKED and made_for.get(name, wanted[name]) != wanted[name]]
+    if (
+        wanted["model_sha256"]
+        and made_for.get("model_sha256", wanted["model_sha256"]) != wanted["model_sha256"]
+    ):
+        notes.append(
+            f"{path} was calibrated for another checkpoint ({made_for.get('model_path', '?')}, of "
+            "another content): its lambdas may be too large or too small for this one"
+        )
+    notes += [
+        f"{path} was calibrated with --{name} {made_for[name]}, and {wanted[name]} is asked for: "
+        "its lambdas may not fit"
+        for name in wanted
+        if name not in _CHECKED and made_for.get(name, wanted[name]) != wanted[name]
+    ]
     return notes
 
 
@@ -103,12 +142,18 @@ def _load(path: str | os.PathLike) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
     except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(f"--eps_schedule {path}: there is no such file; scripts/calibrate_eps.py makes one") from None
+        raise ValueError(
+            f"--eps_schedule {path}: there is no such file; scripts/calibrate_eps.py makes one"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--eps_schedule {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"--eps_schedule {path} is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"--eps_schedule {path} must hold 'key: value' lines such as 'b: 1.01', found "
-                         f"{type(content).__name__}")
+        raise ValueError(
+            f"--eps_schedule {path} must hold 'key: value' lines such as 'b: 1.01', found "
+            f"{type(content).__name__}"
+        )
     return content
 
 

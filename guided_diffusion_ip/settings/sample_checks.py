@@ -1,9 +1,12 @@
-"""Combinations of sampling flags that have no meaning, refused with the reason before anything is built.
+"""Combinations of sampling flags that have no meaning, refused with the reason before anything is
+built.
 
-What one flag alone may be is in flags.py; what belongs to one sampler only is in sample_setup.make_sampler; lambda(t) is in
-diffusion/epsilon_scaling.py. `cfg` is the merged settings of a script (config.Config), after its checkpoint's were adopted
-and before lambda is settled.
+What one flag alone may be is in flags.py; what belongs to one sampler only is in
+sample_setup.make_sampler; lambda(t) is in diffusion/epsilon_scaling.py. `cfg` is the merged
+settings of a script (config.Config), after its checkpoint's were adopted and before lambda is
+settled.
 """
+
 from __future__ import annotations
 
 import math
@@ -22,26 +25,38 @@ def check_request(cfg: Any) -> list[str]:
     """
     for name in _FINITE:
         if not math.isfinite(cfg.values.get(name, 0)):
-            raise ValueError(f"--{name} {cfg.values[name]} is no finite number, and every image would be NaN: give one")
+            raise ValueError(
+                f"--{name} {cfg.values[name]} is no finite number, and every image would be NaN: "
+                "give one"
+            )
     if cfg.eps_scaler == "published" and cfg.eps_scaler_k:
-        raise ValueError(f"--eps_scaler published is a constant lambda, but --eps_scaler_k {cfg.eps_scaler_k:g} adds a slope to "
-                         "it: leave one of them out")
+        raise ValueError(
+            f"--eps_scaler published is a constant lambda, but --eps_scaler_k {cfg.eps_scaler_k:g} "
+            "adds a slope to it: leave one of them out"
+        )
     _check_classes(cfg)
     notes = [*cfg.notes_on_origin(), *_notes_on_classes(cfg)]
     scale = cfg.values.get("classifier_scale", 0)
     if "classifier_scale" in cfg.values and not scale:
-        notes.append("note: --classifier_scale 0: the classifier is loaded and checked, but guides nothing; the images are those "
-                     "of image_sample.py")
+        notes.append(
+            "note: --classifier_scale 0: the classifier is loaded and checked, but guides "
+            "nothing; the images are those of image_sample.py"
+        )
     guided = cfg.paper.get("classifier_scale", 0)
     if cfg.eps_scaler == "published" and guided != scale:
-        notes.append(f"note: the published lambdas of this config were found for classifier guidance with scale {guided:g} "
-                     f"({'none' if not guided else 'classifier_sample.py'}); here it is {scale:g}")
+        notes.append(
+            "note: the published lambdas of this config were found for classifier guidance with "
+            f"scale {guided:g} ({'none' if not guided else 'classifier_sample.py'}); here it is "
+            f"{scale:g}"
+        )
     return notes
 
 
 def classes_to_sample(cfg: Any) -> list[int] | None:
-    """The classes that --class_ids names, by default all that the training images had (all of the network if that is not known);
-    None for a model that knows no classes, unless a classifier guides it."""
+    """The classes that --class_ids names, by default all that the training images had (all of the
+    network if that is not known); None for a model that knows no classes, unless a classifier
+    guides it.
+    """
     if not cfg.class_cond and "classifier_path" not in cfg.values:
         return None
     if cfg.classes and not cfg.class_ids:
@@ -54,7 +69,9 @@ def _notes_on_classes(cfg: Any) -> list[str]:
     seen = len(cfg.classes)
     if not seen or seen >= cfg.num_classes or "base_samples" in cfg.values:
         return []
-    known = f"the network has rows for {cfg.num_classes} classes, the training images were of {seen}"
+    known = (
+        f"the network has rows for {cfg.num_classes} classes, the training images were of {seen}"
+    )
     if not cfg.class_ids:
         return [f"note: {known}: only these are sampled"]
     unseen = [k for k in parse_class_ids(cfg.class_ids, cfg.num_classes, cfg.classes) if k >= seen]
@@ -65,9 +82,13 @@ def _check_classes(cfg: Any) -> None:
     if not cfg.class_ids:
         return
     if "base_samples" in cfg.values:
-        raise ValueError(f"--class_ids {cfg.class_ids} has no meaning here: the labels come with the low-resolution images "
-                         "(--base_samples)")
+        raise ValueError(
+            f"--class_ids {cfg.class_ids} has no meaning here: the labels come with the "
+            "low-resolution images (--base_samples)"
+        )
     # A classifier guides an unconditional model, too, towards the class that is asked for.
     if not cfg.class_cond and "classifier_path" not in cfg.values:
-        raise ValueError(f"--class_ids {cfg.class_ids} asks for classes, but this model is unconditional and knows none: leave it "
-                         "out, or guide the model by a classifier (classifier_sample.py)")
+        raise ValueError(
+            f"--class_ids {cfg.class_ids} asks for classes, but this model is unconditional and "
+            "knows none: leave it out, or guide the model by a classifier (classifier_sample.py)"
+        )

@@ -1,7 +1,10 @@
-"""What the sampling scripts have in common: what was asked for, in words and in settings.yaml, and where the images go.
+"""What the sampling scripts have in common: what was asked for, in words and in settings.yaml, and
+where the images go.
 
-`cfg` is the merged settings of a script (config.Config): an object that has the flags as attributes.
+`cfg` is the merged settings of a script (config.Config): an object that has the flags as
+attributes.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -17,10 +20,31 @@ from ..diffusion.process_denoiser import ProcessDenoiser
 from ..runs.sample_batch import Sampler, SigmaSampler
 
 # Flags of sampling that the images depend on.
-_SAMPLING = ("seed", "num_samples", "use_ddim", "eta", "timestep_respacing", "clip_denoised", "eps_scaler", "eps_scaler_k",
-             "class_ids", "guidance_scale", "use_fp16")
+_SAMPLING = (
+    "seed",
+    "num_samples",
+    "use_ddim",
+    "eta",
+    "timestep_respacing",
+    "clip_denoised",
+    "eps_scaler",
+    "eps_scaler_k",
+    "class_ids",
+    "guidance_scale",
+    "use_fp16",
+)
 _ABLATION = ("discretization", "noise_level_schedule", "noise_level_scaling")
-_SIGMA = ("edm_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", *_ABLATION)
+_SIGMA = (
+    "edm_steps",
+    "sigma_min",
+    "sigma_max",
+    "rho",
+    "S_churn",
+    "S_min",
+    "S_max",
+    "S_noise",
+    *_ABLATION,
+)
 
 
 def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampler | SigmaSampler:
@@ -30,31 +54,52 @@ def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampl
         diffusion: the process; for EDM's models, which have none, their denoiser.
 
     Raises:
-        ValueError: flags of one sampler for another, or classifier-free guidance of a network that cannot do without a class.
+        ValueError: flags of one sampler for another, or classifier-free guidance of a network that
+            cannot do without a class.
     """
     kind = sampler_kind(cfg)
     if kind in ("heun", "euler") and "edm_steps" not in cfg.values:
-        raise ValueError(f"--sampler {kind} is for image_sample: {cfg.script} steers each step of DDPM or DDIM (by a classifier or "
-                         "a low-resolution image), which EDM's samplers do not have")
+        raise ValueError(
+            f"--sampler {kind} is for image_sample: {cfg.script} steers each step of DDPM or DDIM "
+            "(by a classifier or a low-resolution image), which EDM's samplers do not have"
+        )
     _check_flags_of(kind, cfg)
     if cfg.guidance_scale != 1:
         _check_guidance(cfg)
     shape = (cfg.in_channels, *image_size)
-    guidance = {"guidance_scale": cfg.guidance_scale, "null_label": cfg.num_classes if cfg.null_class else None}
+    guidance = {
+        "guidance_scale": cfg.guidance_scale,
+        "null_label": cfg.num_classes if cfg.null_class else None,
+    }
     if kind in ("ddpm", "ddim"):
-        return Sampler(diffusion, shape, cfg.seed, kind == "ddim", cfg.eta, cfg.clip_denoised, **guidance)
+        return Sampler(
+            diffusion, shape, cfg.seed, kind == "ddim", cfg.eta, cfg.clip_denoised, **guidance
+        )
     if edm := cfg.values.get("framework") == "edm":
+
         def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
             return BoundDenoiser(network, diffusion)
     else:
+
         def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
-            return ProcessDenoiser(diffusion, network, model_kwargs=kwargs, null_label=guidance["null_label"])
-    return SigmaSampler(as_denoiser, shape, cfg.seed, sigma_options(cfg, kind), is_ablation(cfg), **guidance, rounded=edm)
+            return ProcessDenoiser(
+                diffusion, network, model_kwargs=kwargs, null_label=guidance["null_label"]
+            )
+
+    return SigmaSampler(
+        as_denoiser,
+        shape,
+        cfg.seed,
+        sigma_options(cfg, kind),
+        is_ablation(cfg),
+        **guidance,
+        rounded=edm,
+    )
 
 
 def settle_sampler(cfg: Any) -> None:
-    """Bring --sampler and --use_ddim, two ways to say it, to agree; what is on the command line wins over a config file.
-    And settle whether to clip.
+    """Bring --sampler and --use_ddim, two ways to say it, to agree; what is on the command line
+    wins over a config file. And settle whether to clip.
 
     Raises:
         ValueError: they contradict each other.
@@ -69,7 +114,9 @@ def settle_sampler(cfg: Any) -> None:
     cfg.values["sampler"] = sampler_kind(cfg)
     cfg.values["use_ddim"] = cfg.sampler == "ddim"
     if cfg.values.get("framework") == "edm" and "clip_denoised" not in cfg.given:
-        cfg.values["clip_denoised"] = False  # EDM does not clip; settled here, so that settings.yaml tells what was done
+        cfg.values["clip_denoised"] = (
+            False  # EDM does not clip; settled here, so that settings.yaml tells what was done
+        )
 
 
 def sampler_kind(cfg: Any) -> str:
@@ -81,19 +128,26 @@ def sampler_kind(cfg: Any) -> str:
     edm = cfg.values.get("framework") == "edm"
     kind = cfg.values.get("sampler") or ("ddim" if cfg.use_ddim else "heun" if edm else "ddpm")
     if edm and kind in ("ddpm", "ddim"):
-        raise ValueError(f"{kind.upper()} steps along the alpha_bar of a process, and EDM's models have none: use --sampler heun "
-                         "or euler")
+        raise ValueError(
+            f"{kind.upper()} steps along the alpha_bar of a process, and EDM's models have none: "
+            "use --sampler heun or euler"
+        )
     return kind
 
 
 def sampling_precision(cfg: Any) -> str:
-    """fp32, fp16 or bf16: --precision, else what the published --use_fp16 says, for which a config may speak.
+    """fp32, fp16 or bf16: --precision, else what the published --use_fp16 says, for which a config
+    may speak.
 
     Raises:
         ValueError: the two contradict each other on the command line.
     """
     asked = cfg.values.get("precision", "")
-    if asked in ("fp32", "bf16") and cfg.use_fp16 and cfg.given.get("use_fp16", "").startswith("--"):
+    if (
+        asked in ("fp32", "bf16")
+        and cfg.use_fp16
+        and cfg.given.get("use_fp16", "").startswith("--")
+    ):
         raise ValueError(f"--use_fp16 True and --precision {asked} contradict each other: keep one")
     return asked or ("fp16" if cfg.use_fp16 else "fp32")
 
@@ -105,62 +159,107 @@ def is_ablation(cfg: Any) -> bool:
 
 def sigma_options(cfg: Any, kind: str) -> dict[str, Any]:
     """The flags of heun and euler as arguments of edm_sample or ablation_sample."""
-    # 0 stands for "not given": the samplers know what is usual, and clamp to what the model was trained for.
-    options = {name: getattr(cfg, name) for name in ("sigma_min", "sigma_max") if getattr(cfg, name)}
-    options |= {name: getattr(cfg, name) for name in ("rho", "S_churn", "S_min", "S_max", "S_noise", "eps_scaler", "eps_scaler_k")}
+    # 0 stands for "not given": the samplers know what is usual, and clamp to what the model was
+    # trained for.
+    options = {
+        name: getattr(cfg, name) for name in ("sigma_min", "sigma_max") if getattr(cfg, name)
+    }
+    options |= {
+        name: getattr(cfg, name)
+        for name in ("rho", "S_churn", "S_min", "S_max", "S_noise", "eps_scaler", "eps_scaler_k")
+    }
     if is_ablation(cfg):
-        options |= {"discretization": cfg.discretization or "edm", "schedule": cfg.noise_level_schedule or "linear",
-                    "scaling": cfg.noise_level_scaling or "none"}
-    return options | {"num_steps": cfg.edm_steps, "solver": kind, "clip_denoised": cfg.clip_denoised}
+        options |= {
+            "discretization": cfg.discretization or "edm",
+            "schedule": cfg.noise_level_schedule or "linear",
+            "scaling": cfg.noise_level_scaling or "none",
+        }
+    return options | {
+        "num_steps": cfg.edm_steps,
+        "solver": kind,
+        "clip_denoised": cfg.clip_denoised,
+    }
 
 
 def _check_flags_of(kind: str, cfg: Any) -> None:
     """Refuse what was asked of another sampler: it would be ignored in silence."""
     if cfg.eta and kind != "ddim":
-        raise ValueError(f"--eta {cfg.eta} is DDIM's noise and means nothing for {kind.upper()}: add --use_ddim True, or leave it "
-                         "out" + (" (--S_churn adds noise to EDM's samplers)" if kind in ("heun", "euler") else ""))
+        raise ValueError(
+            f"--eta {cfg.eta} is DDIM's noise and means nothing for {kind.upper()}: add --use_ddim "
+            "True, or leave it out"
+            + (" (--S_churn adds noise to EDM's samplers)" if kind in ("heun", "euler") else "")
+        )
     if kind in ("heun", "euler"):
         if cfg.given.get("timestep_respacing", "").startswith("--") and cfg.timestep_respacing:
-            raise ValueError(f"--timestep_respacing {cfg.timestep_respacing} chooses steps of DDPM and DDIM; {kind} takes "
-                             "--edm_steps of them along sigma")
+            raise ValueError(
+                f"--timestep_respacing {cfg.timestep_respacing} chooses steps of DDPM and DDIM; "
+                f"{kind} takes --edm_steps of them along sigma"
+            )
         return
     for name in _SIGMA:
         if cfg.given.get(name, "").startswith("--"):
-            raise ValueError(f"--{name} {cfg.values[name]} belongs to --sampler heun and euler, and means nothing for "
-                             f"{kind.upper()}" + (": use --timestep_respacing" if name == "edm_steps" else ": leave it out"))
+            raise ValueError(
+                f"--{name} {cfg.values[name]} belongs to --sampler heun and euler, and means "
+                f"nothing for {kind.upper()}"
+                + (": use --timestep_respacing" if name == "edm_steps" else ": leave it out")
+            )
 
 
 def _check_guidance(cfg: Any) -> None:
     if cfg.values.get("framework") == "edm":
-        raise ValueError(f"--guidance_scale {cfg.guidance_scale:g} needs a label for 'no class', which EDM's networks do not have: "
-                         "leave it out")
+        raise ValueError(
+            f"--guidance_scale {cfg.guidance_scale:g} needs a label for 'no class', which EDM's "
+            "networks do not have: leave it out"
+        )
     if not cfg.class_cond:
-        raise ValueError(f"--guidance_scale {cfg.guidance_scale:g} pushes towards the class, but this model is unconditional "
-                         "and knows none: leave it out, or use a model trained with --class_cond True --class_dropout 0.1")
+        raise ValueError(
+            f"--guidance_scale {cfg.guidance_scale:g} pushes towards the class, but this model is "
+            "unconditional and knows none: leave it out, or use a model trained with --class_cond "
+            "True --class_dropout 0.1"
+        )
     if not cfg.null_class:
         raise ValueError(
-            f"--guidance_scale {cfg.guidance_scale:g} compares the network with class and without, but this checkpoint has no "
-            "label for 'no class': train with --class_dropout 0.1 (a bare .pt that was trained so needs --null_class True)")
+            f"--guidance_scale {cfg.guidance_scale:g} compares the network with class and without, "
+            "but this checkpoint has no label for 'no class': train with --class_dropout 0.1 (a "
+            "bare .pt that was trained so needs --null_class True)"
+        )
 
 
-def what_decides_the_images(cfg: Any, sections: Iterable[str] = ("model", "diffusion"), **more: Any) -> dict[str, Any]:
-    """All that the images depend on, as plain values: the checkpoint, flags of sampling, sections, and what else is given."""
-    values = {"model_path": os.path.basename(cfg.model_path), "model_sha256": files.sha256(cfg.model_path), **more,
-              **{name: getattr(cfg, name) for name in _SAMPLING}}
+def what_decides_the_images(
+    cfg: Any, sections: Iterable[str] = ("model", "diffusion"), **more: Any
+) -> dict[str, Any]:
+    """All that the images depend on, as plain values: the checkpoint, flags of sampling, sections,
+    and what else is given.
+    """
+    values = {
+        "model_path": os.path.basename(cfg.model_path),
+        "model_sha256": files.sha256(cfg.model_path),
+        **more,
+        **{name: getattr(cfg, name) for name in _SAMPLING},
+    }
     if (kind := sampler_kind(cfg)) in ("heun", "euler"):
         values |= {"sampler": kind, **{name: getattr(cfg, name) for name in _SIGMA}}
     if cfg.values.get("precision"):
         values["precision"] = cfg.precision
     if cfg.values.get("framework") == "edm":
-        # use_fp16 comes with the checkpoint's config, and --precision wins over it: the settings say what was done.
+        # use_fp16 comes with the checkpoint's config, and --precision wins over it: the settings
+        # say what was done.
         precision = sampling_precision(cfg)
-        values |= {"precision": precision, "use_fp16": precision == "fp16", "quantisation": "rounded"}
+        values |= {
+            "precision": precision,
+            "use_fp16": precision == "fp16",
+            "quantisation": "rounded",
+        }
     if cfg.classes:
         values["classes"] = cfg.classes  # label k is classes[k]
     if cfg.trained_on:
-        values["trained_on"] = cfg.trained_on  # decides through the weights; evaluator.py compares it with the reference's
+        values["trained_on"] = (
+            cfg.trained_on
+        )  # decides through the weights; evaluator.py compares it with the reference's
     for section in sections:
-        values.update({name: value for name, value in cfg.section(section).items() if name not in _SAMPLING})
+        values.update(
+            {name: value for name, value in cfg.section(section).items() if name not in _SAMPLING}
+        )
     return values
 
 
@@ -168,9 +267,13 @@ def sampler_text(cfg: Any) -> str:
     """DDPM, steps 100, lambda 1.017."""
     kind = sampler_kind(cfg)
     if kind in ("heun", "euler"):
-        text = f"{kind.capitalize()}, steps {cfg.edm_steps}" + (f", S_churn {cfg.S_churn:g}" if cfg.S_churn else "")
+        text = f"{kind.capitalize()}, steps {cfg.edm_steps}" + (
+            f", S_churn {cfg.S_churn:g}" if cfg.S_churn else ""
+        )
     else:
-        text = (f"DDIM, eta {cfg.eta:g}" if kind == "ddim" else "DDPM") + f", steps {cfg.timestep_respacing or cfg.diffusion_steps}"
+        text = (
+            f"DDIM, eta {cfg.eta:g}" if kind == "ddim" else "DDPM"
+        ) + f", steps {cfg.timestep_respacing or cfg.diffusion_steps}"
     slope = f" + {cfg.eps_scaler_k:g} t" if cfg.eps_scaler_k else ""
     guidance = f", guidance scale {cfg.guidance_scale:g}" if cfg.guidance_scale != 1 else ""
     b = cfg.eps_scaler
@@ -187,7 +290,9 @@ def choose_out_dir(cfg: Any, settings: dict[str, Any]) -> str:
     stem = os.path.splitext(os.path.basename(cfg.model_path))[0]
     kind = sampler_kind(cfg)
     key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
-    named = os.path.join(files.folder_beside(cfg.model_path), "samples", f"{stem}-{kind}-n{cfg.num_samples}-{key}")
+    named = os.path.join(
+        files.folder_beside(cfg.model_path), "samples", f"{stem}-{kind}-n{cfg.num_samples}-{key}"
+    )
     return files.results_folder(cfg.out_dir, named)
 
 

@@ -1,7 +1,9 @@
-"""The pieces of a report's page: one file, no scripts, nothing to load; every text that comes in is escaped here.
+"""The pieces of a report's page: one file, no scripts, nothing to load; every text that comes in is
+escaped here.
 
 Only functions that return `Html` make markup; whatever else is put into it is text.
 """
+
 from __future__ import annotations
 
 import base64
@@ -23,9 +25,13 @@ def text(value: object) -> Html:
 
 
 def tag(name: str, *content: object, **attributes: object) -> Html:
-    """<name attribute="...">content</name>; `class_` is class. Content that is not Html is escaped."""
-    more = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value), quote=True)}"'
-                   for key, value in attributes.items())
+    """<name attribute="...">content</name>; `class_` is class. Content that is not
+    Html is escaped.
+    """
+    more = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value), quote=True)}"'
+        for key, value in attributes.items()
+    )
     return Html(f"<{name}{more}>{''.join(text(part) for part in content)}</{name}>")
 
 
@@ -38,14 +44,23 @@ def section(anchor: str, title: str, *content: object) -> Html:
 
 
 def table(headings: Sequence[object], rows: Iterable[Sequence[object]], texts: int = 1) -> Html:
-    """The first `texts` columns are names, the others numbers; a row of one cell is a heading of those below it.
+    """The first `texts` columns are names, the others numbers; a row of one cell is a heading of
+    those below it.
 
     Scrolls sideways by itself where the page is too narrow.
     """
+
     def line(cells: Sequence[object], name: str) -> Html:
         if len(cells) == 1 < len(headings):
             return tag("tr", tag("th", cells[0], colspan=len(headings)), class_="group")
-        return tag("tr", *(tag(name, cell, **({} if i < texts else {"class_": "n"})) for i, cell in enumerate(cells)))
+        return tag(
+            "tr",
+            *(
+                tag(name, cell, **({} if i < texts else {"class_": "n"}))
+                for i, cell in enumerate(cells)
+            ),
+        )
+
     body = tag("tbody", *(line(row, "td") for row in rows))
     return tag("div", tag("table", tag("thead", line(headings, "th")), body), class_="wide")
 
@@ -56,8 +71,13 @@ def figure(content: Html, caption: object, **attributes: object) -> Html:
 
 def svg_figure(svg: str, title: str, described: str, note: str = "") -> Html:
     """A plot of report_plots, with its title above and what is to be said about it below."""
-    return tag("figure", tag("h3", title), tag("div", Html(svg), role="img", aria_label=described),
-               tag("figcaption", note) if note else Html(""), class_="plot")
+    return tag(
+        "figure",
+        tag("h3", title),
+        tag("div", Html(svg), role="img", aria_label=described),
+        tag("figcaption", note) if note else Html(""),
+        class_="plot",
+    )
 
 
 def picture(path: str, alt: str) -> Html:
@@ -65,7 +85,9 @@ def picture(path: str, alt: str) -> Html:
     with open(path, "rb") as file:
         content = file.read()
     if path.endswith(".svg"):
-        kind = "svg+xml"  # as an image: scripts in it do not run, and nothing that it names is loaded
+        kind = (
+            "svg+xml"  # as an image: scripts in it do not run, and nothing that it names is loaded
+        )
     elif content.startswith(b"\x89PNG\r\n\x1a\n"):
         kind, content = ("png", content) if len(content) < _LARGE else _smaller(content)
     else:
@@ -94,8 +116,12 @@ def folded(title: str, content: str) -> Html:
 def page(title: str, subtitle: str, sections: Sequence[tuple[str, str, Html]]) -> Html:
     """The whole document; a section is (anchor, title, markup)."""
     links = join([tag("a", name, href=f"#{anchor}") for anchor, name, _ in sections], " ")
-    body = join([tag("header", tag("h1", title), tag("p", subtitle), tag("nav", links)),
-                 tag("main", *(section(anchor, name, content) for anchor, name, content in sections))])
+    body = join(
+        [
+            tag("header", tag("h1", title), tag("p", subtitle), tag("nav", links)),
+            tag("main", *(section(anchor, name, content) for anchor, name, content in sections)),
+        ]
+    )
     return Html(f"""<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -7,9 +7,10 @@
     steps: [100, 50, 20]
     lambda: [1.0, {ES: published}]
 
-Every combination of checkpoint, sampler, eta (DDIM only), steps, lambda and seed is a cell, unless `only` or `exclude` says
-otherwise. sweep_run.py computes cells, sweep_table.py makes the table.
+Every combination of checkpoint, sampler, eta (DDIM only), steps, lambda and seed is a cell, unless
+`only` or `exclude` says otherwise. sweep_run.py computes cells, sweep_table.py makes the table.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -29,22 +30,63 @@ from .. import files
 
 SAMPLERS = ("ddpm", "ddim", "heun", "euler")
 _SIGMA_SAMPLERS = ("heun", "euler")  # whose steps are --edm_steps
-KEYS = ("checkpoints", "reference", "features", "metrics", "num_samples", "sampler", "steps", "lambda", "eta", "seeds", "only",
-        "exclude", "sample", "evaluate", "keep_samples")
+KEYS = (
+    "checkpoints",
+    "reference",
+    "features",
+    "metrics",
+    "num_samples",
+    "sampler",
+    "steps",
+    "lambda",
+    "eta",
+    "seeds",
+    "only",
+    "exclude",
+    "sample",
+    "evaluate",
+    "keep_samples",
+)
 _RULE_KEYS = ("checkpoint", "sampler", "eta", "steps", "lambda", "seed")
 # Flags of image_sample.py that the grid sets itself, with the key of the sweep that does.
-_SET_BY = {"model_path": "checkpoints", "config": "checkpoints", "num_samples": "num_samples", "use_ddim": "sampler",
-           "sampler": "sampler", "timestep_respacing": "steps", "edm_steps": "steps", "eps_scaler": "lambda",
-           "eps_scaler_k": "lambda", "eps_schedule": "lambda", "eta": "eta", "seed": "seeds", "out_dir": "--out_dir"}
-_FILES = ("config", "model_path", "eps_schedule", "reference", "features", "inception_weights")  # count by their content
+_SET_BY = {
+    "model_path": "checkpoints",
+    "config": "checkpoints",
+    "num_samples": "num_samples",
+    "use_ddim": "sampler",
+    "sampler": "sampler",
+    "timestep_respacing": "steps",
+    "edm_steps": "steps",
+    "eps_scaler": "lambda",
+    "eps_scaler_k": "lambda",
+    "eps_schedule": "lambda",
+    "eta": "eta",
+    "seed": "seeds",
+    "out_dir": "--out_dir",
+}
+_FILES = (
+    "config",
+    "model_path",
+    "eps_schedule",
+    "reference",
+    "features",
+    "inception_weights",
+)  # count by their content
 _NO_MATTER = ("batch_size", "device", "save_png")  # change no number
-_SET_BY_EVALUATE = {"ref": "reference", "samples": "checkpoints", "features": "features", "metrics": "metrics",
-                    "json": "--out_dir"}
+_SET_BY_EVALUATE = {
+    "ref": "reference",
+    "samples": "checkpoints",
+    "features": "features",
+    "metrics": "metrics",
+    "json": "--out_dir",
+}
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """One entry of `lambda`: `label` names its column, "" for no scaling; `flags` are those of image_sample.py."""
+    """One entry of `lambda`: `label` names its column, "" for no scaling; `flags` are those of
+    image_sample.py.
+    """
 
     label: str
     flags: tuple[tuple[str, str], ...] = ()
@@ -52,7 +94,9 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Cell:
-    """One set of samples. `name` is unique within the sweep; `key` is the hash of all that its numbers depend on."""
+    """One set of samples. `name` is unique within the sweep; `key` is the hash of all that its
+    numbers depend on.
+    """
 
     checkpoint: str
     sampler: str
@@ -62,7 +106,9 @@ class Cell:
     seed: int
     key: str
     sample_args: tuple[str, ...] = field(repr=False)  # of image_sample.py, without --out_dir
-    evaluate_args: tuple[str, ...] = field(repr=False)  # of evaluator.py, without the samples, the metrics and --json
+    evaluate_args: tuple[str, ...] = field(
+        repr=False
+    )  # of evaluator.py, without the samples, the metrics and --json
 
     @property
     def name(self) -> str:
@@ -78,22 +124,35 @@ class Cell:
     @property
     def column(self) -> str:
         """The paper's name of the method: checkpoint, and the scaling if there is one."""
-        return f"{self.checkpoint} + {self.scaling.label}" if self.scaling.label else self.checkpoint
+        return (
+            f"{self.checkpoint} + {self.scaling.label}" if self.scaling.label else self.checkpoint
+        )
 
     def describe(self) -> dict[str, Any]:
         """The cell's place in the grid, as plain values."""
-        return {"checkpoint": self.checkpoint, "sampler": self.sampler, "eta": self.eta, "steps": self.steps,
-                "lambda": self.scaling.label or "1", "seed": self.seed, "column": self.column}
+        return {
+            "checkpoint": self.checkpoint,
+            "sampler": self.sampler,
+            "eta": self.eta,
+            "steps": self.steps,
+            "lambda": self.scaling.label or "1",
+            "seed": self.seed,
+            "column": self.column,
+        }
 
     @property
     def network_calls(self) -> int:
         """For one batch; a weight for estimates of time."""
-        return max(1, sum(int(number) for number in re.findall(r"\d+", self.steps))) * (2 if self.sampler == "heun" else 1)
+        return max(1, sum(int(number) for number in re.findall(r"\d+", self.steps))) * (
+            2 if self.sampler == "heun" else 1
+        )
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file, checked. `metrics` are not part of a cell's key: one more needs no new samples."""
+    """A sweep file, checked. `metrics` are not part of a cell's key: one more needs no
+    new samples.
+    """
 
     path: str
     cells: tuple[Cell, ...]
@@ -107,37 +166,59 @@ def read_sweep(path: str) -> Sweep:
     """The sweep that a YAML file describes.
 
     Raises:
-        ValueError: not YAML, unknown keys, values that make no sense, files that are not there, or no cell at all; one line.
+        ValueError: not YAML, unknown keys, values that make no sense, files that are not there, or
+            no cell at all; one line.
     """
     content, text = _load(path)
     for needed in ("checkpoints", "reference", "steps"):
         if not content.get(needed):
-            raise ValueError(f"{path}: {needed} is missing; a sweep needs checkpoints, reference and steps")
-    lists = {"sampler": _list(content, "sampler", "ddpm"), "steps": [_steps(path, v) for v in _list(content, "steps", None)],
-             "eta": [_number(path, "eta", v) for v in _list(content, "eta", 0.0)],
-             "seeds": [_whole(path, "seeds", v, 0) for v in _list(content, "seeds", 0)]}
+            raise ValueError(
+                f"{path}: {needed} is missing; a sweep needs checkpoints, reference and steps"
+            )
+    lists = {
+        "sampler": _list(content, "sampler", "ddpm"),
+        "steps": [_steps(path, v) for v in _list(content, "steps", None)],
+        "eta": [_number(path, "eta", v) for v in _list(content, "eta", 0.0)],
+        "seeds": [_whole(path, "seeds", v, 0) for v in _list(content, "seeds", 0)],
+    }
     for sampler in lists["sampler"]:
         if sampler not in SAMPLERS:
-            raise ValueError(f"{path}: sampler {sampler!r} is unknown; there are {', '.join(SAMPLERS)}."
-                             + _nearest(sampler, SAMPLERS))
+            raise ValueError(
+                f"{path}: sampler {sampler!r} is unknown; there are {', '.join(SAMPLERS)}."
+                + _nearest(sampler, SAMPLERS)
+            )
     rules = {name: _rules(path, name, content.get(name)) for name in ("only", "exclude")}
     shared = _Shared(path, content)
     scalings = _list(content, "lambda", 1.0)
     cells = []
     for name, checkpoint in _checkpoints(path, content["checkpoints"]).items():
         for sampler, eta, steps, entry, seed in itertools.product(
-                lists["sampler"], lists["eta"], lists["steps"], scalings, lists["seeds"]):
+            lists["sampler"], lists["eta"], lists["steps"], scalings, lists["seeds"]
+        ):
             if sampler != "ddim":
                 eta = 0.0  # the same cell for every eta
-            place = {"checkpoint": name, "sampler": sampler, "eta": eta, "steps": steps, "seed": seed,
-                     "lambda": _label(path, entry)}
+            place = {
+                "checkpoint": name,
+                "sampler": sampler,
+                "eta": eta,
+                "steps": steps,
+                "seed": seed,
+                "lambda": _label(path, entry),
+            }
             kept = not rules["only"] or any(_matches(rule, place) for rule in rules["only"])
             if kept and not any(_matches(rule, place) for rule in rules["exclude"]):
                 cells.append(shared.cell(place, checkpoint, entry))
     cells = list({cell.folder: cell for cell in cells}.values())
     if not cells:
         raise ValueError(f"{path}: only and exclude leave no cell of the grid")
-    return Sweep(path, tuple(cells), _metrics(path, content), shared.features, _flag(path, content, "keep_samples", True), text)
+    return Sweep(
+        path,
+        tuple(cells),
+        _metrics(path, content),
+        shared.features,
+        _flag(path, content, "keep_samples", True),
+        text,
+    )
 
 
 class _Shared:
@@ -157,11 +238,20 @@ class _Shared:
         config = [("config", checkpoint["config"])] if checkpoint.get("config") else []
         along_sigma = place["sampler"] in _SIGMA_SAMPLERS
         if along_sigma and not place["steps"].isdigit():
-            raise ValueError(f"{self.path}: steps {place['steps']} is a respacing for DDPM and DDIM; {place['sampler']} takes a "
-                             f"number: exclude {{sampler: {place['sampler']}, steps: {place['steps']}}}")
-        sample = [*config, ("model_path", checkpoint["path"]), ("num_samples", str(self.num_samples)),
-                  ("edm_steps" if along_sigma else "timestep_respacing", place["steps"]), ("seed", str(place["seed"])),
-                  *scaling.flags, *self.sample]
+            raise ValueError(
+                f"{self.path}: steps {place['steps']} is a respacing for DDPM and DDIM; "
+                f"{place['sampler']} takes a number: exclude {{sampler: {place['sampler']}, steps: "
+                f"{place['steps']}}}"
+            )
+        sample = [
+            *config,
+            ("model_path", checkpoint["path"]),
+            ("num_samples", str(self.num_samples)),
+            ("edm_steps" if along_sigma else "timestep_respacing", place["steps"]),
+            ("seed", str(place["seed"])),
+            *scaling.flags,
+            *self.sample,
+        ]
         if place["sampler"] == "ddim":
             sample += [("use_ddim", "True"), ("eta", f"{place['eta']:g}")]
         elif along_sigma:
@@ -170,13 +260,30 @@ class _Shared:
         beside = os.path.join(os.path.dirname(checkpoint["path"]), "config.yaml")
         # Pixels of EDM's models were truncated once, and a sweep's folder may hold such cells.
         pixels = [("quantisation", "EDM's rounded")] if along_sigma else []
-        decides = [*sample, *pixels, ("reference", self.reference), *evaluate,
-                   *([("config", beside)] if os.path.exists(beside) else [])]
-        identity = [[name, self._hash(value) if name in _FILES and os.path.exists(value) else value]
-                    for name, value in decides if name not in _NO_MATTER]
+        decides = [
+            *sample,
+            *pixels,
+            ("reference", self.reference),
+            *evaluate,
+            *([("config", beside)] if os.path.exists(beside) else []),
+        ]
+        identity = [
+            [name, self._hash(value) if name in _FILES and os.path.exists(value) else value]
+            for name, value in decides
+            if name not in _NO_MATTER
+        ]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
-        return Cell(place["checkpoint"], place["sampler"], place["eta"], place["steps"], scaling, place["seed"], key,
-                    _words(sample), (self.reference, *_words(evaluate)))
+        return Cell(
+            place["checkpoint"],
+            place["sampler"],
+            place["eta"],
+            place["steps"],
+            scaling,
+            place["seed"],
+            key,
+            _words(sample),
+            (self.reference, *_words(evaluate)),
+        )
 
     def _hash(self, path: str) -> str:
         if path not in self._hashes:
@@ -198,10 +305,15 @@ def _load(path: str) -> tuple[dict[str, Any], str]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected 'key: value' lines with {', '.join(KEYS)}, found {type(content).__name__}")
+        raise ValueError(
+            f"{path}: expected 'key: value' lines with {', '.join(KEYS)}, found "
+            f"{type(content).__name__}"
+        )
     for key in content:
         if key not in KEYS:
-            raise ValueError(f"{path}: unknown key {key!r}; allowed: {', '.join(KEYS)}." + _nearest(key, KEYS))
+            raise ValueError(
+                f"{path}: unknown key {key!r}; allowed: {', '.join(KEYS)}." + _nearest(key, KEYS)
+            )
     return content, text
 
 
@@ -217,7 +329,12 @@ def _list(content: dict[str, Any], key: str, default: Any) -> list[Any]:
 
 
 def _number(path: str, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or value < 0
+    ):
         raise ValueError(f"{path}: {key} {value!r} must be a number, at least 0")
     return float(value)
 
@@ -231,7 +348,10 @@ def _whole(path: str, key: str, value: Any, least: int) -> int:
 def _steps(path: str, value: Any) -> str:
     text = str(value)
     if isinstance(value, bool) or not re.fullmatch(r"(ddim)?[1-9]\d*|\d+(,\d+)+", text):
-        raise ValueError(f"{path}: steps {value!r} must be a number of steps, or a respacing such as ddim50 or 10,10,20")
+        raise ValueError(
+            f"{path}: steps {value!r} must be a number of steps, or a respacing such as ddim50 or "
+            "10,10,20"
+        )
     return text
 
 
@@ -244,14 +364,21 @@ def _flag(path: str, content: dict[str, Any], key: str, default: bool) -> bool:
 
 def _existing(path: str, key: str, value: Any) -> str:
     if not isinstance(value, str) or not os.path.exists(value):
-        raise ValueError(f"{path}: {key}: {value} does not exist (paths count from the folder in which the sweep is started)")
+        raise ValueError(
+            f"{path}: {key}: {value} does not exist (paths count from the folder in which the "
+            "sweep is started)"
+        )
     return value
 
 
 def _metrics(path: str, content: dict[str, Any]) -> tuple[str, ...]:
     value = content.get("metrics", "fid")
     names = value.split(",") if isinstance(value, str) else value
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(name, str) and name.strip() for name in names)
+    ):
         raise ValueError(f"{path}: metrics {value!r} must be a list of names, such as [fid, prec]")
     return tuple(dict.fromkeys(name.strip().lower() for name in names))
 
@@ -264,37 +391,60 @@ def _checkpoints(path: str, value: Any) -> dict[str, dict[str, str]]:
         entry = entry if isinstance(entry, dict) else {"path": entry}
         for key in entry:
             if key not in ("path", "config"):
-                raise ValueError(f"{path}: unknown key {key!r} in checkpoint {name}; allowed: path, config."
-                                 + _nearest(key, ("path", "config")))
+                raise ValueError(
+                    f"{path}: unknown key {key!r} in checkpoint {name}; allowed: path, config."
+                    + _nearest(key, ("path", "config"))
+                )
         found[str(name)] = {"path": _existing(path, f"checkpoint {name}", entry.get("path"))}
         if entry.get("config"):
-            found[str(name)]["config"] = _existing(path, f"config of checkpoint {name}", entry["config"])
+            found[str(name)]["config"] = _existing(
+                path, f"config of checkpoint {name}", entry["config"]
+            )
     return found
 
 
-def _more_flags(path: str, key: str, content: dict[str, Any], taken: dict[str, str]) -> list[tuple[str, str]]:
-    """Section `sample` or `evaluate`: further flags; whether they exist, the script that takes them says."""
+def _more_flags(
+    path: str, key: str, content: dict[str, Any], taken: dict[str, str]
+) -> list[tuple[str, str]]:
+    """Section `sample` or `evaluate`: further flags; whether they exist, the script that takes them
+    says.
+    """
     value = content.get(key) or {}
     if not isinstance(value, dict):
         raise ValueError(f"{path}: {key} must hold 'flag: value' lines")
     for name in value:
         if name in taken:
             raise ValueError(f"{path}: {name} in {key} is set by {taken[name]}: leave it out")
-    return [(str(name), ",".join(map(str, v)) if isinstance(v, list) else str(v)) for name, v in value.items()]
+    return [
+        (str(name), ",".join(map(str, v)) if isinstance(v, list) else str(v))
+        for name, v in value.items()
+    ]
 
 
 def _rules(path: str, key: str, value: Any) -> list[dict[str, list[str]]]:
-    """[{lambda: [1.0, ES], sampler: ddim}, ...]: a rule matches a cell that has one of the values for each of its keys."""
+    """[{lambda: [1.0, ES], sampler: ddim}, ...]: a rule matches a cell that has one of the values
+    for each of its keys.
+    """
     rules = value if isinstance(value, list) else [value] if value else []
     for rule in rules:
         if not isinstance(rule, dict):
-            raise ValueError(f"{path}: {key} must be a list of rules such as {{sampler: ddim, lambda: [published]}}")
+            raise ValueError(
+                f"{path}: {key} must be a list of rules such as {{sampler: ddim, lambda: "
+                f"[published]}}"
+            )
         for name in rule:
             if name not in _RULE_KEYS:
-                raise ValueError(f"{path}: unknown key {name!r} in {key}; allowed: {', '.join(_RULE_KEYS)}."
-                                 + _nearest(name, _RULE_KEYS))
-    return [{name: [_text(v) for v in (values if isinstance(values, list) else [values])] for name, values in rule.items()}
-            for rule in rules]
+                raise ValueError(
+                    f"{path}: unknown key {name!r} in {key}; allowed: {', '.join(_RULE_KEYS)}."
+                    + _nearest(name, _RULE_KEYS)
+                )
+    return [
+        {
+            name: [_text(v) for v in (values if isinstance(values, list) else [values])]
+            for name, values in rule.items()
+        }
+        for rule in rules
+    ]
 
 
 def _matches(rule: dict[str, list[str]], place: dict[str, Any]) -> bool:
@@ -303,16 +453,23 @@ def _matches(rule: dict[str, list[str]], place: dict[str, Any]) -> bool:
 
 def _text(value: Any) -> str:
     """1.0 and 1 are the same."""
-    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+    return (
+        f"{value:g}"
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        else str(value)
+    )
 
 
 # ---- lambda ----
+
 
 def _label(path: str, entry: Any) -> str:
     """How the column of this entry is called; '' for lambda = 1."""
     if isinstance(entry, dict):
         if len(entry) != 1:
-            raise ValueError(f"{path}: lambda {entry!r} must be one 'LABEL: value', such as {{ES: 1.017}}")
+            raise ValueError(
+                f"{path}: lambda {entry!r} must be one 'LABEL: value', such as {{ES: 1.017}}"
+            )
         return str(next(iter(entry)))
     if isinstance(entry, str):
         return "ES" if entry == "published" else os.path.splitext(os.path.basename(entry))[0]
@@ -322,15 +479,18 @@ def _label(path: str, entry: Any) -> str:
 def _scaling(path: str, entry: Any, place: dict[str, Any]) -> Scaling:
     """The flags of one entry at one place in the grid.
 
-    An entry is a number, "published", a lambda schedule file, {b:, k:} or {steps: any of these}, with or without a label.
+    An entry is a number, "published", a lambda schedule file, {b:, k:} or {steps: any of these},
+    with or without a label.
     """
     label = _label(path, entry)
     value = next(iter(entry.values())) if isinstance(entry, dict) else entry
     if isinstance(value, dict) and not set(value) <= {"b", "k"}:
         by_steps = {str(steps): v for steps, v in value.items()}
         if place["steps"] not in by_steps:
-            raise ValueError(f"{path}: lambda {label} has no value for {place['steps']} steps: add one, or exclude "
-                             f"{{lambda: {label}, steps: {place['steps']}}}")
+            raise ValueError(
+                f"{path}: lambda {label} has no value for {place['steps']} steps: add one, or "
+                f"exclude {{lambda: {label}, steps: {place['steps']}}}"
+            )
         value = by_steps[place["steps"]]
     line = value if isinstance(value, dict) else {"b": value}
     if value == "published":
@@ -339,11 +499,23 @@ def _scaling(path: str, entry: Any, place: dict[str, Any]) -> Scaling:
         try:
             file = value.format(**{name: _text(v) for name, v in place.items()})
         except (KeyError, IndexError, ValueError):
-            raise ValueError(f"{path}: lambda {value!r}: between braces may stand {', '.join(place)}") from None
+            raise ValueError(
+                f"{path}: lambda {value!r}: between braces may stand {', '.join(place)}"
+            ) from None
         return Scaling(label, (("eps_schedule", _existing(path, f"lambda {label}", file)),))
     for name, number in line.items():
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ValueError(f"{path}: lambda {label or value}: {name} is {number!r}; allowed are a number, published, a "
-                             "lambda schedule file, {b:, k:}, or one of these for each number of steps")
-    flags = [(f"eps_scaler{'_k' if name == 'k' else ''}", repr(float(number))) for name, number in line.items()]
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, (int, float))
+            or not math.isfinite(number)
+        ):
+            raise ValueError(
+                f"{path}: lambda {label or value}: {name} is {number!r}; allowed are a number, "
+                "published, a lambda schedule file, {b:, k:}, or one of these for each number of "
+                "steps"
+            )
+    flags = [
+        (f"eps_scaler{'_k' if name == 'k' else ''}", repr(float(number)))
+        for name, number in line.items()
+    ]
     return Scaling(label, tuple(flags))

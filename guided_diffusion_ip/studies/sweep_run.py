@@ -1,4 +1,5 @@
-"""Computing the cells of a sweep: each is image_sample.py, then evaluator.py, as processes of their own.
+"""Computing the cells of a sweep: each is image_sample.py, then evaluator.py, as processes of their
+own.
 
     out_dir/cells/NAME-KEY/samples/         as image_sample.py leaves them
                            evaluation.json  as evaluator.py writes it
@@ -7,10 +8,12 @@
                            failed.json      why it could not be computed; gone once it can
                            result.json      the cell is finished; written last, whole or not at all
 
-A cell that has its result is never computed again. The lock is the kernel's, and the processes of a cell inherit it: however a
-sweep dies, the lock goes with the last of them, and there are no stale ones. Several sweeps may work on one folder (network
-file systems must support locks, as NFS and Lustre with `flock` do).
+A cell that has its result is never computed again. The lock is the kernel's, and the processes of a
+cell inherit it: however a sweep dies, the lock goes with the last of them, and there are no stale
+ones. Several sweeps may work on one folder (network file systems must support locks, as NFS and
+Lustre with `flock` do).
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -45,7 +48,8 @@ class How:
         scripts: image_sample.py and evaluator.py.
         launcher: words before each of them, such as ["torchrun", "--nproc_per_node", "2"].
         processes: cells at a time.
-        gpus: names for CUDA_VISIBLE_DEVICES; cells at the same time take different ones. Empty: not our business.
+        gpus: names for CUDA_VISIBLE_DEVICES; cells at the same time take different ones. Empty: not
+            our business.
     """
 
     scripts: tuple[str, str]
@@ -70,7 +74,9 @@ class How:
 
 @dataclass
 class Outcome:
-    """`results` and `errors` by the cell's folder name; `computed` are those that this run finished."""
+    """`results` and `errors` by the cell's folder name; `computed` are those that this run
+    finished.
+    """
 
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
@@ -83,7 +89,9 @@ def cell_path(out_dir: str, cell: Cell, *parts: str) -> str:
 
 
 def read_result(out_dir: str, cell: Cell, metrics: Sequence[str]) -> dict[str, Any] | None:
-    """The result of a finished cell; None if there is none, or one that lacks some of the metrics."""
+    """The result of a finished cell; None if there is none, or one that lacks some of
+    the metrics.
+    """
     try:
         with open(cell_path(out_dir, cell, "result.json"), encoding="utf-8") as file:
             result = json.load(file)
@@ -95,7 +103,8 @@ def read_result(out_dir: str, cell: Cell, metrics: Sequence[str]) -> dict[str, A
 def run_sweep(sweep: Sweep, out_dir: str, how: How) -> Outcome:
     """Compute what is missing, and wait for cells that other processes are computing.
 
-    A cell that fails is told, and the others go on. An exception (Ctrl-C) stops the cells that are being computed.
+    A cell that fails is told, and the others go on. An exception (Ctrl-C) stops the cells that are
+    being computed.
     """
     work = _Work(sweep, out_dir, how)
     with ThreadPoolExecutor(how.processes) as pool:
@@ -129,10 +138,16 @@ class _Work:
                 self._left.append(cell)
             else:
                 self.outcome.results[cell.folder] = result
-        calls, left = (sum(cell.network_calls for cell in cells) for cells in (sweep.cells, self._left))
+        calls, left = (
+            sum(cell.network_calls for cell in cells) for cells in (sweep.cells, self._left)
+        )
         # Weighed by steps, so that the estimate holds for a grid of 10 and 1000 steps.
-        self.bar = tqdm(total=calls, initial=calls - left, disable=None,
-                        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
+        self.bar = tqdm(
+            total=calls,
+            initial=calls - left,
+            disable=None,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+        )
         self._show()
 
     def loop(self, worker: int) -> None:
@@ -167,15 +182,23 @@ class _Work:
             return None if self._stopping or not self._left else self._left.pop(0)
 
     def _show(self) -> None:
-        self.bar.set_description_str(f"{len(self.outcome.results)}/{len(self.sweep.cells)} cells", refresh=True)
+        self.bar.set_description_str(
+            f"{len(self.outcome.results)}/{len(self.sweep.cells)} cells", refresh=True
+        )
 
     def _settle(self, cell: Cell, worker: int) -> str:
-        """Compute the cell unless it is finished by now; returns who else is at it, '' if it is settled."""
+        """Compute the cell unless it is finished by now; returns who else is at it, '' if it is
+        settled.
+        """
         os.makedirs(cell_path(self.out_dir, cell), exist_ok=True)
         with _lock(cell_path(self.out_dir, cell, "lock")) as (lock, holder):
             if lock is None:
                 return holder
-            result, error, start = read_result(self.out_dir, cell, self.sweep.metrics), "", time.time()
+            result, error, start = (
+                read_result(self.out_dir, cell, self.sweep.metrics),
+                "",
+                time.time(),
+            )
             computed = result is None
             if computed:
                 try:
@@ -184,7 +207,10 @@ class _Work:
                     if self._stopping:
                         return ""
                     error = str(failure)
-                    _write_json(cell_path(self.out_dir, cell, "failed.json"), {"cell": cell.describe(), "error": error})
+                    _write_json(
+                        cell_path(self.out_dir, cell, "failed.json"),
+                        {"cell": cell.describe(), "error": error},
+                    )
         with self._guard:
             self.bar.update(cell.network_calls)
             if error:
@@ -194,28 +220,55 @@ class _Work:
                 self.outcome.computed += [cell.folder] * computed
             self._show()
         if computed:
-            numbers = error or ", ".join(f"{name} {entry['value']:.4g}" for name, entry in result["metrics"].items())
+            numbers = error or ", ".join(
+                f"{name} {entry['value']:.4g}" for name, entry in result["metrics"].items()
+            )
             self.bar.write(f"{cell.name}: {numbers} ({time.time() - start:.0f} s)")
         return ""
 
     def _compute(self, cell: Cell, lock: int, worker: int) -> dict[str, Any]:
         folder = cell_path(self.out_dir, cell)
-        samples, evaluation, start = os.path.join(folder, "samples"), os.path.join(folder, "evaluation.json"), time.time()
-        earlier = read_result(self.out_dir, cell, ()) or {"metrics": {}}  # of a sweep that asked for fewer metrics
+        samples, evaluation, start = (
+            os.path.join(folder, "samples"),
+            os.path.join(folder, "evaluation.json"),
+            time.time(),
+        )
+        earlier = read_result(self.out_dir, cell, ()) or {
+            "metrics": {}
+        }  # of a sweep that asked for fewer metrics
         metrics = list(dict.fromkeys([*self.sweep.metrics, *earlier["metrics"]]))
         image_sample, evaluator = self.how.scripts
         commands = [self.how.command(image_sample, [*cell.sample_args, "--out_dir", samples])]
         self._run(commands[0], folder, lock, worker)
         reference, *rest = cell.evaluate_args
-        commands.append(self.how.command(evaluator, [reference, _npz_in(samples), *rest, "--metrics", ",".join(metrics),
-                                                     "--json", evaluation]))
+        commands.append(
+            self.how.command(
+                evaluator,
+                [
+                    reference,
+                    _npz_in(samples),
+                    *rest,
+                    "--metrics",
+                    ",".join(metrics),
+                    "--json",
+                    evaluation,
+                ],
+            )
+        )
         self._run(commands[1], folder, lock, worker)
         with open(evaluation, encoding="utf-8") as file:
             measured = json.load(file)
-        result = {"cell": cell.describe(), "metrics": measured["metrics"], "features": measured.get("features"),
-                  "warnings": measured.get("warnings", []), "made_with": measured.get("made_with", {}),
-                  "commands": [shlex.join(words) for words in commands], "seconds": round(time.time() - start, 2),
-                  "host": socket.gethostname(), "versions": measured.get("versions", {})}
+        result = {
+            "cell": cell.describe(),
+            "metrics": measured["metrics"],
+            "features": measured.get("features"),
+            "warnings": measured.get("warnings", []),
+            "made_with": measured.get("made_with", {}),
+            "commands": [shlex.join(words) for words in commands],
+            "seconds": round(time.time() - start, 2),
+            "host": socket.gethostname(),
+            "versions": measured.get("versions", {}),
+        }
         _write_json(os.path.join(folder, "result.json"), result)
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, "failed.json"))
@@ -237,8 +290,14 @@ class _Work:
                 if self._stopping:
                     raise _Failure("stopped")
                 try:
-                    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                               pass_fds=(lock,), env=self.how.environment(worker))
+                    process = subprocess.Popen(
+                        words,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        pass_fds=(lock,),
+                        env=self.how.environment(worker),
+                    )
                 except OSError as error:
                     raise _Failure(f"{words[0]} cannot be started: {error}") from None
                 self._running.add(process)
@@ -252,7 +311,11 @@ class _Work:
 def _last_words(log: str, start: int, code: int) -> str:
     with open(log, "rb") as file:
         file.seek(start)
-        lines = [line.strip() for line in file.read().decode(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in file.read().decode(errors="replace").replace("\r", "\n").splitlines()
+            if line.strip()
+        ]
     if code < 0:
         return f"killed by {signal.Signals(-code).name} (out of memory?); see {log}"
     said = [line for line in lines if line.startswith("error: ")] or lines or ["it said nothing"]
@@ -260,7 +323,9 @@ def _last_words(log: str, start: int, code: int) -> str:
 
 
 def _npz_in(folder: str) -> str:
-    return next(os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".npz"))
+    return next(
+        os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".npz")
+    )
 
 
 def _write_json(path: str, content: dict[str, Any]) -> None:
@@ -279,7 +344,9 @@ def _lock(path: str) -> Iterator[tuple[IO[str] | None, str]]:
             yield None, file.read().strip() or "another process"
             return
         except OSError as error:
-            raise ValueError(f"{path} cannot be locked ({error}): give an --out_dir on a file system with locks") from None
+            raise ValueError(
+                f"{path} cannot be locked ({error}): give an --out_dir on a file system with locks"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -1,4 +1,7 @@
-"""The table of a sweep, as in the papers: a row for each number of steps, a column for each method."""
+"""The table of a sweep, as in the papers: a row for each number of steps, a column for
+each method.
+"""
+
 from __future__ import annotations
 
 import csv
@@ -8,7 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-TITLES = {"fid": "FID", "sfid": "sFID", "is": "IS", "prec": "precision", "recall": "recall", "kid": "KID"}
+TITLES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "is": "IS",
+    "prec": "precision",
+    "recall": "recall",
+    "kid": "KID",
+}
 LARGER_IS_BETTER = {"is", "prec", "recall"}
 
 
@@ -52,30 +62,55 @@ class Table:
         return TITLES.get(metric, metric)
 
 
-def make_table(cells: Iterable[dict[str, Any]], results: Iterable[dict[str, Any] | None], metrics: Sequence[str],
-               features: str) -> Table:
-    """The table of cells (Cell.describe()) and their results, in the same order; None for one that there is not."""
+def make_table(
+    cells: Iterable[dict[str, Any]],
+    results: Iterable[dict[str, Any] | None],
+    metrics: Sequence[str],
+    features: str,
+) -> Table:
+    """The table of cells (Cell.describe()) and their results, in the same order; None for one that
+    there is not.
+    """
     places: dict[tuple[str, str], dict[str, list[dict[str, Any] | None]]] = {}
     columns: dict[tuple[str, str], str] = {}
     seeds, samples = set(), set()
     for cell, result in zip(cells, results, strict=True):
-        sampler = cell["sampler"].upper() + (f", eta {cell['eta']:g}" if cell["sampler"] == "ddim" else "")
+        sampler = cell["sampler"].upper() + (
+            f", eta {cell['eta']:g}" if cell["sampler"] == "ddim" else ""
+        )
         columns[cell["lambda"], cell["checkpoint"]] = cell["column"]
-        places.setdefault((sampler, cell["steps"]), {}).setdefault(cell["column"], []).append(result)
+        places.setdefault((sampler, cell["steps"]), {}).setdefault(cell["column"], []).append(
+            result
+        )
         seeds.add(cell["seed"])
-        samples |= {n for found in (result or {}).get("metrics", {}).values() if isinstance(n := found.get("samples"), int)}
+        samples |= {
+            n
+            for found in (result or {}).get("metrics", {}).values()
+            if isinstance(n := found.get("samples"), int)
+        }
     # As the papers have it: all checkpoints without scaling, then all with it.
     scalings = list(dict.fromkeys(scaling for scaling, _ in columns))
-    names = [name for scaling in scalings for (other, _), name in columns.items() if other == scaling]
+    names = [
+        name for scaling in scalings for (other, _), name in columns.items() if other == scaling
+    ]
     rows = []
     for metric in metrics:
         for (sampler, steps), found in places.items():
-            rows.append(((metric, sampler, steps), tuple(_entry(found.get(name, []), metric) for name in names)))
+            rows.append(
+                (
+                    (metric, sampler, steps),
+                    tuple(_entry(found.get(name, []), metric) for name in names),
+                )
+            )
     return Table(tuple(names), tuple(rows), len(seeds), features, tuple(sorted(samples)))
 
 
 def _entry(results: list[dict[str, Any] | None], metric: str) -> Entry:
-    values = [result["metrics"][metric]["value"] for result in results if result and metric in result["metrics"]]
+    values = [
+        result["metrics"][metric]["value"]
+        for result in results
+        if result and metric in result["metrics"]
+    ]
     return Entry(tuple(values), len(results) - len(values))
 
 
@@ -96,29 +131,51 @@ def as_markdown(table: Table) -> str:
     lines = [headings(table)]
     for (metric, sampler, steps), entries in table.rows:
         chosen = best(metric, entries)
-        cells = [f"**{entry.text()}**" if i == chosen else entry.text() for i, entry in enumerate(entries)]
+        cells = [
+            f"**{entry.text()}**" if i == chosen else entry.text()
+            for i, entry in enumerate(entries)
+        ]
         lines.append([table.title(metric), sampler, steps, *cells])
     lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+        for line in lines
+    ]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(text) + "\n\n" + note(table) + "\n"
 
 
 def note(table: Table) -> str:
     """What the table does not say by itself."""
-    spread = f"Mean +- standard deviation over {table.seeds} seeds. " if table.seeds > 1 else "One seed: no spread is known. "
+    spread = (
+        f"Mean +- standard deviation over {table.seeds} seeds. "
+        if table.seeds > 1
+        else "One seed: no spread is known. "
+    )
     if table.samples:
         spread += f"Each value from {' or '.join(map(str, table.samples))} samples. "
-    return spread + f"Bold: the best mean of a row, whether or not the difference means anything. Features: {table.features}."
+    return (
+        spread
+        + f"Bold: the best mean of a row, whether or not the difference means anything. Features: {table.features}."
+    )
 
 
 def as_csv(table: Table) -> str:
-    """All digits: mean, standard deviation (empty for one seed) and number of seeds of each column."""
+    """All digits: mean, standard deviation (empty for one seed) and number of seeds of
+    each column.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*headings(table)[:3], *(f"{name}{what}" for name in table.columns for what in ("", " std", " n"))])
+    writer.writerow(
+        [
+            *headings(table)[:3],
+            *(f"{name}{what}" for name in table.columns for what in ("", " std", " n")),
+        ]
+    )
     for place, entries in table.rows:
-        row = [value for entry in entries for value in (entry.mean, entry.spread, len(entry.values))]
+        row = [
+            value for entry in entries for value in (entry.mean, entry.spread, len(entry.values))
+        ]
         writer.writerow([*place, *("" if value is None else repr(value) for value in row)])
     return text.getvalue()

@@ -1,1 +1,3 @@
-"""Training: the loop and its parts (timestep samplers, averaged weights, precision, checkpoints, previews)."""
+"""Training: the loop and its parts (timestep samplers, averaged weights, precision, checkpoints,
+previews).
+"""

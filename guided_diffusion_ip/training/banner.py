@@ -1,4 +1,5 @@
 """What is about to be trained, told before the first step."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -33,13 +34,13 @@ def banner(loop: TrainLoop, out_dir: str, image_shape: tuple[int, int, int]) -> 
         "output": out_dir,
         "device": f"{device_text(loop.device)}, {loop.world} process{'es' if loop.world > 1 else ''}",
         "batch": f"{loop.batch_size} per process, {loop.global_batch} in all"
-                 + (f", in microbatches of {loop.microbatch}" if loop.microbatch < loop.batch_size else ""),
+        + (f", in microbatches of {loop.microbatch}" if loop.microbatch < loop.batch_size else ""),
         "precision": loop.precision.mode,
         "images": f"{n}, [{', '.join(map(str, image_shape))}] (channels, height, width) in [{low:g}, {high:g}]",
         "classes": f"{len(classes)}{_dropped(data)}" if classes else "not used",
         "parameters": f"{parameters / 1e6:.2f} million",
         "process": f"{_kind(process)}, gamma {process.input_perturbation:g}, {_weights(process)}t by "
-                   f"{type(loop.schedule_sampler).__name__}",
+        f"{type(loop.schedule_sampler).__name__}",
         "EMA": rates,
         "stops": " or ".join(limits) or "never by itself",
     }
@@ -52,7 +53,9 @@ def _dropped(data: Any) -> str:
 
 
 def _kind(process: Any) -> str:
-    """T = 1000, epsilon, learned range variance; or the loss of a process with continuous noise levels."""
+    """T = 1000, epsilon, learned range variance; or the loss of a process with continuous noise
+    levels.
+    """
     if getattr(process, "continuous", False):
         return str(process.loss)
     return f"T = {process.num_timesteps}, {process.model_mean_type.value}, {process.model_var_type.value} variance"
@@ -76,8 +79,11 @@ def warn_about_ema(loop: TrainLoop) -> str:
     left = rate**loop.last_step
     if left < 0.05 or loop.emas[0].warmup:
         return ""
-    better = 1 - float(f"{5 / loop.last_step:.0e}") if loop.last_step > 5 else 0.0  # leaves exp(-5), or 3 % once rounded
-    return (f"note: after {loop.last_step} steps, {left:.0%} of the weights averaged with rate {rate} will still be the "
-            f"random start; --ema_rate {better:.10g} or --ema_warmup True would suit so short a run")
-
-
+    better = (
+        1 - float(f"{5 / loop.last_step:.0e}") if loop.last_step > 5 else 0.0
+    )  # leaves exp(-5), or 3 % once rounded
+    return (
+        f"note: after {loop.last_step} steps, {left:.0%} of the weights averaged with rate {rate} "
+        f"will still be the random start; --ema_rate {better:.10g} or --ema_warmup True would suit "
+        "so short a run"
+    )

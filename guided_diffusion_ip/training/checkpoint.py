@@ -2,10 +2,12 @@
 
     model000500.pt  ema_0.9999_000500.pt  opt000500.pt  state000500.pt      500 = steps completed
 
-model and ema are plain state_dicts with the published parameter names. state holds what is ours (step, timestep sampler, loss
-scale, settings, and the SHA-256 of the other files) and is written last: a set without one was interrupted and is not a set.
-Because of the hashes, a state knows its set under any name, and config.yaml is not needed to know what the weights are.
+model and ema are plain state_dicts with the published parameter names. state holds what is ours
+(step, timestep sampler, loss scale, settings, and the SHA-256 of the other files) and is written
+last: a set without one was interrupted and is not a set. Because of the hashes, a state knows its
+    set under any name, and config.yaml is not needed to know what the weights are.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -20,9 +22,10 @@ import torch
 from .. import dist_util, files
 from ..files import atomic_file, exists
 
-
 _PARTS = r"(?:model|opt|ema_.+_)"  # of a set, besides its state, before the step
-_LARGEST_STATE = 64 << 20  # bytes; a state holds no weights, and larger files need not be tried as one
+_LARGEST_STATE = (
+    64 << 20
+)  # bytes; a state holds no weights, and larger files need not be tried as one
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,11 @@ def complete_steps(folder: str) -> list[int]:
     """The steps of the complete sets in a local folder, ascending."""
     if not os.path.isdir(folder):
         return []
-    return sorted(int(match[1]) for name in os.listdir(folder) if (match := re.fullmatch(r"state(\d+)\.pt", name)))
+    return sorted(
+        int(match[1])
+        for name in os.listdir(folder)
+        if (match := re.fullmatch(r"state(\d+)\.pt", name))
+    )
 
 
 def newest(folder: str) -> str:
@@ -74,12 +81,19 @@ def newest(folder: str) -> str:
 
 def none_in(folder: str) -> str:
     """What to say of a folder to be continued in which there is no complete set."""
-    begun = f"; --resume auto --out_dir {folder} begins at step 0" if exists(os.path.join(folder, "config.yaml")) else ""
+    begun = (
+        f"; --resume auto --out_dir {folder} begins at step 0"
+        if exists(os.path.join(folder, "config.yaml"))
+        else ""
+    )
     return f"--resume {folder}: there is no complete checkpoint (modelNNNNNN.pt with its stateNNNNNN.pt) in it{begun}"
 
 
-def save_set(folder: str, step: int, parts: dict[str, dict[str, Any]], state: dict[str, Any]) -> str:
-    """Write every part, then the state, and read all back; returns the path of the model file. Call on one rank.
+def save_set(
+    folder: str, step: int, parts: dict[str, dict[str, Any]], state: dict[str, Any]
+) -> str:
+    """Write every part, then the state, and read all back; returns the path of the model file. Call
+    on one rank.
 
     If it fails, what it had written is removed: earlier sets stay as they were.
 
@@ -92,7 +106,9 @@ def save_set(folder: str, step: int, parts: dict[str, dict[str, Any]], state: di
         if os.path.exists(paths["state"]):
             os.remove(paths["state"])  # a set of this step from before: incomplete from here on
             for name in set(_parts_of(folder, step)) - set(map(os.path.basename, paths.values())):
-                os.remove(os.path.join(folder, name))  # another run's averages, which the new state does not know
+                os.remove(
+                    os.path.join(folder, name)
+                )  # another run's averages, which the new state does not know
         for part, content in parts.items():
             hashes[part] = _write(paths[part], content)
         written = dict(hashes)
@@ -100,7 +116,10 @@ def save_set(folder: str, step: int, parts: dict[str, dict[str, Any]], state: di
         written["state"] = _write(paths["state"], {**state, "content": content_hash(state)})
         for part, digest in written.items():
             if files.sha256(paths[part]) != digest:
-                raise OSError(f"{paths[part]} reads back differently from what was written: the disk is not to be trusted")
+                raise OSError(
+                    f"{paths[part]} reads back differently from what was written: the disk is not "
+                    "to be trusted"
+                )
     except BaseException as error:
         for part in ("state", *parts):
             if os.path.exists(paths[part]):
@@ -112,15 +131,21 @@ def save_set(folder: str, step: int, parts: dict[str, dict[str, Any]], state: di
 
 
 def prune(folder: str, policy: SavePolicy, saved: int) -> list[int]:
-    """Remove the sets that the policy does not keep; returns their steps. Call after the set `saved` has been read back.
+    """Remove the sets that the policy does not keep; returns their steps. Call after the set
+    `saved` has been read back.
 
-    Sets of later steps are of an earlier run in this folder, or from before a return to an older checkpoint: they do not count.
-    The state goes first: a set is whole or none also while it is being removed.
+    Sets of later steps are of an earlier run in this folder, or from before a return to an older
+    checkpoint: they do not count. The state goes first: a set is whole or none also while it is
+        being removed.
     """
     steps = [step for step in complete_steps(folder) if step <= saved]
     if not policy.keep_last:
         return []
-    old = [step for step in steps[:-policy.keep_last] if not (policy.keep_every and step % policy.keep_every == 0)]
+    old = [
+        step
+        for step in steps[: -policy.keep_last]
+        if not (policy.keep_every and step % policy.keep_every == 0)
+    ]
     for step in old:
         for name in (checkpoint_name("state", step), *_parts_of(folder, step)):
             os.remove(os.path.join(folder, name))
@@ -133,10 +158,18 @@ def _parts_of(folder: str, step: int) -> list[str]:
 
 
 def without_state(folder: str) -> list[str]:
-    """The names of weights in a local folder that belong to no complete set: nothing but config.yaml says what they are."""
+    """The names of weights in a local folder that belong to no complete set: nothing but
+    config.yaml says what they are.
+    """
     steps = set(complete_steps(folder))
-    found = ((name, re.fullmatch(rf"{_PARTS}(\d+)\.pt", name)) for name in sorted(os.listdir(folder)))
-    return [name for name, match in found if match and int(match[1]) not in steps and not name.startswith("opt")]
+    found = (
+        (name, re.fullmatch(rf"{_PARTS}(\d+)\.pt", name)) for name in sorted(os.listdir(folder))
+    )
+    return [
+        name
+        for name, match in found
+        if match and int(match[1]) not in steps and not name.startswith("opt")
+    ]
 
 
 def remove_leftovers(folder: str) -> None:
@@ -159,15 +192,21 @@ def read_state(path: str) -> dict[str, Any]:
 
 
 def states_near(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(path, content) of the states that may know the file at `path`: that of its step or, if its name tells none, all in its
-    folder, newest first. Those that cannot be read are left out."""
+    """(path, content) of the states that may know the file at `path`: that of its step or, if its
+    name tells none, all in its folder, newest first. Those that cannot be read are left out.
+    """
     folder, name = os.path.split(path)
     if match := re.fullmatch(rf"{_PARTS}(\d+)\.pt", name):
         names = [f"state{match[1]}.pt"]
     else:
         known = [checkpoint_name("state", step) for step in reversed(complete_steps(folder or "."))]
-        names = known + [other for other in _torch_files(folder or ".") if other not in (name, *known) and os.path.getsize(
-            os.path.join(folder, other)) <= _LARGEST_STATE and not re.fullmatch(rf"{_PARTS}\d+\.pt", other)]
+        names = known + [
+            other
+            for other in _torch_files(folder or ".")
+            if other not in (name, *known)
+            and os.path.getsize(os.path.join(folder, other)) <= _LARGEST_STATE
+            and not re.fullmatch(rf"{_PARTS}\d+\.pt", other)
+        ]
     for candidate in (os.path.join(folder, name) for name in names):
         if exists(candidate):
             try:
@@ -177,8 +216,9 @@ def states_near(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def state_that_knows(path: str) -> tuple[str, str, dict[str, Any]] | None:
-    """The state of the set that the file at `path` belongs to by its content: its path, the file's part ("model", "ema_0.9999",
-    "opt"), and the state. None if no state near it knows the file."""
+    """The state of the set that the file at `path` belongs to by its content: its path, the file's
+    part ("model", "ema_0.9999", "opt"), and the state. None if no state near it knows the file.
+    """
     digest = ""
     for candidate, state in states_near(path):
         digest = digest or files.sha256(path)
@@ -189,35 +229,51 @@ def state_that_knows(path: str) -> tuple[str, str, dict[str, Any]] | None:
 
 
 def saved_settings(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The settings in a state, in the form of a config.yaml (without the paper's numbers); {} if it has none."""
-    data = {name: value for name, value in (state.get("data") or {}).items() if name in ("preprocessing", "classes") and value}
-    return {**state["settings"], **({"data": data} if data else {})} if state.get("settings") else {}
+    """The settings in a state, in the form of a config.yaml (without the paper's numbers); {} if it
+    has none.
+    """
+    data = {
+        name: value
+        for name, value in (state.get("data") or {}).items()
+        if name in ("preprocessing", "classes") and value
+    }
+    return (
+        {**state["settings"], **({"data": data} if data else {})} if state.get("settings") else {}
+    )
 
 
 def check_set(model_path: str, ema_names: Iterable[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The files of the parts (model, averages, opt) of the set that the weights at model_path belong to, and its state, on the CPU.
+    """The files of the parts (model, averages, opt) of the set that the weights at model_path
+    belong to, and its state, on the CPU.
 
-    modelNNNNNN.pt has the others beside it under their names; under another name, the set is found by the hashes in its state.
-    Every file has been read and compared with its hash.
+    modelNNNNNN.pt has the others beside it under their names; under another name, the set is found
+    by the hashes in its state. Every file has been read and compared with its hash.
 
     Raises:
-        ValueError: not the weights of a set, or a part of the set is missing, damaged or unsafe; it is named.
+        ValueError: not the weights of a set, or a part of the set is missing, damaged or unsafe; it
+            is named.
     """
     paths = _paths_of_set(model_path, ["model", *ema_names, "opt", "state"])
     missing = [path for path in paths.values() if not exists(path)]
     if missing:
-        raise ValueError(f"cannot resume from {model_path}: {', '.join(missing)} "
-                         f"{'is' if len(missing) == 1 else 'are'} missing; the set is written together and needed whole "
-                         "(--init_from starts at step 0 from weights alone)")
+        raise ValueError(
+            f"cannot resume from {model_path}: {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; the set is written together and "
+            "needed whole (--init_from starts at step 0 from weights alone)"
+        )
     try:
         state = read_state(paths.pop("state"))
     except ValueError as error:
-        raise ValueError(f"cannot resume from {model_path}: {error}; --resume with an earlier checkpoint") from None
+        raise ValueError(
+            f"cannot resume from {model_path}: {error}; --resume with an earlier checkpoint"
+        ) from None
     for name, path in paths.items():
         known = state.get("sha256", {}).get(name)
         if known and files.sha256(path) != known:
-            raise ValueError(f"cannot resume from {model_path}: {path} is damaged (its SHA-256 is not the one noted when it was "
-                             "written); --resume with an earlier checkpoint")
+            raise ValueError(
+                f"cannot resume from {model_path}: {path} is damaged (its SHA-256 is not the one "
+                "noted when it was written); --resume with an earlier checkpoint"
+            )
     return paths, state
 
 
@@ -231,10 +287,18 @@ def _paths_of_set(model_path: str, parts: list[str]) -> dict[str, str]:
         raise ValueError(f"cannot resume from {model_path}: there is no such file")
     found = state_that_knows(model_path)
     if found is None or found[1] != "model":
-        what = f"holds {found[1]} of step {found[2]['step']}, not the weights" if found else (
-            "is not named modelNNNNNN.pt (NNNNNN = steps completed), and no state file beside it knows it by its content")
-        raise ValueError(f"cannot resume from {model_path}: it {what}; give the modelNNNNNN.pt of a set, or the run's folder "
-                         "(--init_from starts at step 0 from weights alone)")
+        what = (
+            f"holds {found[1]} of step {found[2]['step']}, not the weights"
+            if found
+            else (
+                "is not named modelNNNNNN.pt (NNNNNN = steps completed), and no state file beside "
+                "it knows it by its content"
+            )
+        )
+        raise ValueError(
+            f"cannot resume from {model_path}: it {what}; give the modelNNNNNN.pt of a set, or the "
+            "run's folder (--init_from starts at step 0 from weights alone)"
+        )
     path, _, state = found
     paths = {part: os.path.join(folder, checkpoint_name(part, state["step"])) for part in parts}
     paths |= {"model": model_path, "state": path}
@@ -248,11 +312,16 @@ def _paths_of_set(model_path: str, parts: list[str]) -> dict[str, str]:
 
 def _torch_files(folder: str) -> list[str]:
     """The names of the .pt files in a local folder; none in a remote one."""
-    return sorted(name for name in os.listdir(folder) if name.endswith(".pt")) if os.path.isdir(folder) else []
+    return (
+        sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
+        if os.path.isdir(folder)
+        else []
+    )
 
 
 def content_hash(content: Any) -> str:
-    """SHA-256 of nested dicts, lists and tuples of tensors and plain values: for what cannot hold the hash of its own file.
+    """SHA-256 of nested dicts, lists and tuples of tensors and plain values: for what cannot hold
+    the hash of its own file.
 
     (torch.load does not look at the checksums of the archive that it reads.)
     """
@@ -261,7 +330,9 @@ def content_hash(content: Any) -> str:
     def take(x: Any) -> None:
         if isinstance(x, torch.Tensor):
             digest.update(f"{x.dtype} {tuple(x.shape)}".encode())
-            flat = torch.cat([x.detach().cpu().reshape(-1)])  # a copy: one element may have a stride that forbids the view
+            flat = torch.cat(
+                [x.detach().cpu().reshape(-1)]
+            )  # a copy: one element may have a stride that forbids the view
             digest.update(flat.view(torch.uint8).numpy())
         elif isinstance(x, (dict, list, tuple)):
             digest.update(f"{type(x).__name__} {len(x)}".encode())

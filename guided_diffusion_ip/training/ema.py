@@ -1,4 +1,5 @@
 """Exponential moving average of a network's weights."""
+
 from __future__ import annotations
 
 import torch
@@ -9,7 +10,8 @@ class EMA:
     """weights <- rate * weights + (1 - rate) * parameters, after every update. Kept in float32.
 
     Args:
-        warmup: in update n (from 0) use min(rate, (1 + n) / (10 + n)), so that the random start is soon forgotten.
+        warmup: in update n (from 0) use min(rate, (1 + n) / (10 + n)), so that the random start is
+            soon forgotten.
 
     Raises:
         ValueError: rate outside [0, 1).
@@ -17,12 +19,16 @@ class EMA:
 
     def __init__(self, model: nn.Module, rate: float, warmup: bool = False) -> None:
         if not 0 <= rate < 1:
-            raise ValueError(f"ema_rate must be at least 0 and below 1, got {rate}: 0.9999 is usual")
+            raise ValueError(
+                f"ema_rate must be at least 0 and below 1, got {rate}: 0.9999 is usual"
+            )
         self.rate = float(rate)
         self.warmup = warmup
         self.updates = 0
         self.weights = {name: p.detach().clone().float() for name, p in model.named_parameters()}
-        self._model = model  # for its buffers, and for the names of parameters that it uses more than once
+        self._model = (
+            model  # for its buffers, and for the names of parameters that it uses more than once
+        )
 
     @property
     def name(self) -> str:
@@ -32,14 +38,21 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move towards the model's present parameters."""
-        rate = min(self.rate, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.rate
-        torch._foreach_lerp_(list(self.weights.values()), [p.detach().float() for p in model.parameters()], 1 - rate)
+        rate = (
+            min(self.rate, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.rate
+        )
+        torch._foreach_lerp_(
+            list(self.weights.values()), [p.detach().float() for p in model.parameters()], 1 - rate
+        )
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """A plain state_dict, as a network loads it; buffers are the model's present ones."""
         averages = {id(p): self.weights[name] for name, p in self._model.named_parameters()}
-        return {name: averages.get(id(p), p.detach()) for name, p in self._model.state_dict(keep_vars=True).items()}
+        return {
+            name: averages.get(id(p), p.detach())
+            for name, p in self._model.state_dict(keep_vars=True).items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor], updates: int = 0) -> None:
         """Take over saved weights, the average of so many updates; names and shapes must agree."""
@@ -47,7 +60,10 @@ class EMA:
         names = self._model.state_dict().keys()
         if state.keys() != names:
             odd = sorted(state.keys() ^ names)[0]
-            raise ValueError(f"the averaged weights in the checkpoint are of another network: {odd} is in one of them only")
+            raise ValueError(
+                f"the averaged weights in the checkpoint are of another network: {odd} is in one "
+                "of them only"
+            )
         for name, weight in self.weights.items():
             weight.copy_(state[name])
 
@@ -57,11 +73,15 @@ def parse_rates(text: str | float) -> list[float]:
     try:
         return [float(part) for part in str(text).split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"ema_rate must be numbers separated by commas, such as 0.9999 or 0.99,0.9999, got {text!r}"
-                         ) from None
+        raise ValueError(
+            "ema_rate must be numbers separated by commas, such as 0.9999 or 0.99,0.9999, got "
+            f"{text!r}"
+        ) from None
 
 
-def update_ema(target_params: list[Tensor], source_params: list[Tensor], rate: float = 0.99) -> None:
+def update_ema(
+    target_params: list[Tensor], source_params: list[Tensor], rate: float = 0.99
+) -> None:
     """target <- rate * target + (1 - rate) * source, in place."""
     with torch.no_grad():
         for target, source in zip(target_params, source_params):

@@ -1,4 +1,7 @@
-"""What keeps a run from ruining itself in silence: checks of the data, of losses and gradients, and advice when memory ends."""
+"""What keeps a run from ruining itself in silence: checks of the data, of losses and gradients, and
+advice when memory ends.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -36,24 +39,36 @@ def check_batch(images: Tensor, cond: dict[str, Tensor], model: nn.Module, batch
         raise ValueError(f"{found} with values that are not finite; expected {wanted}")
     low, high = float(images.min()), float(images.max())
     if low < -1.001 or high > 1.001:
-        raise ValueError(f"{found} with values from {low:g} to {high:g}; expected {wanted}: divide uint8 by 127.5 and subtract 1")
+        raise ValueError(
+            f"{found} with values from {low:g} to {high:g}; expected {wanted}: divide uint8 by "
+            "127.5 and subtract 1"
+        )
 
 
 def range_note(images: Tensor) -> str:
     """A hint if a batch looks like [0, 1] instead of [-1, 1], or ''."""
     if len(images) >= 2 and float(images.min()) >= 0 and float(images.max()) > 0.5:
-        return ("warning: no value of the first batch is below 0: images in [0, 1]? The process is made for [-1, 1]; use "
-                "2 x - 1 (or the images are all brighter than middle grey)")
+        return (
+            "warning: no value of the first batch is below 0: images in [0, 1]? The process is "
+            "made for [-1, 1]; use 2 x - 1 (or the images are all brighter than middle grey)"
+        )
     return ""
 
 
 def first_bad_module(model: nn.Module, run: Callable[[], Any]) -> str:
-    """The first module, in the order of computation, whose output is not finite while `run` calls the model; '' if none."""
+    """The first module, in the order of computation, whose output is not finite while `run` calls
+    the model; '' if none.
+    """
     names = {module: name for name, module in model.named_modules() if not any(module.children())}
     bad: list[str] = []
 
     def look(module: nn.Module, _: Any, output: Any) -> None:
-        if not bad and isinstance(output, Tensor) and output.is_floating_point() and not torch.isfinite(output).all():
+        if (
+            not bad
+            and isinstance(output, Tensor)
+            and output.is_floating_point()
+            and not torch.isfinite(output).all()
+        ):
             bad.append(f"{names[module]} ({type(module).__name__})")
 
     hooks = [module.register_forward_hook(look) for module in names]
@@ -67,7 +82,9 @@ def first_bad_module(model: nn.Module, run: Callable[[], Any]) -> str:
 
 
 def bad_losses(losses: dict[str, Tensor], t: Tensor, num_timesteps: int) -> str:
-    """Which terms [N] are not finite, and at which t: 'mse, loss at t = 912 (quartile q3)'; '' if all are."""
+    """Which terms [N] are not finite, and at which t: 'mse, loss at t = 912 (quartile q3)'; '' if
+    all are.
+    """
     terms = [name for name, values in losses.items() if not torch.isfinite(values).all()]
     if not terms:
         return ""
@@ -75,15 +92,19 @@ def bad_losses(losses: dict[str, Tensor], t: Tensor, num_timesteps: int) -> str:
     terms = [name for name in terms if name != "loss"] or terms
     at = t[~torch.isfinite(losses[terms[0]])]
     quartiles = sorted({int(4 * x // num_timesteps) for x in at.tolist()})
-    return (f"{', '.join(terms)} at t = {', '.join(map(str, at.tolist()[:4]))}{', ...' if len(at) > 4 else ''} (quartile "
-            f"{', '.join(f'q{q}' for q in quartiles)}; q0 is the clean end)")
+    return (
+        f"{', '.join(terms)} at t = "
+        f"{', '.join(map(str, at.tolist()[:4]))}{', ...' if len(at) > 4 else ''} (quartile "
+        f"{', '.join(f'q{q}' for q in quartiles)}; q0 is the clean end)"
+    )
 
 
 def diagnose(loop: Any, batch: Tensor, cond: dict[str, Tensor], t: Tensor) -> str:
-    """Which term of the losses is not finite, on which rank, at which t, from which module on, and what to do. A collective:
-    all ranks say the same, whichever of them ends first.
+    """Which term of the losses is not finite, on which rank, at which t, from which module on, and
+    what to do. A collective: all ranks say the same, whichever of them ends first.
 
-    Computed again from this rank's images [N, C, H, W] and t [N]: everything drawn in a step can be drawn again.
+    Computed again from this rank's images [N, C, H, W] and t [N]: everything drawn in a step can be
+    drawn again.
 
     Args:
         loop: the TrainLoop.
@@ -97,39 +118,62 @@ def diagnose(loop: Any, batch: Tensor, cond: dict[str, Tensor], t: Tensor) -> st
         losses: dict[str, Tensor] = {}
 
         def again() -> None:
-            losses.update(loop.microbatch_losses(batch, cond, t, part, number, loop.model))
+            losses.update(  # noqa: B023
+                loop.microbatch_losses(batch, cond, t, part, number, loop.model)  # noqa: B023
+            )
 
         module = first_bad_module(loop.model, again)
         if terms := bad_losses(losses, t[part], loop.diffusion.num_timesteps):
-            found += [terms, f"first output that is not finite: {module}" if module else "all outputs of modules are finite"]
+            found += [
+                terms,
+                f"first output that is not finite: {module}"
+                if module
+                else "all outputs of modules are finite",
+            ]
             break
     here = dist_util.all_gather_objects("; ".join(found))
-    where = ". ".join(f"{text} (rank {rank})" for rank, text in enumerate(here) if text) or "all losses are, computed again"
+    where = (
+        ". ".join(f"{text} (rank {rank})" for rank, text in enumerate(here) if text)
+        or "all losses are, computed again"
+    )
     saved = dist_util.broadcast_object(checkpoint.newest(logger.get_dir()))
-    return (f"{where}. Nothing of this step has been kept; the last checkpoint is {saved or 'none'}. Try a "
-            "lower --lr" + (", --precision fp32" if loop.precision.mode != "fp32" else "") + ", or look at the images")
+    return (
+        f"{where}. Nothing of this step has been kept; the last checkpoint is {saved or 'none'}. "
+        "Try a lower --lr"
+        + (", --precision fp32" if loop.precision.mode != "fp32" else "")
+        + ", or look at the images"
+    )
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """The name of the first tensor that holds a NaN or an infinity, or ''."""
-    return next((name for name, x in tensors if x.is_floating_point() and not torch.isfinite(x).all()), "")
+    return next(
+        (name for name, x in tensors if x.is_floating_point() and not torch.isfinite(x).all()), ""
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Has an allocation failed, on a GPU or on the host?"""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
 
 
-def memory_advice(microbatch: int, batch_size: int, precision: str, checkpointing: bool, device: torch.device) -> str:
+def memory_advice(
+    microbatch: int, batch_size: int, precision: str, checkpointing: bool, device: torch.device
+) -> str:
     """The present values and what to try next, in the order of what costs least."""
     if precision == "fp32" and device.type == "cuda":
         option = "--precision bf16 (or fp16 on a V100)"
     elif microbatch > 1:
-        option = f"--microbatch {max(1, microbatch // 2)} (the gradient stays that of the whole batch)"
+        option = (
+            f"--microbatch {max(1, microbatch // 2)} (the gradient stays that of the whole batch)"
+        )
     elif not checkpointing:
         option = "--use_checkpoint True (about a third slower)"
     else:
         option = "a smaller network, or a device with more memory"
-    return (f"out of memory on {device} with batch_size {batch_size}, microbatch {microbatch}, precision {precision}, "
-            f"use_checkpoint {checkpointing}: try {option}")
+    return (
+        f"out of memory on {device} with batch_size {batch_size}, microbatch {microbatch}, "
+        f"precision {precision}, use_checkpoint {checkpointing}: try {option}"
+    )

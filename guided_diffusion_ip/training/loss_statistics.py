@@ -1,4 +1,7 @@
-"""Mean losses between two log lines, whole and by quarter of the process, without a host sync per step."""
+"""Mean losses between two log lines, whole and by quarter of the process, without a host sync per
+step.
+"""
+
 from __future__ import annotations
 
 import torch
@@ -20,15 +23,21 @@ class LossStatistics:
 
     @torch.no_grad()
     def add(self, t: Tensor, losses: dict[str, Tensor], weights: Tensor) -> None:
-        """t, weights: [N]; losses: [N] each. Each loss counts with the weight that training gives it."""
+        """t, weights: [N]; losses: [N] each. Each loss counts with the weight that training gives
+        it.
+        """
         quartile = ((4 * t) // self.num_timesteps).long()  # t may be continuous
         for name, values in losses.items():
             both = torch.stack([values.detach().float() * weights, torch.ones_like(weights)])
-            sums = self._sums.setdefault(name, torch.zeros(2, 4, device=values.device, dtype=torch.float64))
+            sums = self._sums.setdefault(
+                name, torch.zeros(2, 4, device=values.device, dtype=torch.float64)
+            )
             sums.index_add_(1, quartile, both.double())
 
     def reduce(self, keep: bool = False) -> dict[str, float]:
-        """{name: mean, name_q0 ... name_q3: means of the quartiles seen}; a collective. Starts afresh, unless told to `keep`."""
+        """{name: mean, name_q0 ... name_q3: means of the quartiles seen}; a collective. Starts
+        afresh, unless told to `keep`.
+        """
         result: dict[str, float] = {}
         for name, sums in self._sums.items():
             if dist.is_initialized() and dist.get_world_size() > 1:
@@ -43,10 +52,16 @@ class LossStatistics:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums of every rank, {name: [world, 2, 4]}; a collective."""
-        return {name: dist_util.all_gather_tensor(sums[None]).cpu() for name, sums in self._sums.items()}
+        return {
+            name: dist_util.all_gather_tensor(sums[None]).cpu() for name, sums in self._sums.items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back this rank's sums; with another number of ranks, rank 0 takes them all."""
         rank, world, device = dist_util.get_rank(), dist_util.get_world_size(), dist_util.dev()
-        self._sums = {name: (sums[rank] if len(sums) == world else sums.sum(dim=0) * (rank == 0)).to(device).clone()
-                      for name, sums in state.items()}
+        self._sums = {
+            name: (sums[rank] if len(sums) == world else sums.sum(dim=0) * (rank == 0))
+            .to(device)
+            .clone()
+            for name, sums in state.items()
+        }

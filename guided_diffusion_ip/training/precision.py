@@ -1,8 +1,10 @@
-"""Number formats of a training step: fp32 weights, averages and optimizer state; autocast inside the forward pass.
+"""Number formats of a training step: fp32 weights, averages and optimizer state; autocast inside
+the forward pass.
 
-fp16 multiplies the loss by a scale that grows until gradients overflow; for fp32 and bf16 the scaler does nothing. The same code
-runs on CPU and GPU. fp16 needs nothing that a V100 lacks.
+fp16 multiplies the loss by a scale that grows until gradients overflow; for fp32 and bf16 the
+scaler does nothing. The same code runs on CPU and GPU. fp16 needs nothing that a V100 lacks.
 """
+
 from __future__ import annotations
 
 import warnings
@@ -20,20 +22,34 @@ def check_device(mode: str, device: torch.device) -> None:
     """Can this device do it, with this build of PyTorch?
 
     Raises:
-        ValueError: bf16 on a GPU without bf16 units, or a GPU that the installed PyTorch has no code for.
+        ValueError: bf16 on a GPU without bf16 units, or a GPU that the installed PyTorch has no
+            code for.
     """
-    if device.type != "cuda" or torch.version.hip:  # ROCm names code and capabilities by other rules
+    if (
+        device.type != "cuda" or torch.version.hip
+    ):  # ROCm names code and capabilities by other rules
         return
     name = torch.cuda.get_device_name(device)
     major, minor = torch.cuda.get_device_capability(device)
     known = torch.cuda.get_arch_list()
-    # Code for x.y runs on x.z with z >= y; PTX (compute_..) is compiled for newer devices when loaded.
-    binary = any(int(arch[3:-1]) == major and int(arch[-1]) <= minor for arch in known if arch[:3] == "sm_" and arch[3:].isdigit())
-    ptx = any(int(arch[8:]) <= 10 * major + minor for arch in known if arch[:8] == "compute_" and arch[8:].isdigit())
+    # Code for x.y runs on x.z with z >= y; PTX (compute_..) is compiled for newer devices when
+    # loaded.
+    binary = any(
+        int(arch[3:-1]) == major and int(arch[-1]) <= minor
+        for arch in known
+        if arch[:3] == "sm_" and arch[3:].isdigit()
+    )
+    ptx = any(
+        int(arch[8:]) <= 10 * major + minor
+        for arch in known
+        if arch[:8] == "compute_" and arch[8:].isdigit()
+    )
     if known and not (binary or ptx):
-        raise ValueError(f"PyTorch {torch.__version__} has no code for {name} (sm_{major}{minor}; it has {', '.join(known)}): "
-                         "install another build, for a V100: pip install torch --index-url "
-                         "https://download.pytorch.org/whl/cu126")
+        raise ValueError(
+            f"PyTorch {torch.__version__} has no code for {name} (sm_{major}{minor}; it has "
+            f"{', '.join(known)}): install another build, for a V100: pip install torch "
+            "--index-url https://download.pytorch.org/whl/cu126"
+        )
     if mode == "bf16" and major < 8:
         raise ValueError(f"{name} (sm_{major}{minor}) has no bf16 units: use --precision fp16")
 
@@ -47,20 +63,24 @@ class Precision:
         scale_growth: growth of log2(loss scale) per step (fp16).
 
     Raises:
-        ValueError: an unknown mode, one that the device cannot do, or a growth that is not positive.
+        ValueError: an unknown mode, one that the device cannot do, or a growth that is not
+            positive.
     """
 
     def __init__(self, mode: str, device: torch.device, scale_growth: float = 1e-3) -> None:
         if mode not in DTYPES:
             raise ValueError(f"unknown precision {mode!r}: use one of {', '.join(DTYPES)}")
         if mode == "fp16" and not scale_growth > 0:
-            raise ValueError(f"fp16_scale_growth must be positive, got {scale_growth}: 0.001 is usual")
+            raise ValueError(
+                f"fp16_scale_growth must be positive, got {scale_growth}: 0.001 is usual"
+            )
         check_device(mode, device)
         self.mode = mode
         self.device_type = device.type
         interval = max(1, round(1 / scale_growth)) if scale_growth > 0 else 1000
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16, growth_interval=interval,
-                                           enabled=mode == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=2.0**16, growth_interval=interval, enabled=mode == "fp16"
+        )
 
     def autocast(self) -> AbstractContextManager:
         """The context of a forward pass."""
@@ -70,7 +90,9 @@ class Precision:
         self.scaler.scale(loss).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients in their true size from here on; call once, before looking at them or stepping."""
+        """Gradients in their true size from here on; call once, before looking at them
+        or stepping.
+        """
         self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -79,13 +101,16 @@ class Precision:
         self.scaler.update()
 
     def skip(self) -> str:
-        """Instead of `step`, when gradients have overflowed: halve the loss scale. Returns what to tell, '' outside fp16."""
+        """Instead of `step`, when gradients have overflowed: halve the loss scale. Returns what to
+        tell, '' outside fp16.
+        """
         if self.mode != "fp16":
             return ""
         before = self.scaler.get_scale()
         after = max(before / 2, _LEAST_SCALE)
         self.scaler.update(after)
-        # update() counts good steps on from before; the scale is to grow after so many without one like this.
+        # update() counts good steps on from before; the scale is to grow after so many without one
+        # like this.
         self.scaler.load_state_dict({**self.scaler.state_dict(), "_growth_tracker": 0})
         if after == before:
             return f"loss scale stays at its least, {after:g}"
@@ -95,9 +120,13 @@ class Precision:
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises nothing if the run was saved in another format: a fresh loss scale then, and a warning."""
+        """Raises nothing if the run was saved in another format: a fresh loss scale then, and a
+        warning.
+        """
         if bool(state) != self.scaler.is_enabled():
-            warnings.warn("the checkpoint was written in another precision: the loss scale starts afresh")
+            warnings.warn(
+                "the checkpoint was written in another precision: the loss scale starts afresh"
+            )
         elif state:
             self.scaler.load_state_dict(state)
 
@@ -109,5 +138,7 @@ def resolve(precision: str, use_fp16: bool) -> str:
         ValueError: they contradict each other.
     """
     if use_fp16 and precision not in ("", "fp16"):
-        raise ValueError(f"--use_fp16 True and --precision {precision} contradict each other: keep one")
+        raise ValueError(
+            f"--use_fp16 True and --precision {precision} contradict each other: keep one"
+        )
     return "fp16" if use_fp16 else precision or "fp32"

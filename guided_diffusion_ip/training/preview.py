@@ -1,4 +1,5 @@
 """Grids of samples during training, always from the same noise, so that they can be compared."""
+
 from __future__ import annotations
 
 import os
@@ -14,7 +15,8 @@ from ..runs.sample_batch import ImagesWithNaN, Sampler, captions, draw_images, d
 
 @dataclass(frozen=True)
 class Preview:
-    """Called as preview(network, step): writes out_dir/samples_NNNNNN.png. A collective: the ranks share the work.
+    """Called as preview(network, step): writes out_dir/samples_NNNNNN.png. A collective: the ranks
+    share the work.
 
     Args:
         sampler: its process is respaced, or this takes long.
@@ -30,7 +32,9 @@ class Preview:
     class_names: Sequence[str] = ()
 
     def __call__(self, model: Callable[..., Tensor], step: int) -> str:
-        """Returns the path of the picture; '' if there is none, which is no reason for training to end: the log says why."""
+        """Returns the path of the picture; '' if there is none, which is no reason for training to
+        end: the log says why.
+        """
         path = os.path.join(self.out_dir, f"samples_{step:06d}.png")
         try:
             images = draw_images(self.sampler, model, self.count, self.batch_size, self.kwargs_for)
@@ -52,5 +56,7 @@ def _no_picture(step: int, why: Exception) -> str:
 
 
 def drawn_classes(seed: int, classes: int) -> Callable[[list[int]], dict[str, Tensor]]:
-    """A kwargs_for: the class of each image, drawn from 0 .. classes - 1 by (seed, image number); {} if there are none."""
+    """A kwargs_for: the class of each image, drawn from 0 .. classes - 1 by (seed, image number);
+    {} if there are none.
+    """
     return lambda index: {"y": draw_labels(seed, index, range(classes))} if classes else {}

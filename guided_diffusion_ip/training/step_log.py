@@ -1,4 +1,5 @@
 """The log lines of a training run."""
+
 from __future__ import annotations
 
 import math
@@ -23,7 +24,8 @@ class StepLog:
         self._wait_told = False
 
     def write(self, loop: Any) -> None:
-        """One line: losses since the last line, by quartile of t too, speed, share of time spent waiting for data, ETA.
+        """One line: losses since the last line, by quartile of t too, speed, share of time spent
+        waiting for data, ETA.
 
         Args:
             loop: the TrainLoop.
@@ -54,8 +56,11 @@ class StepLog:
             logger.get_current().load_state_dict(others)
         if step > since + 1 and self.waited > _TOLERABLE_WAIT * seconds and not self._wait_told:
             self._wait_told = True
-            logger.log(f"note: {self.waited / seconds:.0%} of the time is spent waiting for images: raise --num_workers or "
-                       "--cache_mb, or pass an npz that is not compressed instead of a folder")
+            logger.log(
+                f"note: {self.waited / seconds:.0%} of the time is spent waiting for images: raise "
+                "--num_workers or --cache_mb, or pass an npz that is not compressed instead of a "
+                "folder"
+            )
         self._last, self.waited = (step, now), 0.0
 
 

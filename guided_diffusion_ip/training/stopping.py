@@ -1,4 +1,5 @@
 """When training ends: limits, and signals that mean "save and go"."""
+
 from __future__ import annotations
 
 import signal
@@ -15,7 +16,9 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 @dataclass(frozen=True)
 class Limits:
-    """0 means none. Steps, images (over all processes), and hours of this process, not counting those before a resume."""
+    """0 means none. Steps, images (over all processes), and hours of this process, not counting
+    those before a resume.
+    """
 
     max_steps: int = 0
     max_images: int = 0
@@ -29,7 +32,8 @@ class Limits:
 
 @dataclass
 class Signals:
-    """In its block, the first signal of SIGNALS is noted in `received` instead of breaking into the middle of an update.
+    """In its block, the first signal of SIGNALS is noted in `received` instead of breaking into the
+    middle of an update.
 
     One that a script noted before it came here counts (early_signals.py). A second Ctrl-C breaks.
     Does nothing outside the main thread, where Python takes no signals.
@@ -60,7 +64,9 @@ class Signals:
 
 
 class Clock:
-    """Is it over, or due, by the clock? Ranks differ by moments: they have to agree on the answers."""
+    """Is it over, or due, by the clock? Ranks differ by moments: they have to agree on
+    the answers.
+    """
 
     def __init__(self, max_hours: float, save_minutes: float) -> None:
         self._start = self._saved = time.monotonic()

@@ -1,9 +1,11 @@
 """Which timesteps to train on: uniformly, or in proportion to the size of their losses.
 
-A sampler has weights() [T]; an image's t is drawn by inverting their cumulative sum at a uniform number, which training
-takes from noise.py, so that t depends on (seed, step, position in the global batch) alone. The loss is weighted by
-1 / (T p(t)), which keeps its expectation. Everything a sampler learns is the same on all ranks, and in its state_dict.
+A sampler has weights() [T]; an image's t is drawn by inverting their cumulative sum at a uniform
+number, which training takes from noise.py, so that t depends on (seed, step, position in the global
+batch) alone. The loss is weighted by 1 / (T p(t)), which keeps its expectation. Everything a
+sampler learns is the same on all ranks, and in its state_dict.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -19,7 +21,9 @@ from .. import dist_util
 class ScheduleSampler:
     """Base: draws t in proportion to `weights()`, float64 [T], positive."""
 
-    _known: tuple[np.ndarray, torch.device, Tensor] | None = None  # probabilities of the last draw, and its tables on the device
+    _known: tuple[np.ndarray, torch.device, Tensor] | None = (
+        None  # probabilities of the last draw, and its tables on the device
+    )
 
     def weights(self) -> np.ndarray:
         raise NotImplementedError
@@ -35,11 +39,15 @@ class ScheduleSampler:
         edges, loss_weights = self._tables(torch.device(device))
         if uniforms is None:
             uniforms = torch.rand(batch_size, device=device)
-        t = torch.searchsorted(edges, uniforms.to(device, torch.float64), right=True).clamp(max=len(edges) - 1)
+        t = torch.searchsorted(edges, uniforms.to(device, torch.float64), right=True).clamp(
+            max=len(edges) - 1
+        )
         return t, loss_weights[t].float()
 
     def _tables(self, device: torch.device) -> Tensor:
-        """Cumulative probabilities and weights of losses, float64 [2, T]; brought to the device when they have changed."""
+        """Cumulative probabilities and weights of losses, float64 [2, T]; brought to the device
+        when they have changed.
+        """
         p = self.weights()
         p = p / p.sum()
         if self._known is None or self._known[1] != device or not np.array_equal(p, self._known[0]):
@@ -50,13 +58,16 @@ class ScheduleSampler:
         return self._known[2]
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Told the timesteps [N] and losses [N] of this rank's batch, once per step, on every rank. Nothing to learn here.
+        """Told the timesteps [N] and losses [N] of this rank's batch, once per step, on every rank.
+        Nothing to learn here.
 
         What is learned may count from the next settle() on.
         """
 
     def settle(self) -> None:
-        """Finish what update() began. The training loop calls it before it draws t and before it saves."""
+        """Finish what update() began. The training loop calls it before it draws t and before it
+        saves.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -76,7 +87,9 @@ class UniformSampler(ScheduleSampler):
 
 
 class ContinuousSampler(ScheduleSampler):
-    """t anywhere in [0, T), float64, with weight 1: for processes whose noise levels are no list (EDM)."""
+    """t anywhere in [0, T), float64, with weight 1: for processes whose noise levels are no list
+    (EDM).
+    """
 
     def __init__(self, diffusion) -> None:
         self.num_timesteps = diffusion.num_timesteps
@@ -87,16 +100,21 @@ class ContinuousSampler(ScheduleSampler):
         """t = T u."""
         if uniforms is None:
             uniforms = torch.rand(batch_size, device=device)
-        return uniforms.to(device, torch.float64) * self.num_timesteps, torch.ones(batch_size, device=device)
+        return uniforms.to(device, torch.float64) * self.num_timesteps, torch.ones(
+            batch_size, device=device
+        )
 
 
 class LossAwareSampler(ScheduleSampler):
-    """Base of samplers that look at the losses: gathers those of all ranks, in rank order, before learning from them."""
+    """Base of samplers that look at the losses: gathers those of all ranks, in rank order, before
+    learning from them.
+    """
 
     _gathering: Callable[[], Tensor] | None = None
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        # One collective and one copy to the host, which the update of the weights hides; float64 holds both without rounding.
+        # One collective and one copy to the host, which the update of the weights hides; float64
+        # holds both without rounding.
         self.settle()
         self._gathering = dist_util.start_gather(torch.stack([t.double(), losses.double()], dim=1))
 
@@ -107,7 +125,9 @@ class LossAwareSampler(ScheduleSampler):
             self.update_with_all_losses(ts.long().tolist(), losses.tolist())
 
     def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
-        """A collective: every rank calls it with as many t [N] and losses [N] as the others. What is learned counts at once."""
+        """A collective: every rank calls it with as many t [N] and losses [N] as the others. What
+        is learned counts at once.
+        """
         self.update(local_ts, local_losses)
         self.settle()
 
@@ -118,8 +138,9 @@ class LossAwareSampler(ScheduleSampler):
 class LossSecondMomentResampler(LossAwareSampler):
     """p(t) ~ sqrt(E[loss_t^2]) over the last few losses of each t (Nichol & Dhariwal 2021, Eq. 18).
 
-    Uniform until every t has been seen `history_per_term` times; afterwards a share `uniform_prob` stays uniform. Losses that
-    are not finite are left out: one of them would poison the history for good.
+    Uniform until every t has been seen `history_per_term` times; afterwards a share `uniform_prob`
+    stays uniform. Losses that are not finite are left out: one of them would poison the history for
+    good.
     """
 
     def __init__(self, diffusion, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
@@ -147,12 +168,17 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def state_dict(self) -> dict[str, Any]:
         self.settle()
-        return {"history": torch.from_numpy(self._history.copy()), "seen": torch.from_numpy(self._seen.copy())}
+        return {
+            "history": torch.from_numpy(self._history.copy()),
+            "seen": torch.from_numpy(self._seen.copy()),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if tuple(state["history"].shape) != self._history.shape:
-            raise ValueError(f"the checkpoint's timestep sampler has a history of {tuple(state['history'].shape)}, "
-                             f"this process needs {self._history.shape}")
+            raise ValueError(
+                "the checkpoint's timestep sampler has a history of "
+                f"{tuple(state['history'].shape)}, this process needs {self._history.shape}"
+            )
         self._history = state["history"].numpy().copy()
         self._seen = state["seen"].numpy().copy()
 
@@ -164,13 +190,18 @@ def create_named_schedule_sampler(name: str, diffusion) -> ScheduleSampler:
     """A sampler for the T of `diffusion`.
 
     Raises:
-        ValueError: unknown name, or one that counts losses by t for a process whose t is continuous.
+        ValueError: unknown name, or one that counts losses by t for a process whose t is
+            continuous.
     """
     if name not in SCHEDULE_SAMPLERS:
-        raise ValueError(f"unknown schedule_sampler {name!r}: use one of {', '.join(SCHEDULE_SAMPLERS)}")
+        raise ValueError(
+            f"unknown schedule_sampler {name!r}: use one of {', '.join(SCHEDULE_SAMPLERS)}"
+        )
     if getattr(diffusion, "continuous", False):
         if name != "uniform":
-            raise ValueError(f"--schedule_sampler {name} keeps a history for each t, but EDM's noise levels are continuous: leave "
-                             "it out (--P_mean and --P_std say where training looks)")
+            raise ValueError(
+                f"--schedule_sampler {name} keeps a history for each t, but EDM's noise levels are "
+                "continuous: leave it out (--P_mean and --P_std say where training looks)"
+            )
         return ContinuousSampler(diffusion)
     return SCHEDULE_SAMPLERS[name](diffusion)

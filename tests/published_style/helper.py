@@ -1,4 +1,5 @@
 """What a script imports from its own folder."""
+
 import torch as th
 
 

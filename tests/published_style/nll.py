@@ -1,25 +1,38 @@
-"""A likelihood script as people wrote them for guided_diffusion: means over ranks by all_reduce, curves saved by rank 0."""
+"""A likelihood script as people wrote them for guided_diffusion: means over ranks by all_reduce,
+curves saved by rank 0.
+"""
+
 import argparse
 import os
 
 import numpy as np
 import torch.distributed as dist
-
 from guided_diffusion import dist_util, logger
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.script_util import (
-    add_dict_to_argparser, args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults)
+    add_dict_to_argparser,
+    args_to_dict,
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+)
 
 
 def main():
     args = create_argparser().parse_args()
     dist_util.setup_dist()
     logger.configure()
-    net, process = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults().keys()))
+    net, process = create_model_and_diffusion(
+        **args_to_dict(args, model_and_diffusion_defaults().keys())
+    )
     net.load_state_dict(dist_util.load_state_dict(args.model_path, map_location="cpu"))
     net.to(dist_util.dev()).eval()
-    images = load_data(data_dir=args.data_dir, batch_size=args.batch_size, image_size=args.image_size,
-                       class_cond=args.class_cond, deterministic=True)
+    images = load_data(
+        data_dir=args.data_dir,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        class_cond=args.class_cond,
+        deterministic=True,
+    )
 
     curves = {"vb": [], "mse": [], "xstart_mse": []}
     bits = []
@@ -28,7 +41,9 @@ def main():
         batch, given = next(images)
         batch = batch.to(dist_util.dev())
         given = {name: value.to(dist_util.dev()) for name, value in given.items()}
-        found = process.calc_bpd_loop(net, batch, clip_denoised=args.clip_denoised, model_kwargs=given)
+        found = process.calc_bpd_loop(
+            net, batch, clip_denoised=args.clip_denoised, model_kwargs=given
+        )
         for name, parts in curves.items():
             mean = found[name].mean(dim=0) / dist.get_world_size()
             dist.all_reduce(mean)
@@ -41,7 +56,10 @@ def main():
 
     if dist.get_rank() == 0:
         for name, parts in curves.items():
-            np.savez(os.path.join(logger.get_dir(), f"{name}_terms.npz"), np.mean(np.stack(parts), axis=0))
+            np.savez(
+                os.path.join(logger.get_dir(), f"{name}_terms.npz"),
+                np.mean(np.stack(parts), axis=0),
+            )
     dist.barrier()
     logger.log("evaluation complete")
 

@@ -1,13 +1,19 @@
-"""A training script as people wrote them for guided_diffusion. Test material: it imports no name of this library."""
+"""A training script as people wrote them for guided_diffusion. Test material: it imports no name of
+this library.
+"""
+
 import argparse
 
 import torch as th
-
 from guided_diffusion import dist_util, logger
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
-    add_dict_to_argparser, args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults)
+    add_dict_to_argparser,
+    args_to_dict,
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+)
 from guided_diffusion.train_util import TrainLoop
 
 
@@ -18,14 +24,20 @@ def main():
 
     th.manual_seed(args.seed)
     logger.log("building the network ...")
-    net, process = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults().keys()))
+    net, process = create_model_and_diffusion(
+        **args_to_dict(args, model_and_diffusion_defaults().keys())
+    )
     net.to(dist_util.dev())
     if args.use_fp16:
         net.convert_to_fp16()
     logger.log(f"gamma is {process.input_pertub}")
 
     images = load_data(
-        data_dir=args.data_dir, batch_size=args.batch_size, image_size=args.image_size, class_cond=args.class_cond)
+        data_dir=args.data_dir,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        class_cond=args.class_cond,
+    )
     TrainLoop(
         model=net,
         diffusion=process,
@@ -47,9 +59,21 @@ def main():
 
 def create_argparser():
     flags = dict(
-        data_dir="", schedule_sampler="uniform", lr=1e-4, weight_decay=0.0, lr_anneal_steps=0, batch_size=1, microbatch=-1,
-        ema_rate="0.9999", log_interval=10, save_interval=10000, resume_checkpoint="", use_fp16=False,
-        fp16_scale_growth=1e-3, seed=0)
+        data_dir="",
+        schedule_sampler="uniform",
+        lr=1e-4,
+        weight_decay=0.0,
+        lr_anneal_steps=0,
+        batch_size=1,
+        microbatch=-1,
+        ema_rate="0.9999",
+        log_interval=10,
+        save_interval=10000,
+        resume_checkpoint="",
+        use_fp16=False,
+        fp16_scale_growth=1e-3,
+        seed=0,
+    )
     flags.update(model_and_diffusion_defaults())
     parser = argparse.ArgumentParser()
     add_dict_to_argparser(parser, flags)

@@ -1,18 +1,23 @@
 """The published way of doing each thing, to be measured beside ours; nothing else uses it.
 
-The same mathematics (tests compare losses, updated weights and samples), arranged as in the programs that came with the papers:
+The same mathematics (tests compare losses, updated weights and samples), arranged as in the
+programs that came with the papers:
 
-    network    contiguous feature maps; attention by two einsums around a float32 softmax over [N h, T, T], q and k both scaled;
-               group norm between casts; PyTorch's dropout masks
+    network    contiguous feature maps; attention by two einsums around a float32 softmax over [N h,
+               T, T], q and k both scaled; group norm between casts; PyTorch's dropout masks
     process    tables in float64 on the host, copied to the device and indexed at every use
-    training   t drawn by numpy for each microbatch, losses logged image by image, norms of gradients and weights one parameter
-               at a time with a host sync each, AdamW and averages one parameter at a time
-    fp16       half convolutions; float32 masters, flattened into two vectors, that gradients and weights are copied to and from
+    training   t drawn by numpy for each microbatch, losses logged image by image, norms of
+               gradients and weights one parameter at a time with a host sync each, AdamW and
+               averages one parameter at a time
+    fp16       half convolutions; float32 masters, flattened into two vectors, that gradients and
+               weights are copied to and from
     sampling   torch.randn, t made on the host for each call
     results    every batch kept in memory, joined at the end, then written
 
-Ways that differ in no measured part (data parallel wrappers of one process, files of logs) are left out: that favours this side.
+Ways that differ in no measured part (data parallel wrappers of one process, files of logs) are left
+out: that favours this side.
 """
+
 from __future__ import annotations
 
 import math
@@ -36,6 +41,7 @@ _LOG_SCALE_GROWTH = 1e-3  # per update
 
 # ---- the network ----
 
+
 def _wide(x: Tensor) -> Tensor:
     """float32; float64 stays, so that the two ways can be compared to all digits."""
     return x if x.dtype is torch.float64 else x.float()
@@ -43,7 +49,9 @@ def _wide(x: Tensor) -> Tensor:
 
 class _CastNorm(GroupNorm32):
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(_wide(x), self.num_groups, self.weight, self.bias, self.eps).type(x.dtype)
+        return F.group_norm(_wide(x), self.num_groups, self.weight, self.bias, self.eps).type(
+            x.dtype
+        )
 
 
 class _EinsumAttention(AttentionBlock):
@@ -63,18 +71,24 @@ class _EinsumAttention(AttentionBlock):
 
 
 _PARTS: dict[type[nn.Module], type[nn.Module]] = {
-    GroupNorm32: _CastNorm, AttentionBlock: _EinsumAttention, Dropout: nn.Dropout}
+    GroupNorm32: _CastNorm,
+    AttentionBlock: _EinsumAttention,
+    Dropout: nn.Dropout,
+}
 
 
 def published_network(network: nn.Module) -> nn.Module:
-    """The network itself, its parts exchanged in place for the published ones; weights and their names stay.
+    """The network itself, its parts exchanged in place for the published ones; weights and their
+    names stay.
 
     Raises:
         ValueError: not one of ADM's networks.
     """
     if not isinstance(network, UNetTrunk):
-        raise ValueError(f"--baseline knows the published form of ADM's networks only, not of a {type(network).__name__}: use "
-                         "--framework adm, or leave --baseline out")
+        raise ValueError(
+            "--baseline knows the published form of ADM's networks only, not of a "
+            f"{type(network).__name__}: use --framework adm, or leave --baseline out"
+        )
     for module in network.modules():
         if type(module) in _PARTS:
             module.__class__ = _PARTS[type(module)]
@@ -82,6 +96,7 @@ def published_network(network: nn.Module) -> nn.Module:
 
 
 # ---- the process ----
+
 
 class _TablesAnew:
     """Before a process class: what it keeps on the device is made again at every use."""
@@ -104,10 +119,18 @@ def published_process(process: Any) -> Any:
 
 
 def published_chain(
-    process: Any, network: nn.Module, shape: Sequence[int], device: torch.device, cond: dict[str, Tensor],
-    use_ddim: bool = False, eta: float = 0.0, randn_like: RandnLike = torch.randn_like,
+    process: Any,
+    network: nn.Module,
+    shape: Sequence[int],
+    device: torch.device,
+    cond: dict[str, Tensor],
+    use_ddim: bool = False,
+    eta: float = 0.0,
+    randn_like: RandnLike = torch.randn_like,
 ) -> Iterator[dict[str, Tensor]]:
-    """Each step of one chain, from noise to images [N, C, H, W]; yields what p_sample or ddim_sample return."""
+    """Each step of one chain, from noise to images [N, C, H, W]; yields what p_sample or
+    ddim_sample return.
+    """
     step, options = (process.ddim_sample, {"eta": eta}) if use_ddim else (process.p_sample, {})
     x = randn_like(torch.empty(*shape, device=device))
     for index in reversed(range(process.num_timesteps)):
@@ -120,18 +143,28 @@ def published_chain(
 
 # ---- training ----
 
+
 class PublishedStep:
     """What a published training loop does with one batch.
 
     Args:
         network, process: of published_network and published_process.
         microbatch: images per forward pass; -1: all.
-        half: fp16 convolutions with float32 masters; otherwise everything in the network's own format.
+        half: fp16 convolutions with float32 masters; otherwise everything in the network's own
+            format.
     """
 
     def __init__(
-        self, network: nn.Module, process: Any, sampler: ScheduleSampler, *, microbatch: int = -1, lr: float = 1e-4,
-        weight_decay: float = 0.0, ema_rates: Iterable[float] = (0.9999,), half: bool = False,
+        self,
+        network: nn.Module,
+        process: Any,
+        sampler: ScheduleSampler,
+        *,
+        microbatch: int = -1,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        ema_rates: Iterable[float] = (0.9999,),
+        half: bool = False,
     ) -> None:
         self.network, self.process, self.sampler = network, process, sampler
         self.microbatch = microbatch
@@ -140,12 +173,23 @@ class PublishedStep:
         self.logged: dict[str, tuple[float, int]] = {}  # name -> mean, count
         parameters = list(network.parameters())
         self.device = parameters[0].device
-        self._groups = [group for group in ([p for p in parameters if p.ndim <= 1], [p for p in parameters if p.ndim > 1]) if group]
+        self._groups = [
+            group
+            for group in (
+                [p for p in parameters if p.ndim <= 1],
+                [p for p in parameters if p.ndim > 1],
+            )
+            if group
+        ]
         self.masters = parameters
         if half:
-            self.masters = [nn.Parameter(_flat(p.detach() for p in group)) for group in self._groups]
+            self.masters = [
+                nn.Parameter(_flat(p.detach() for p in group)) for group in self._groups
+            ]
             network.convert_to_fp16()
-        self.opt = torch.optim.AdamW(self.masters, lr=lr, weight_decay=weight_decay, foreach=False, fused=False)
+        self.opt = torch.optim.AdamW(
+            self.masters, lr=lr, weight_decay=weight_decay, foreach=False, fused=False
+        )
         self.averages = [(rate, [p.detach().clone() for p in self.masters]) for rate in ema_rates]
 
     def __call__(self, batch: Tensor, cond: dict[str, Tensor]) -> None:
@@ -159,7 +203,9 @@ class PublishedStep:
         p = p / np.sum(p)
         chosen = np.random.choice(len(p), size=(part.stop - part.start,), p=p)
         weights = 1 / (len(p) * p[chosen])
-        return torch.from_numpy(chosen).long().to(self.device), torch.from_numpy(weights).float().to(self.device)
+        return torch.from_numpy(chosen).long().to(self.device), torch.from_numpy(
+            weights
+        ).float().to(self.device)
 
     def randn_like(self, part: slice, x: Tensor) -> Tensor:
         """Noise of the images `part`: epsilon, then xi if gamma is not 0."""
@@ -177,7 +223,12 @@ class PublishedStep:
             kwargs = {name: values[part].to(self.device) for name, values in cond.items()}
             t, weights = self.draw_t(part)
             losses = self.process.training_losses(
-                self.network, images, t, model_kwargs=kwargs, randn_like=lambda x, part=part: self.randn_like(part, x))
+                self.network,
+                images,
+                t,
+                model_kwargs=kwargs,
+                randn_like=lambda x, part=part: self.randn_like(part, x),
+            )
             if isinstance(self.sampler, LossAwareSampler):
                 self.sampler.update(t, losses["loss"].detach())
             loss = (losses["loss"] * weights).sum() / n
@@ -195,7 +246,9 @@ class PublishedStep:
         self.logged[name] = (mean * count / (count + 1) + value / (count + 1), count + 1)
 
     def update(self) -> bool:
-        """Weights and averages from the gradients; False if these are not finite, which leaves weights as they were."""
+        """Weights and averages from the gradients; False if these are not finite, which leaves
+        weights as they were.
+        """
         if self.half:
             for master, group in zip(self.masters, self._groups):
                 master.grad = _flat(p.grad for p in group)
@@ -241,6 +294,7 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 # ---- results ----
+
 
 def gather_and_write(path: str, batches: Iterable[np.ndarray]) -> None:
     """Batches uint8 [n, H, W, C] into the npz `path`: all kept, joined, written."""

@@ -1,4 +1,7 @@
-"""From batches of samples to one npz: shards on disk (ours) against everything in memory (the published way)."""
+"""From batches of samples to one npz: shards on disk (ours) against everything in memory (the
+published way).
+"""
+
 from __future__ import annotations
 
 import os
@@ -12,6 +15,7 @@ import numpy as np
 import torch
 
 from guided_diffusion_ip.runs.shards import ShardFolder
+
 from .baseline import gather_and_write
 from .machine import PeakMemory
 
@@ -21,7 +25,9 @@ MOST_BATCHES = 300
 
 @dataclass(frozen=True)
 class Gathering:
-    """Args: seconds, baseline_seconds: ours and the published way, in turn; peaks: in bytes, of the first repeat of each."""
+    """Args: seconds, baseline_seconds: ours and the published way, in turn; peaks: in bytes, of the
+    first repeat of each.
+    """
 
     images: int
     pixel_bytes: int
@@ -35,20 +41,30 @@ class Gathering:
             memory = "memory not known" if peak is None else f"{peak / 1e6:.0f} MB at most"
             return f"{1000 * statistics.median(seconds):.4g} ms, {memory}"
 
-        return (f"gathering {self.images} images ({self.pixel_bytes / 1e6:.0f} MB) into a file: "
-                f"{way(self.seconds, self.peak_memory_bytes)}; published way: "
-                f"{way(self.baseline_seconds, self.baseline_peak_memory_bytes)}")
+        return (
+            f"gathering {self.images} images ({self.pixel_bytes / 1e6:.0f} MB) into a file: "
+            f"{way(self.seconds, self.peak_memory_bytes)}; published way: "
+            f"{way(self.baseline_seconds, self.baseline_peak_memory_bytes)}"
+        )
 
 
-def measure_gathering(image_shape: tuple[int, int, int], batch_size: int, repeats: int = 3, total_bytes: int = BYTES) -> Gathering:
-    """Both ways on random images of image_shape (C, H, W), in a temporary folder; no network is called."""
+def measure_gathering(
+    image_shape: tuple[int, int, int], batch_size: int, repeats: int = 3, total_bytes: int = BYTES
+) -> Gathering:
+    """Both ways on random images of image_shape (C, H, W), in a temporary folder; no network is
+    called.
+    """
     channels, height, width = image_shape
-    images = min(MOST_BATCHES * batch_size, max(batch_size, total_bytes // (channels * height * width)))
+    images = min(
+        MOST_BATCHES * batch_size, max(batch_size, total_bytes // (channels * height * width))
+    )
 
     def batches() -> Iterator[np.ndarray]:
         rng = np.random.default_rng(0)
         for start in range(0, images, batch_size):
-            yield rng.integers(0, 256, (min(batch_size, images - start), height, width, channels), dtype=np.uint8)
+            yield rng.integers(
+                0, 256, (min(batch_size, images - start), height, width, channels), dtype=np.uint8
+            )
 
     def ours(folder: str) -> None:
         shards = ShardFolder(os.path.join(folder, "shards"), images)
@@ -66,7 +82,9 @@ def measure_gathering(image_shape: tuple[int, int, int], batch_size: int, repeat
             took, peak = _run(way)
             found.append(took)
             peaks.append(peak)
-    return Gathering(images, images * channels * height * width, tuple(seconds[0]), tuple(seconds[1]), *peaks[:2])
+    return Gathering(
+        images, images * channels * height * width, tuple(seconds[0]), tuple(seconds[1]), *peaks[:2]
+    )
 
 
 def _run(way: Callable[[str], None]) -> tuple[float, int | None]:

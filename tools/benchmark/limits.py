@@ -1,8 +1,9 @@
 """What a step must cost at least: FLOP of its matrix products, bytes that have to be moved.
 
-Nothing is computed here, so any size will do. Divided by the machine's rates these give the limit that a row is measured
-against.
+Nothing is computed here, so any size will do. Divided by the machine's rates these give the limit
+that a row is measured against.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -32,19 +33,28 @@ class Work:
 def training_work(plan: Plan, averages: int) -> Work:
     """A whole update, keeping so many averages of the weights.
 
-    Bytes: weights read forward and backward, gradients written, the update, and what the backward pass needs of the forward
+    Bytes: weights read forward and backward, gradients written, the update, and what the backward
+        pass needs of the forward
     pass written and read, in the format that is measured.
     """
     network = _on_no_device(plan)
-    moved = 3 * _FLOAT * _count(network) + update_bytes(_count(network), averages) + 2 * saved_bytes(plan)
+    moved = (
+        3 * _FLOAT * _count(network)
+        + update_bytes(_count(network), averages)
+        + 2 * saved_bytes(plan)
+    )
     return Work(count_gflop(plan, backward=True), moved)
 
 
 def sampling_work(plan: Plan) -> Work:
-    """A network call without gradients. Bytes: weights read (half ones for fp16 and bf16), images read and written."""
+    """A network call without gradients. Bytes: weights read (half ones for fp16 and bf16), images
+    read and written.
+    """
     network, images = _on_no_device(plan), plan.inputs("meta")[0]
     each = _FLOAT if plan.precision == "fp32" else 2
-    return Work(count_gflop(plan, backward=False), each * _count(network) + 2 * _FLOAT * images.numel())
+    return Work(
+        count_gflop(plan, backward=False), each * _count(network) + 2 * _FLOAT * images.numel()
+    )
 
 
 def optimizer_work(plan: Plan, averages: int) -> Work:
@@ -53,21 +63,27 @@ def optimizer_work(plan: Plan, averages: int) -> Work:
 
 
 def update_bytes(parameters: int, averages: int) -> int:
-    """Gradients read twice (their norm decides about the update), AdamW's two moments, weights and averages read and written."""
+    """Gradients read twice (their norm decides about the update), AdamW's two moments, weights and
+    averages read and written.
+    """
     return _FLOAT * parameters * (2 + 4 + 2 + 2 * averages)
 
 
 def count_gflop(plan: Plan, backward: bool) -> float:
     """GFLOP of one network call, with `backward` of its gradients too.
 
-    Counted from the definition, so that the figure does not depend on device or kernels: attention as two products (fused
-    kernels recompute one), no gradient checkpointing.
+    Counted from the definition, so that the figure does not depend on device or kernels: attention
+    as two products (fused kernels recompute one), no gradient checkpointing.
     """
     network = _on_no_device(plan)
     for module in network.modules():
         if hasattr(module, "use_checkpoint"):
             module.use_checkpoint = False
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(backward):
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+        torch.set_grad_enabled(backward),
+    ):
         output = _call(plan, network)
         if backward:
             output.sum().backward()
@@ -75,10 +91,11 @@ def count_gflop(plan: Plan, backward: bool) -> float:
 
 
 def saved_bytes(plan: Plan) -> int:
-    """What autograd keeps of a forward pass over the batch, weights and masks left out, each number in the plan's format.
+    """What autograd keeps of a forward pass over the batch, weights and masks left out, each number
+    in the plan's format.
 
-    Attention counts as a fused kernel: q, k, v and its result, but no [T, T] matrix. Under gradient checkpointing: the inputs
-    of the blocks.
+    Attention counts as a fused kernel: q, k, v and its result, but no [T, T] matrix. Under gradient
+    checkpointing: the inputs of the blocks.
     """
     network = _on_no_device(plan).train()
     ours = {_storage(p) for p in network.parameters()}
@@ -92,7 +109,9 @@ def saved_bytes(plan: Plan) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
         _call(plan, network)
     each = _FLOAT if plan.precision == "fp32" else 2
-    return each * sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in found.values())
+    return each * sum(
+        tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in found.values()
+    )
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -1,4 +1,5 @@
 """The machine: what it is, how fast it multiplies matrices, and how much memory something took."""
+
 from __future__ import annotations
 
 import ctypes
@@ -24,7 +25,10 @@ def choose_device(name: str) -> torch.device:
         ValueError: cuda is asked for but not there.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but this PyTorch sees no GPU: use --device cpu, or install a CUDA build of torch")
+        raise ValueError(
+            "--device cuda, but this PyTorch sees no GPU: use --device cpu, or install a CUDA "
+            "build of torch"
+        )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -45,7 +49,9 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def matrix_rates(device: torch.device, dtype: torch.dtype, size: int = 4096, warm_up_s: float = 0.3) -> list[float]:
+def matrix_rates(
+    device: torch.device, dtype: torch.dtype, size: int = 4096, warm_up_s: float = 0.3
+) -> list[float]:
     """GFLOP/s of MATRIX_PRODUCTS products of two size x size matrices, 2 size^3 FLOP each.
 
     With as many threads, and in the same process, as what is compared with it.
@@ -65,7 +71,8 @@ def matrix_rates(device: torch.device, dtype: torch.dtype, size: int = 4096, war
 
 
 def copy_rates(device: torch.device, numbers: int = 1 << 26) -> list[float]:
-    """GB/s of COPIES copies of so many float32 from memory to memory: 4 bytes of each read, 4 written.
+    """GB/s of COPIES copies of so many float32 from memory to memory: 4 bytes of each read, 4
+    written.
 
     2^26, 256 MB, is more than caches hold; fewer measure the cache.
     """
@@ -81,15 +88,19 @@ def copy_rates(device: torch.device, numbers: int = 1 << 26) -> list[float]:
 
 
 def _times(device: torch.device) -> int:
-    """A GPU takes a fraction of a millisecond for one product or copy: several, so that starting and waiting do not count."""
+    """A GPU takes a fraction of a millisecond for one product or copy: several, so that starting
+    and waiting do not count.
+    """
     return 20 if device.type == "cuda" else 1
 
 
 class PeakMemory:
     """Bytes in use at most since `start()`, beyond what was in use then.
 
-    GPU: what PyTorch's allocator has handed out. CPU: the process's resident set; its high-water mark is reset at the start
-    (Linux: /proc/self/clear_refs), after free memory has been given back to the system, so that it cannot be reused unseen.
+    GPU: what PyTorch's allocator has handed out. CPU: the process's resident set; its high-water
+        mark is reset at the start
+    (Linux: /proc/self/clear_refs), after free memory has been given back to the system, so that it
+    cannot be reused unseen.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -150,20 +161,29 @@ class Machine:
         """This machine, as it is now."""
         gpu = device.type == "cuda"
         return cls(
-            cpu=_cpu_name(), threads=torch.get_num_threads(),
-            cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-            device=torch.cuda.get_device_name(device) if gpu else "cpu", torch=torch.__version__,
-            cuda=torch.version.cuda or "", cpu_capability=torch.backends.cpu.get_cpu_capability(),
+            cpu=_cpu_name(),
+            threads=torch.get_num_threads(),
+            cores=len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1,
+            device=torch.cuda.get_device_name(device) if gpu else "cpu",
+            torch=torch.__version__,
+            cuda=torch.version.cuda or "",
+            cpu_capability=torch.backends.cpu.get_cpu_capability(),
             load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
             float32_matmul_precision=torch.get_float32_matmul_precision(),
-            tf32_matmul=gpu and torch.backends.cuda.matmul.allow_tf32, tf32_convolution=gpu and torch.backends.cudnn.allow_tf32)
+            tf32_matmul=gpu and torch.backends.cuda.matmul.allow_tf32,
+            tf32_convolution=gpu and torch.backends.cudnn.allow_tf32,
+        )
 
     def __str__(self) -> str:
         where = f"{self.cpu}, {self.cores} cores, {self.threads} threads"
         if self.device != "cpu":
             on_off = {True: "on", False: "off"}
-            where = (f"{self.device} (TF32: matrix products {on_off[self.tf32_matmul]}, convolutions "
-                     f"{on_off[self.tf32_convolution]}), {where}")
+            where = (
+                f"{self.device} (TF32: matrix products {on_off[self.tf32_matmul]}, convolutions "
+                f"{on_off[self.tf32_convolution]}), {where}"
+            )
         load = "" if self.load_average is None else f", load average {self.load_average:g} before"
         return f"{where}, {self.cpu_capability}, torch {self.torch}{load}"
 

@@ -1,8 +1,10 @@
 """One measured thing each: a training step, its update alone, a network call of sampling.
 
-Each builds what it measures, and if asked for the same in the published way (baseline.py), warms both up, then times repeats of
-them in turn, with the machine's rates measured before, between and after: what disturbs one then disturbs the others too.
+Each builds what it measures, and if asked for the same in the published way (baseline.py), warms
+both up, then times repeats of them in turn, with the machine's rates measured before, between and
+after: what disturbs one then disturbs the others too.
 """
+
 from __future__ import annotations
 
 import statistics
@@ -19,6 +21,7 @@ from guided_diffusion_ip.training.ema import parse_rates
 from guided_diffusion_ip.training.precision import DTYPES, Precision
 from guided_diffusion_ip.training.timestep_samplers import create_named_schedule_sampler
 from guided_diffusion_ip.training.train_loop import Losses, TrainLoop
+
 from .baseline import PublishedStep, published_chain, published_network, published_process
 from .limits import Work, optimizer_work, sampling_work, training_work
 from .machine import PeakMemory, copy_rates, matrix_rates, timed
@@ -38,9 +41,11 @@ class Plan:
         image_shape: C, H, W.
         classes: number of classes, 0 if the network knows none.
         precision: fp32, bf16 or fp16.
-        matrix_size: side of the matrices that the machine's rate is measured with; its copies take four such matrices.
+        matrix_size: side of the matrices that the machine's rate is measured with; its copies take
+            four such matrices.
         baseline: measure the published way too.
-        compile: our network is called through torch.compile, by the backend compile_backend; the published way never is.
+        compile: our network is called through torch.compile, by the backend compile_backend; the
+            published way never is.
     """
 
     build: Build
@@ -64,7 +69,9 @@ class Plan:
         return images, {"y": labels} if self.classes else {}
 
     def make(self) -> tuple[nn.Module, Any]:
-        """Network and process on the device, with the same weights every time; the network is in training mode."""
+        """Network and process on the device, with the same weights every time; the network is in
+        training mode.
+        """
         torch.manual_seed(self.seed)
         network, process = self.build()
         return network.to(self.device).train(), process
@@ -138,7 +145,9 @@ class Row:
 
     @property
     def limit_s(self) -> float:
-        """Seconds of one repeat if the machine did nothing but its products, or nothing but its moves: whichever takes longer."""
+        """Seconds of one repeat if the machine did nothing but its products, or nothing but its
+        moves: whichever takes longer.
+        """
         moves = self.moved_bytes / 1e9 / max(self.copy_gb_per_s) if self.copy_gb_per_s else 0.0
         return max(self.gflop / self.matrix_rate, moves)
 
@@ -175,7 +184,9 @@ def quartiles(values: tuple[float, ...] | list[float]) -> tuple[float, float]:
     return low, high
 
 
-def measure(plan: Plan, what: str, work: Work, prepare: Prepare, published: Prepare | None = None) -> Row:
+def measure(
+    plan: Plan, what: str, work: Work, prepare: Prepare, published: Prepare | None = None
+) -> Row:
     """A row of what prepare() returns, and of what published() returns if the plan wants it.
 
     Memory of each is counted from before it is prepared.
@@ -202,49 +213,94 @@ def measure(plan: Plan, what: str, work: Work, prepare: Prepare, published: Prep
             for call, found in zip(calls, seconds):
                 found.append(timed(call, plan.device))
         look_at_the_machine()
-    row = Row(what, plan.precision, plan.batch_size, work.gflop, tuple(seconds[0]), tuple(matrix), peaks[0],
-              moved_bytes=work.moved_bytes, copy_gb_per_s=tuple(copies))
+    row = Row(
+        what,
+        plan.precision,
+        plan.batch_size,
+        work.gflop,
+        tuple(seconds[0]),
+        tuple(matrix),
+        peaks[0],
+        moved_bytes=work.moved_bytes,
+        copy_gb_per_s=tuple(copies),
+    )
     if len(calls) == 1:
         return row
-    return replace(row, baseline_seconds=tuple(seconds[1]), baseline_peak_memory_bytes=peaks[1],
-                   baseline_precision=plan.baseline_precision)
+    return replace(
+        row,
+        baseline_seconds=tuple(seconds[1]),
+        baseline_peak_memory_bytes=peaks[1],
+        baseline_precision=plan.baseline_precision,
+    )
 
 
 class UpdateOnly(TrainLoop):
     """A loop whose steps have their gradients already: what is left of a step is the update."""
 
-    def forward_backward(self, batch: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Losses, Tensor]:
+    def forward_backward(
+        self, batch: Tensor, cond: dict[str, Tensor]
+    ) -> tuple[Tensor, Losses, Tensor]:
         n = len(batch)
         ones = torch.ones(n, device=self.device)
         return torch.zeros(n, dtype=torch.int64, device=self.device), {"loss": ones}, ones
 
 
 def _our_loop(
-    plan: Plan, kind: type[TrainLoop], microbatch: int, schedule_sampler: str, ema_rate: str, **options: float
+    plan: Plan,
+    kind: type[TrainLoop],
+    microbatch: int,
+    schedule_sampler: str,
+    ema_rate: str,
+    **options: float,
 ) -> TrainLoop:
     network, process = plan.make()
     network.to(memory_format=torch.channels_last)
     loop = kind(
-        model=network, diffusion=process, data=iter(()), batch_size=plan.batch_size, microbatch=microbatch, ema_rate=ema_rate,
-        log_interval=10**9, save_interval=10**9, resume_checkpoint="", seed=plan.seed,
-        schedule_sampler=create_named_schedule_sampler(schedule_sampler, process), **options)
+        model=network,
+        diffusion=process,
+        data=iter(()),
+        batch_size=plan.batch_size,
+        microbatch=microbatch,
+        ema_rate=ema_rate,
+        log_interval=10**9,
+        save_interval=10**9,
+        resume_checkpoint="",
+        seed=plan.seed,
+        schedule_sampler=create_named_schedule_sampler(schedule_sampler, process),
+        **options,
+    )
     loop.ddp_model = plan.callable(network)
     loop.precision = Precision(plan.precision, plan.device)
     return loop
 
 
-def _published_step(plan: Plan, microbatch: int, schedule_sampler: str, ema_rate: str, **options: float) -> PublishedStep:
+def _published_step(
+    plan: Plan, microbatch: int, schedule_sampler: str, ema_rate: str, **options: float
+) -> PublishedStep:
     network, process = plan.make_published()
     return PublishedStep(
-        network, process, create_named_schedule_sampler(schedule_sampler, process), microbatch=microbatch,
-        ema_rates=parse_rates(ema_rate), half=plan.baseline_precision == "fp16", **options)
+        network,
+        process,
+        create_named_schedule_sampler(schedule_sampler, process),
+        microbatch=microbatch,
+        ema_rates=parse_rates(ema_rate),
+        half=plan.baseline_precision == "fp16",
+        **options,
+    )
 
 
 def measure_training(
-    plan: Plan, *, microbatch: int = -1, lr: float = 1e-4, weight_decay: float = 0.0, ema_rate: str = "0.9999",
+    plan: Plan,
+    *,
+    microbatch: int = -1,
+    lr: float = 1e-4,
+    weight_decay: float = 0.0,
+    ema_rate: str = "0.9999",
     schedule_sampler: str = "uniform",
 ) -> Row:
-    """One update by the training loop itself: noise, forward, backward, AdamW, averaged weights. Images are in memory."""
+    """One update by the training loop itself: noise, forward, backward, AdamW, averaged weights.
+    Images are in memory.
+    """
     settings = (microbatch, schedule_sampler, ema_rate)
 
     def ours() -> Callable[[], None]:
@@ -257,11 +313,17 @@ def measure_training(
         batch = plan.inputs(plan.device)
         return lambda: step(*batch)
 
-    return measure(plan, "training step", training_work(plan, len(parse_rates(ema_rate))), ours, published)
+    return measure(
+        plan, "training step", training_work(plan, len(parse_rates(ema_rate))), ours, published
+    )
 
 
-def measure_optimizer(plan: Plan, *, lr: float = 1e-4, weight_decay: float = 0.0, ema_rate: str = "0.9999") -> Row:
-    """A training step without the passes that make its gradients: norms, AdamW, averaged weights; gradients are random."""
+def measure_optimizer(
+    plan: Plan, *, lr: float = 1e-4, weight_decay: float = 0.0, ema_rate: str = "0.9999"
+) -> Row:
+    """A training step without the passes that make its gradients: norms, AdamW, averaged weights;
+    gradients are random.
+    """
     settings = (-1, "uniform", ema_rate)
 
     def fill(network: nn.Module) -> None:
@@ -270,7 +332,9 @@ def measure_optimizer(plan: Plan, *, lr: float = 1e-4, weight_decay: float = 0.0
 
     def ours() -> Callable[[], None]:
         loop = _our_loop(plan, UpdateOnly, *settings, lr=lr, weight_decay=weight_decay)
-        if plan.precision == "fp16":  # a scale of 1 leaves the gradients as they are, however often they are unscaled
+        if (
+            plan.precision == "fp16"
+        ):  # a scale of 1 leaves the gradients as they are, however often they are unscaled
             loop.precision.scaler = torch.amp.GradScaler(plan.device.type, init_scale=1.0)
             loop.precision.scaler.scale(torch.zeros((), device=plan.device))
         fill(loop.model)
@@ -282,14 +346,18 @@ def measure_optimizer(plan: Plan, *, lr: float = 1e-4, weight_decay: float = 0.0
         fill(step.network)
         return step.update
 
-    row = measure(plan, "optimizer", optimizer_work(plan, len(parse_rates(ema_rate))), ours, published)
+    row = measure(
+        plan, "optimizer", optimizer_work(plan, len(parse_rates(ema_rate))), ours, published
+    )
     return replace(row, batch_size=0)
 
 
 def measure_sampling(plan: Plan, *, use_ddim: bool = False, eta: float = 0.0) -> Row:
-    """One network call of a sampling chain with its arithmetic; images/s is worked out from it for the whole chain.
+    """One network call of a sampling chain with its arithmetic; images/s is worked out from it for
+    the whole chain.
 
-    The process says how many calls a chain has. fp16 and bf16 have convolutions of that format, as image_sample has them.
+    The process says how many calls a chain has. fp16 and bf16 have convolutions of that format, as
+    image_sample has them.
     """
     steps: list[int] = []
 
@@ -301,7 +369,9 @@ def measure_sampling(plan: Plan, *, use_ddim: bool = False, eta: float = 0.0) ->
             getattr(network, f"convert_to_{plan.precision}")()
         network.eval().requires_grad_(False)
         steps.append(process.num_timesteps)
-        chain = _endless_chain(plan, plan.callable(network), process, {"eta": eta} if use_ddim else {}, use_ddim)
+        chain = _endless_chain(
+            plan, plan.callable(network), process, {"eta": eta} if use_ddim else {}, use_ddim
+        )
         return lambda: next(chain)
 
     def published() -> Callable[[], Any]:
@@ -312,7 +382,9 @@ def measure_sampling(plan: Plan, *, use_ddim: bool = False, eta: float = 0.0) ->
         chain = _endless_published_chain(plan, network, process, use_ddim, eta)
         return lambda: next(chain)
 
-    row = measure(plan, f"{'DDIM' if use_ddim else 'DDPM'} network call", sampling_work(plan), ours, published)
+    row = measure(
+        plan, f"{'DDIM' if use_ddim else 'DDPM'} network call", sampling_work(plan), ours, published
+    )
     return replace(row, calls_per_image=steps[0])
 
 
@@ -324,8 +396,14 @@ def _endless_chain(
     cond = plan.inputs(plan.device)[1]
     index = torch.arange(plan.batch_size)
     while True:
-        yield from chain(model, (plan.batch_size, *plan.image_shape), device=plan.device, model_kwargs=cond,
-                         randn_like=NormalStream(plan.seed, Stream.SAMPLE, index), **options)
+        yield from chain(
+            model,
+            (plan.batch_size, *plan.image_shape),
+            device=plan.device,
+            model_kwargs=cond,
+            randn_like=NormalStream(plan.seed, Stream.SAMPLE, index),
+            **options,
+        )
 
 
 def _endless_published_chain(
@@ -333,4 +411,6 @@ def _endless_published_chain(
 ) -> Iterator[dict[str, Tensor]]:
     cond = plan.inputs(plan.device)[1]
     while True:
-        yield from published_chain(process, network, (plan.batch_size, *plan.image_shape), plan.device, cond, use_ddim, eta)
+        yield from published_chain(
+            process, network, (plan.batch_size, *plan.image_shape), plan.device, cond, use_ddim, eta
+        )

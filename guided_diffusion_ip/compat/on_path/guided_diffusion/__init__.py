@@ -1,4 +1,7 @@
-"""guided_diffusion, provided by guided_diffusion_ip: all its modules are ours, by their published names."""
+"""guided_diffusion, provided by guided_diffusion_ip: all its modules are ours, by their published
+names.
+"""
+
 import sys
 
 from guided_diffusion_ip.compat import register

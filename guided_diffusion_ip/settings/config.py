@@ -22,7 +22,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import yaml
@@ -66,6 +66,10 @@ class Config:
             return self.__dict__["values"][name]
         except KeyError:
             raise AttributeError(name) from None
+
+    def with_values(self, **values: Any) -> Config:
+        """A copy in which these flags have other values; the original stays as it is."""
+        return replace(self, values={**self.values, **values})
 
     def section(self, name: str) -> dict[str, Any]:
         """The flags of one section and their values."""

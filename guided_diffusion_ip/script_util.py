@@ -23,7 +23,7 @@ from .diffusion.respace import SpacedDiffusion, space_timesteps
 from .interop.adm_checkpoint import load_for_sampling
 from .interop.diffusers_models import ddpm_unet
 from .interop.edm_networks import create_edm_denoiser  # noqa: F401 (its known place is here)
-from .networks.trunk import height_width, require_divisible
+from .networks.trunk import require_divisible
 from .networks.unet import (
     EncoderUNetModel,
     SuperResModel,
@@ -40,9 +40,11 @@ from .settings.config import (
     published_lambda,
 )
 from .settings.edm import edm_denoiser
-from .settings.flags import SECTIONS, str2bool
+from .settings.flag import str2bool
+from .settings.flags import SECTIONS
 from .settings.lambda_file import check_origin, read_schedule
 from .settings.sampling import sampler_kind, sampling_precision
+from .sizes import parse_size as parse_image_size
 
 NUM_CLASSES = 1000  # what existing scripts import, and the default of num_classes below; ours have --num_classes
 
@@ -119,14 +121,6 @@ def sr_model_and_diffusion_defaults() -> dict[str, Any]:
         if name not in not_there
     }
     return {**flags, **_defaults(("large_size", "small_size"))}
-
-
-def parse_image_size(image_size: int | str | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of 64, "64", "64x96" or (64, 96)."""
-    if isinstance(image_size, str):
-        sides = [int(side) for side in image_size.lower().split("x")]
-        image_size = sides * 2 if len(sides) == 1 else sides
-    return height_width(image_size)
 
 
 def _channel_mult(
@@ -337,7 +331,7 @@ def settle_lambda(cfg: Config) -> None:
                 f"{cfg.eps_scaler} --eps_scaler_k {cfg.eps_scaler_k} says something else: give one "
                 "of them"
             )
-        if cfg.values.get("sampler") in ("heun", "euler"):
+        if cfg.values.get("solver") in ("heun", "euler"):
             steps = cfg.edm_steps
         else:
             steps = len(
@@ -406,7 +400,7 @@ def create_for_sampling(cfg: Config) -> tuple[nn.Module, Any]:
         "eps_scaler": cfg.values.get("eps_scaler", 1.0),
         "eps_scaler_k": cfg.values.get("eps_scaler_k", 0.0),
     }
-    if cfg.values.get("sampler") in ("heun", "euler"):
+    if cfg.values.get("solver") in ("heun", "euler"):
         lambdas = {}
     return create_model_and_diffusion(**cfg.section("model"), **cfg.sampling_process(), **lambdas)
 

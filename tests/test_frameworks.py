@@ -360,13 +360,13 @@ def settled(*argv, config=""):
 
 
 def test_the_command_line_wins_over_a_config_about_the_sampler():
-    assert settled(config="edm_cifar10.yaml").sampler == "heun"
-    assert settled("--sampler", "euler", config="edm_cifar10.yaml").sampler == "euler"
+    assert settled(config="edm_cifar10.yaml").solver == "heun"
+    assert settled("--sampler", "euler", config="edm_cifar10.yaml").solver == "euler"
     cfg = settled("--use_ddim", "True")
-    assert (cfg.sampler, cfg.use_ddim) == ("ddim", True)
+    assert (cfg.solver, cfg.use_ddim) == ("ddim", True)
     cfg = settled("--sampler", "ddim")
-    assert (cfg.sampler, cfg.use_ddim) == ("ddim", True)
-    assert settled().sampler == "ddpm"
+    assert (cfg.solver, cfg.use_ddim) == ("ddim", True)
+    assert settled().solver == "ddpm"
 
 
 def test_edm_models_are_clipped_only_if_asked_for_and_the_settings_tell():

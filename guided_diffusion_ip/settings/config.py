@@ -30,9 +30,9 @@ import yaml
 from .. import dist_util, files
 from ..training import checkpoint
 from .flags import (
+    DESCRIBING,
     NOT_ARCHITECTURE,
     NOT_IN_WEIGHTS,
-    NOT_SAVED,
     OF_A_START,
     SCRIPTS,
     SECTIONS,
@@ -92,8 +92,9 @@ class Config:
         sections = {name: self.section(name) for name in script.sections if name != "edm" or edm}
         if script.extra:
             sections[self.script] = {flag.name: self.values[flag.name] for flag in script.extra}
+        saved = {flag.name for flag in script.flags() if flag.saved}
         return {
-            section: {name: value for name, value in values.items() if name not in NOT_SAVED}
+            section: {name: value for name, value in values.items() if name in saved}
             for section, values in sections.items()
         }
 
@@ -127,7 +128,7 @@ class Config:
         ]
         assumed = [
             f"{name} {self.values[name]}"
-            for name in NOT_IN_WEIGHTS.get(self.values.get("framework", "adm"), ())
+            for name in NOT_IN_WEIGHTS[self.values.get("framework", "adm")]
             if name in self.values
             and name not in known
             and (name != "null_class" or self.class_cond)
@@ -285,7 +286,6 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     for flag in SCRIPTS[script].flags():
         names = [f"--{name}" for name in (flag.name, *flag.aliases)]
         is_bool = isinstance(flag.default, bool)
-        default = "''" if flag.default == "" else flag.default
         parser.add_argument(
             *names,
             dest=flag.name,
@@ -295,7 +295,7 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
             nargs="?" if is_bool else None,
             const=True if is_bool else None,
             default=argparse.SUPPRESS,
-            help=f"{flag.help} (default {default})".replace("%", "%%"),
+            help=flag.help_text.replace("%", "%%"),
         )
     return parser
 
@@ -505,9 +505,8 @@ def _description(content: dict[str, dict[str, Any]], path: str) -> dict[str, Any
     """What a network and its process are: every flag of their sections, and which sections there
     are.
     """
-    sections = ("model", "super_res", "classifier", "edm", "diffusion")
-    values = {flag.name: flag.default for section in sections for flag in SECTIONS[section]}
-    values |= values_from_yaml(content, sections, path)
+    values = {flag.name: flag.default for section in DESCRIBING for flag in SECTIONS[section]}
+    values |= values_from_yaml(content, DESCRIBING, path)
     if "classifier" not in content and not values["class_cond"]:
         del values["num_classes"]  # says nothing about a network without classes
     kinds = {f"section {name}": name in content for name in ("super_res", "classifier")}
@@ -547,7 +546,7 @@ def published_lambda(cfg: Config) -> tuple[float, float]:
     Raises:
         ValueError: no table, or a number of steps that the table does not have.
     """
-    kind = cfg.values.get("sampler") or ("ddim" if cfg.use_ddim else "ddpm")
+    kind = cfg.values.get("solver") or ("ddim" if cfg.use_ddim else "ddpm")
     table = cfg.paper.get("eps_scaler" if kind == "ddpm" else f"eps_scaler_{kind}", {})
     known = [
         owner

@@ -18,33 +18,10 @@ from .. import dist_util, files
 from ..diffusion.denoiser import BoundDenoiser
 from ..diffusion.process_denoiser import ProcessDenoiser
 from ..runs.sample_batch import Sampler, SigmaSampler
+from .flags import SCRIPTS, names
 
-# Flags of sampling that the images depend on.
-_SAMPLING = (
-    "seed",
-    "num_samples",
-    "use_ddim",
-    "eta",
-    "timestep_respacing",
-    "clip_denoised",
-    "eps_scaler",
-    "eps_scaler_k",
-    "class_ids",
-    "guidance_scale",
-    "use_fp16",
-)
+_SIGMA = names("sample", solvers="sigma")
 _ABLATION = ("discretization", "noise_level_schedule", "noise_level_scaling")
-_SIGMA = (
-    "edm_steps",
-    "sigma_min",
-    "sigma_max",
-    "rho",
-    "S_churn",
-    "S_min",
-    "S_max",
-    "S_noise",
-    *_ABLATION,
-)
 
 
 def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampler | SigmaSampler:
@@ -104,15 +81,15 @@ def settle_sampler(cfg: Any) -> None:
     Raises:
         ValueError: they contradict each other.
     """
-    said = [name for name in ("sampler", "use_ddim") if cfg.given.get(name, "").startswith("--")]
+    said = [name for name in ("solver", "use_ddim") if cfg.given.get(name, "").startswith("--")]
     if said == ["use_ddim"]:
-        cfg.values["sampler"] = "ddim" if cfg.use_ddim else ""
-    elif said == ["sampler"]:
-        cfg.values["use_ddim"] = cfg.sampler == "ddim"
-    if cfg.use_ddim and cfg.sampler not in ("", "ddim"):
-        raise ValueError(f"--use_ddim True and --sampler {cfg.sampler} name two samplers: give one")
-    cfg.values["sampler"] = sampler_kind(cfg)
-    cfg.values["use_ddim"] = cfg.sampler == "ddim"
+        cfg.values["solver"] = "ddim" if cfg.use_ddim else ""
+    elif said == ["solver"]:
+        cfg.values["use_ddim"] = cfg.solver == "ddim"
+    if cfg.use_ddim and cfg.solver not in ("", "ddim"):
+        raise ValueError(f"--use_ddim True and --sampler {cfg.solver} name two samplers: give one")
+    cfg.values["solver"] = sampler_kind(cfg)
+    cfg.values["use_ddim"] = cfg.solver == "ddim"
     if cfg.values.get("framework") == "edm" and "clip_denoised" not in cfg.given:
         cfg.values["clip_denoised"] = (
             False  # EDM does not clip; settled here, so that settings.yaml tells what was done
@@ -126,7 +103,7 @@ def sampler_kind(cfg: Any) -> str:
         ValueError: an EDM model is to be sampled by DDPM or DDIM.
     """
     edm = cfg.values.get("framework") == "edm"
-    kind = cfg.values.get("sampler") or ("ddim" if cfg.use_ddim else "heun" if edm else "ddpm")
+    kind = cfg.values.get("solver") or ("ddim" if cfg.use_ddim else "heun" if edm else "ddpm")
     if edm and kind in ("ddpm", "ddim"):
         raise ValueError(
             f"{kind.upper()} steps along the alpha_bar of a process, and EDM's models have none: "
@@ -235,12 +212,8 @@ def what_decides_the_images(
         "model_path": os.path.basename(cfg.model_path),
         "model_sha256": files.sha256(cfg.model_path),
         **more,
-        **{name: getattr(cfg, name) for name in _SAMPLING},
+        **deciding_values(cfg),
     }
-    if (kind := sampler_kind(cfg)) in ("heun", "euler"):
-        values |= {"sampler": kind, **{name: getattr(cfg, name) for name in _SIGMA}}
-    if cfg.values.get("precision"):
-        values["precision"] = cfg.precision
     if cfg.values.get("framework") == "edm":
         # use_fp16 comes with the checkpoint's config, and --precision wins over it: the settings
         # say what was done.
@@ -258,8 +231,32 @@ def what_decides_the_images(
         )  # decides through the weights; evaluator.py compares it with the reference's
     for section in sections:
         values.update(
-            {name: value for name, value in cfg.section(section).items() if name not in _SAMPLING}
+            {name: value for name, value in cfg.section(section).items() if name not in values}
         )
+    return values
+
+
+def deciding_values(cfg: Any) -> dict[str, Any]:
+    """All flags that decide what comes out of a checkpoint, and their values: those of role images,
+    and number formats.
+
+    The solver's name and flags appear only where use_ddim does not say it all, and a quiet flag
+    only where it has not its default: so folders that are older than these flags are continued.
+    """
+    values = {}
+    kind = sampler_kind(cfg) if "solver" in cfg.values else ""
+    deciding = SCRIPTS[cfg.script].deciding()
+    for flag in deciding:
+        if flag.name != "solver" and not flag.solvers and not flag.quiet:
+            values[flag.name] = cfg.values[flag.name]
+    if "use_fp16" in cfg.values:
+        values["use_fp16"] = cfg.use_fp16
+    if kind not in ("", "ddpm", "ddim"):
+        values["sampler"] = kind
+        values |= {flag.name: cfg.values[flag.name] for flag in deciding if flag.solvers}
+    for flag in deciding:
+        if flag.quiet and cfg.values[flag.name] != flag.default:
+            values[flag.name] = cfg.values[flag.name]
     return values
 
 

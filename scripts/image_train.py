@@ -18,7 +18,8 @@ from guided_diffusion_ip import dist_util, script_util
 from guided_diffusion_ip.diffusion.denoiser import BoundDenoiser
 from guided_diffusion_ip.runs.sample_batch import Sampler, SigmaSampler
 from guided_diffusion_ip.settings.config import Config, command, parse
-from guided_diffusion_ip.settings.edm import edm_denoiser, edm_process
+from guided_diffusion_ip.settings.edm import edm_process
+from guided_diffusion_ip.settings.models import create_network, network_flags
 from guided_diffusion_ip.settings.training import (
     add_null_class,
     choose_out_dir,
@@ -69,7 +70,7 @@ def create(cfg: Config, **process):
     torch.manual_seed(cfg.seed)
     if cfg.framework == "edm":
         process = edm_process(cfg)
-        return edm_denoiser(cfg, use_fp16=False), process
+        return create_network({**network_flags(cfg), "use_fp16": False}), process
     flags = {
         **cfg.section("model"),
         **cfg.section("diffusion"),

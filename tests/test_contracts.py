@@ -96,6 +96,7 @@ MAY_IMPORT = {
     "settings": LEAVES | CORE | WORK,
     "script_util": LEAVES | CORE | WORK | {"settings"},
     "studies": LEAVES | CORE | WORK | {"settings", "script_util"},
+    "api": LEAVES | CORE | WORK | {"settings"},
     "compat": LEAVES | CORE | WORK | {"settings", "script_util"},
     "__init__": set(),
 }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import enum
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import yaml
 
 from ..sizes import parse_size
 
@@ -55,6 +57,21 @@ def image_size(v: str | int) -> int | str:
 def size_or_none(v: str | int) -> int | str:
     """a size such as 64, or HEIGHTxWIDTH; empty for none"""
     return "" if v == "" else image_size(v)
+
+
+def mapping(v: str | Mapping[str, Any]) -> str:
+    """a YAML mapping such as {width: 64}; empty for none"""
+    try:
+        content = yaml.safe_load(v) if isinstance(v, str) else v
+    except yaml.YAMLError:
+        content = v
+    if content in (None, "") or content == {}:
+        return ""
+    if not isinstance(content, Mapping):
+        raise argparse.ArgumentTypeError(
+            f"expected a YAML mapping such as {{width: 64}}, got {v!r}"
+        )
+    return yaml.safe_dump(dict(content), default_flow_style=True, width=2**20).strip()
 
 
 def items(text: str | Iterable[Any]) -> list[str]:

@@ -62,10 +62,11 @@ _UNTOLD = {
     section: tuple(flag.name for flag in SECTIONS[section] if not flag.in_weights)
     for section in DESCRIBING
 }
+_OF_PROCESS = ("image_size", *names("diffusion", Role.PROCESS))
 NOT_IN_WEIGHTS = {
-    "adm": (*_UNTOLD["model"], *_UNTOLD["super_res"], *names("diffusion", Role.PROCESS)),
+    "adm": (*_UNTOLD["model"], *_UNTOLD["super_res"], *_OF_PROCESS[1:]),
     "edm": ("image_size", *names("edm", Role.PROCESS)),
-    "ddpm": ("image_size", *names("diffusion", Role.PROCESS)),
+    "": _OF_PROCESS,  # any other
 }
 TRAIN_RESPACING = replace(RESPACING, role=Role.PROCESS)
 
@@ -112,8 +113,9 @@ class Script:
 
 
 _SIGMA = names("sample", solvers="sigma")
+_OWN_NETWORK = ("framework", "network_args")
 _NOT_FOR_CLASSIFIERS = (
-    "framework",
+    *_OWN_NETWORK,
     "lr_warmup_steps",
     "grad_clip",
     "compile",
@@ -257,12 +259,12 @@ SCRIPTS = {
             ),
             Flag("classifier_scale", 1.0, Role.IMAGES, "guidance scale", least=0),
         ),
-        ("framework", *_SIGMA),
+        (*_OWN_NETWORK, *_SIGMA),
     ),
     "super_res_train": Script(
         ("model", "super_res", "diffusion", "train"),
         (TRAIN_RESPACING,),
-        ("framework", "image_size"),
+        (*_OWN_NETWORK, "image_size"),
         {"log_interval": 10},
     ),
     "super_res_sample": Script(
@@ -281,7 +283,7 @@ SCRIPTS = {
                 "scale and crop low-resolution images of another size, instead of refusing them",
             ),
         ),
-        ("framework", "image_size", *_SIGMA),
+        (*_OWN_NETWORK, "image_size", *_SIGMA),
     ),
     "sweep": Script(
         (),

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+
 from ..diffusion.loss_weighting import RULES
-from .flag import Flag, Role, image_size
+from .flag import Flag, Role, image_size, mapping
+
+
+def network_name(v: str) -> str:
+    """the name of a network, or MODULE:CLASS"""
+    from .models import NETWORKS
+    from .own_network import is_own
+
+    if not is_own(str(v)) and v not in NETWORKS:
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(NETWORKS)}, or MODULE:CLASS for a network of your own, "
+            f"got {v!r}"
+        )
+    return str(v)
+
 
 MODEL = (
     Flag(
@@ -11,8 +27,9 @@ MODEL = (
         "adm",
         Role.ARCHITECTURE,
         "whose network and process: adm; edm (networks behind a preconditioning, see section edm "
-        "of --help); ddpm (DDPM's U-Net, from diffusers)",
-        choices=("adm", "edm", "ddpm"),
+        "of --help); ddpm (DDPM's U-Net, from diffusers); or MODULE:CLASS, a network of your own",
+        network_name,
+        aliases=("network",),
     ),
     Flag(
         "image_size",
@@ -92,6 +109,14 @@ MODEL = (
         Role.ARCHITECTURE,
         "channel order of q, k, v in the attention weights",
         in_weights=False,
+    ),
+    Flag(
+        "network_args",
+        "",
+        Role.ARCHITECTURE,
+        'arguments of --network MODULE:CLASS beside our flags, such as "{width: 64}"',
+        mapping,
+        quiet=True,
     ),
     Flag("use_checkpoint", False, Role.SPEED, "gradient checkpointing: less memory, more time"),
     Flag("use_fp16", False, Role.ARITHMETIC, "half precision"),

@@ -1,299 +1,278 @@
-"""What the sampling scripts have in common: what was asked for, in words and in settings.yaml, and
-where the images go.
-
-`cfg` is the merged settings of a script (config.Config): an object that has the flags as
-attributes.
-"""
+"""What one of the sampling scripts is asked for, as one value: a SamplingRequest."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+from .. import files
+from ..data.image_set import ImageSet, open_image_set
+from ..data.super_resolution import check_sizes
+from ..dist_util import say  # noqa: F401 (its former place)
+from ..sizes import parse_size
+from .adopt import adopt_checkpoint_config, adopt_classifier_config
+from .beside import config_beside
+from .config import Config, from_values
+from .identity import default_folder, what_decides_the_images
+from .lambdas import settle_lambda
+from .models import network_flags, process_flags
+from .sample_checks import check_request, classes_to_sample
+from .solver import number_of_steps, sampler_text, sampling_precision, settle_sampler
 
-from .. import dist_util, files
-from ..diffusion.denoiser import BoundDenoiser
-from ..diffusion.process_denoiser import ProcessDenoiser
-from ..runs.sample_batch import Sampler, SigmaSampler
-from .flags import SCRIPTS, names
-
-_SIGMA = names("sample", solvers="sigma")
-_ABLATION = ("discretization", "noise_level_schedule", "noise_level_scaling")
+NO_CHECKPOINT = "no checkpoint: give --model_path, such as runs/NAME/ema_0.9999_100000.pt"
 
 
-def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampler | SigmaSampler:
-    """The sampler that the flags describe; cond_fn, if any, is the caller's to add.
+@dataclass(frozen=True)
+class ClassifierGuidance:
+    """A classifier that guides towards the class, and how strongly.
 
     Args:
-        diffusion: the process; for EDM's models, which have none, their denoiser.
+        network: flags of its network.
+        precision: fp32 or fp16.
+    """
+
+    path: str
+    scale: float
+    network: Mapping[str, Any]
+    precision: str
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """As the run's settings.yaml has it. Reads the file."""
+        return {
+            "classifier_path": os.path.basename(self.path),
+            "classifier_sha256": files.sha256(self.path),
+            "classifier_scale": self.scale,
+        }
+
+
+@dataclass(frozen=True)
+class BaseImages:
+    """The low-resolution images that are enlarged.
+
+    Args:
+        size: height and width that they must have, or with `resize` are brought to.
+        num_classes: of a class-conditional model, which needs their labels; None for others.
+        count: how many of them are used at most.
+    """
+
+    path: str
+    size: tuple[int, int]
+    channels: int
+    resize: bool
+    num_classes: int | None
+    count: int
+
+    @cached_property
+    def images(self) -> ImageSet:
+        """Opened on first use. ValueError if they cannot be, or do not fit."""
+        return open_image_set(
+            self.path,
+            self.size,
+            self.channels,
+            exact=not self.resize,
+            flag="base_samples",
+            num_classes=self.num_classes,
+        )
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """As the run's settings.yaml has it. Reads, and so checks, them all."""
+        return {
+            "base_samples": os.path.basename(os.path.normpath(self.path)),
+            "base_count": len(self.images),
+            "base_sha256": self.images.digest(min(len(self.images), self.count)),
+        }
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """All that sampling needs to know, checked.
+
+    Args:
+        network: flags that make the network. process: flags that make what samples it, {} for
+            EDM's models, which have no process.
+        image_size: height and width.
+        solver: ddpm, ddim, heun, euler, ...; steps: how many it takes.
+        eps_scaler, eps_scaler_k: lambda(t) = k t + b of epsilon scaling; b may be one number per
+            step.
+        class_ids: classes to draw labels from; None for a model that knows none.
+        class_names: of the training images, where they are known; label k is class_names[k].
+        precision: fp32, fp16 or bf16.
+        num_samples: images to make; batch_size: of them at a time, per process.
+        wanted_dir: --out_dir, or ''.
+        default_count: num_samples was not given.
+        text: the sampler, for people.
+        notes: what the user should know.
+        settled: the flags that all this was read from; make_sampler reads the solver's own.
+    """
+
+    model_path: str
+    network: Mapping[str, Any]
+    process: Mapping[str, Any]
+    image_size: tuple[int, int]
+    solver: str
+    steps: int
+    eps_scaler: float | list[float]
+    eps_scaler_k: float
+    guidance_scale: float
+    class_ids: tuple[int, ...] | None
+    class_names: tuple[str, ...]
+    precision: str
+    seed: int
+    num_samples: int
+    batch_size: int
+    compile: bool
+    save_png: bool
+    wanted_dir: str
+    default_count: bool
+    text: str
+    notes: tuple[str, ...]
+    classifier: ClassifierGuidance | None = None
+    base: BaseImages | None = None
+    settled: Config = field(repr=False, kw_only=True)
+
+    @property
+    def given(self) -> Mapping[str, str]:
+        """Which flags somebody has set, and where."""
+        return self.settled.given
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that the images depend on, as the run's settings.yaml has it. Reads the files that
+        are named here, once.
+        """
+        inputs = [part.identity for part in (self.classifier, self.base) if part]
+        return what_decides_the_images(self.settled, **(inputs[0] if inputs else {}))
+
+    @cached_property
+    def out_dir(self) -> str:
+        """--out_dir, else OPENAI_LOGDIR, else a folder beside the checkpoint that is named after
+        the identity.
+        """
+        words = f"{self.solver}-n{self.num_samples}"
+        default = default_folder(self.model_path, "samples", words, self.identity)
+        return files.results_folder(self.wanted_dir, default)
+
+
+def sampling_request(
+    script: str = "image_sample", config: str = "", **flags: Any
+) -> SamplingRequest:
+    """A request from flags by name, as image_sample.py takes them: model_path="ema.pt",
+    num_samples=64, timestep_respacing="50", ...
+
+    Args:
+        script: image_sample, classifier_sample or super_res_sample.
+        config: a YAML file with settings, as --config.
 
     Raises:
-        ValueError: flags of one sampler for another, or classifier-free guidance of a network that
-            cannot do without a class.
+        ValueError: as on the command line.
     """
-    kind = sampler_kind(cfg)
-    if kind in ("heun", "euler") and "edm_steps" not in cfg.values:
-        raise ValueError(
-            f"--sampler {kind} is for image_sample: {cfg.script} steers each step of DDPM or DDIM "
-            "(by a classifier or a low-resolution image), which EDM's samplers do not have"
-        )
-    _check_flags_of(kind, cfg)
-    if cfg.guidance_scale != 1:
-        _check_guidance(cfg)
-    shape = (cfg.in_channels, *image_size)
-    guidance = {
-        "guidance_scale": cfg.guidance_scale,
-        "null_label": cfg.num_classes if cfg.null_class else None,
-    }
-    if kind in ("ddpm", "ddim"):
-        return Sampler(
-            diffusion, shape, cfg.seed, kind == "ddim", cfg.eta, cfg.clip_denoised, **guidance
-        )
-    if edm := cfg.values.get("framework") == "edm":
+    return request_from(from_values(script, flags, config))
 
-        def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
-            return BoundDenoiser(network, diffusion)
-    else:
 
-        def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
-            return ProcessDenoiser(
-                diffusion, network, model_kwargs=kwargs, null_label=guidance["null_label"]
-            )
+def request_from(cfg: Config) -> SamplingRequest:
+    """The request that the merged settings of a sampling script make.
 
-    return SigmaSampler(
-        as_denoiser,
-        shape,
-        cfg.seed,
-        sigma_options(cfg, kind),
-        is_ablation(cfg),
-        **guidance,
-        rounded=edm,
+    Raises:
+        ValueError: no checkpoint is given, or flags that contradict each other or the model.
+    """
+    _require_paths(cfg)
+    cfg = adopt_beside(cfg)
+    if "classifier_path" in cfg.values and (beside := config_beside(cfg.classifier_path)):
+        cfg = adopt_classifier_config(cfg, beside)
+    cfg = settle_sampler(cfg)
+    notes = check_request(cfg)
+    cfg = settle_lambda(cfg)
+    enlarges = "large_size" in cfg.values
+    class_ids = None if enlarges else classes_to_sample(cfg)
+    return SamplingRequest(
+        model_path=cfg.model_path,
+        network=network_flags(cfg),
+        process=process_flags(cfg),
+        image_size=parse_size(cfg.large_size if enlarges else cfg.image_size),
+        solver=cfg.solver,
+        steps=number_of_steps(cfg),
+        eps_scaler=cfg.eps_scaler,
+        eps_scaler_k=cfg.eps_scaler_k,
+        guidance_scale=cfg.guidance_scale,
+        class_ids=None if class_ids is None else tuple(class_ids),
+        class_names=cfg.class_names,
+        precision=sampling_precision(cfg),
+        seed=cfg.seed,
+        num_samples=cfg.num_samples,
+        batch_size=cfg.batch_size,
+        compile=cfg.compile,
+        save_png=cfg.save_png,
+        wanted_dir=cfg.out_dir,
+        default_count="num_samples" not in cfg.given,
+        text=sampler_text(cfg),
+        notes=tuple(notes),
+        classifier=_classifier(cfg) if "classifier_path" in cfg.values else None,
+        base=_base(cfg) if enlarges else None,
+        settled=cfg,
     )
 
 
-def settle_sampler(cfg: Any) -> None:
-    """Bring --sampler and --use_ddim, two ways to say it, to agree; what is on the command line
-    wins over a config file. And settle whether to clip.
+def adopt_beside(cfg: Config) -> Config:
+    """`cfg` with what lies beside its checkpoint."""
+    beside = config_beside(cfg.model_path)
+    return adopt_checkpoint_config(cfg, beside) if beside else cfg
+
+
+def complete_settings(cfg: Config) -> Config:
+    """What a script that studies a checkpoint needs besides its flags: the config beside it, and
+    lambda(t) settled.
 
     Raises:
-        ValueError: they contradict each other.
+        ValueError: no checkpoint is given, or its settings contradict the flags.
     """
-    said = [name for name in ("solver", "use_ddim") if cfg.given.get(name, "").startswith("--")]
-    if said == ["use_ddim"]:
-        cfg.values["solver"] = "ddim" if cfg.use_ddim else ""
-    elif said == ["solver"]:
-        cfg.values["use_ddim"] = cfg.solver == "ddim"
-    if cfg.use_ddim and cfg.solver not in ("", "ddim"):
-        raise ValueError(f"--use_ddim True and --sampler {cfg.solver} name two samplers: give one")
-    cfg.values["solver"] = sampler_kind(cfg)
-    cfg.values["use_ddim"] = cfg.solver == "ddim"
-    if cfg.values.get("framework") == "edm" and "clip_denoised" not in cfg.given:
-        cfg.values["clip_denoised"] = (
-            False  # EDM does not clip; settled here, so that settings.yaml tells what was done
-        )
+    if not cfg.model_path:
+        raise ValueError(NO_CHECKPOINT)
+    cfg = adopt_beside(cfg)
+    return settle_lambda(cfg) if "eps_schedule" in cfg.values else cfg
 
 
-def sampler_kind(cfg: Any) -> str:
-    """ddpm, ddim, heun or euler; for scripts without --sampler, by --use_ddim.
-
-    Raises:
-        ValueError: an EDM model is to be sampled by DDPM or DDIM.
-    """
-    edm = cfg.values.get("framework") == "edm"
-    kind = cfg.values.get("solver") or ("ddim" if cfg.use_ddim else "heun" if edm else "ddpm")
-    if edm and kind in ("ddpm", "ddim"):
+def _require_paths(cfg: Config) -> None:
+    if not cfg.model_path and "classifier_path" in cfg.values:
         raise ValueError(
-            f"{kind.upper()} steps along the alpha_bar of a process, and EDM's models have none: "
-            "use --sampler heun or euler"
+            "no diffusion model: give --model_path, such as runs/NAME/ema_0.9999_100000.pt"
         )
-    return kind
-
-
-def sampling_precision(cfg: Any) -> str:
-    """fp32, fp16 or bf16: --precision, else what the published --use_fp16 says, for which a config
-    may speak.
-
-    Raises:
-        ValueError: the two contradict each other on the command line.
-    """
-    asked = cfg.values.get("precision", "")
-    if (
-        asked in ("fp32", "bf16")
-        and cfg.use_fp16
-        and cfg.given.get("use_fp16", "").startswith("--")
-    ):
-        raise ValueError(f"--use_fp16 True and --precision {asked} contradict each other: keep one")
-    return asked or ("fp16" if cfg.use_fp16 else "fp32")
-
-
-def is_ablation(cfg: Any) -> bool:
-    """Do the flags ask for the generalised sampler of EDM's ablations?"""
-    return any(cfg.values.get(name) for name in _ABLATION)
-
-
-def sigma_options(cfg: Any, kind: str) -> dict[str, Any]:
-    """The flags of heun and euler as arguments of edm_sample or ablation_sample."""
-    # 0 stands for "not given": the samplers know what is usual, and clamp to what the model was
-    # trained for.
-    options = {
-        name: getattr(cfg, name) for name in ("sigma_min", "sigma_max") if getattr(cfg, name)
-    }
-    options |= {
-        name: getattr(cfg, name)
-        for name in ("rho", "S_churn", "S_min", "S_max", "S_noise", "eps_scaler", "eps_scaler_k")
-    }
-    if is_ablation(cfg):
-        options |= {
-            "discretization": cfg.discretization or "edm",
-            "schedule": cfg.noise_level_schedule or "linear",
-            "scaling": cfg.noise_level_scaling or "none",
-        }
-    return options | {
-        "num_steps": cfg.edm_steps,
-        "solver": kind,
-        "clip_denoised": cfg.clip_denoised,
-    }
-
-
-def _check_flags_of(kind: str, cfg: Any) -> None:
-    """Refuse what was asked of another sampler: it would be ignored in silence."""
-    if cfg.eta and kind != "ddim":
+    if not cfg.model_path:
+        raise ValueError(NO_CHECKPOINT)
+    if not cfg.values.get("base_samples", True):
         raise ValueError(
-            f"--eta {cfg.eta} is DDIM's noise and means nothing for {kind.upper()}: add --use_ddim "
-            "True, or leave it out"
-            + (" (--S_churn adds noise to EDM's samplers)" if kind in ("heun", "euler") else "")
+            "no low-resolution images: give --base_samples, an npz, a folder or a zip of images"
         )
-    if kind in ("heun", "euler"):
-        if cfg.given.get("timestep_respacing", "").startswith("--") and cfg.timestep_respacing:
-            raise ValueError(
-                f"--timestep_respacing {cfg.timestep_respacing} chooses steps of DDPM and DDIM; "
-                f"{kind} takes --edm_steps of them along sigma"
-            )
-        return
-    for name in _SIGMA:
-        if cfg.given.get(name, "").startswith("--"):
-            raise ValueError(
-                f"--{name} {cfg.values[name]} belongs to --sampler heun and euler, and means "
-                f"nothing for {kind.upper()}"
-                + (": use --timestep_respacing" if name == "edm_steps" else ": leave it out")
-            )
-
-
-def _check_guidance(cfg: Any) -> None:
-    if cfg.values.get("framework") == "edm":
+    if not cfg.values.get("classifier_path", True):
         raise ValueError(
-            f"--guidance_scale {cfg.guidance_scale:g} needs a label for 'no class', which EDM's "
-            "networks do not have: leave it out"
-        )
-    if not cfg.class_cond:
-        raise ValueError(
-            f"--guidance_scale {cfg.guidance_scale:g} pushes towards the class, but this model is "
-            "unconditional and knows none: leave it out, or use a model trained with --class_cond "
-            "True --class_dropout 0.1"
-        )
-    if not cfg.null_class:
-        raise ValueError(
-            f"--guidance_scale {cfg.guidance_scale:g} compares the network with class and without, "
-            "but this checkpoint has no label for 'no class': train with --class_dropout 0.1 (a "
-            "bare .pt that was trained so needs --null_class True)"
+            "no classifier: give --classifier_path, such as runs/NAME/model150000.pt "
+            "(scripts/classifier_train.py makes one), or sample without guidance by "
+            "scripts/image_sample.py"
         )
 
 
-def what_decides_the_images(
-    cfg: Any, sections: Iterable[str] = ("model", "diffusion"), **more: Any
-) -> dict[str, Any]:
-    """All that the images depend on, as plain values: the checkpoint, flags of sampling, sections,
-    and what else is given.
-    """
-    values = {
-        "model_path": os.path.basename(cfg.model_path),
-        "model_sha256": files.sha256(cfg.model_path),
-        **more,
-        **deciding_values(cfg),
-    }
-    if cfg.values.get("framework") == "edm":
-        # use_fp16 comes with the checkpoint's config, and --precision wins over it: the settings
-        # say what was done.
-        precision = sampling_precision(cfg)
-        values |= {
-            "precision": precision,
-            "use_fp16": precision == "fp16",
-            "quantisation": "rounded",
-        }
-    if cfg.classes:
-        values["classes"] = cfg.classes  # label k is classes[k]
-    if cfg.trained_on:
-        values["trained_on"] = (
-            cfg.trained_on
-        )  # decides through the weights; evaluator.py compares it with the reference's
-    for section in sections:
-        values.update(
-            {name: value for name, value in cfg.section(section).items() if name not in values}
-        )
-    return values
-
-
-def deciding_values(cfg: Any) -> dict[str, Any]:
-    """All flags that decide what comes out of a checkpoint, and their values: those of role images,
-    and number formats.
-
-    The solver's name and flags appear only where use_ddim does not say it all, and a quiet flag
-    only where it has not its default: so folders that are older than these flags are continued.
-    """
-    values = {}
-    kind = sampler_kind(cfg) if "solver" in cfg.values else ""
-    deciding = SCRIPTS[cfg.script].deciding()
-    for flag in deciding:
-        if flag.name != "solver" and not flag.solvers and not flag.quiet:
-            values[flag.name] = cfg.values[flag.name]
-    if "use_fp16" in cfg.values:
-        values["use_fp16"] = cfg.use_fp16
-    if kind not in ("", "ddpm", "ddim"):
-        values["sampler"] = kind
-        values |= {flag.name: cfg.values[flag.name] for flag in deciding if flag.solvers}
-    for flag in deciding:
-        if flag.quiet and cfg.values[flag.name] != flag.default:
-            values[flag.name] = cfg.values[flag.name]
-    return values
-
-
-def sampler_text(cfg: Any) -> str:
-    """DDPM, steps 100, lambda 1.017."""
-    kind = sampler_kind(cfg)
-    if kind in ("heun", "euler"):
-        text = f"{kind.capitalize()}, steps {cfg.edm_steps}" + (
-            f", S_churn {cfg.S_churn:g}" if cfg.S_churn else ""
-        )
-    else:
-        text = (
-            f"DDIM, eta {cfg.eta:g}" if kind == "ddim" else "DDPM"
-        ) + f", steps {cfg.timestep_respacing or cfg.diffusion_steps}"
-    slope = f" + {cfg.eps_scaler_k:g} t" if cfg.eps_scaler_k else ""
-    guidance = f", guidance scale {cfg.guidance_scale:g}" if cfg.guidance_scale != 1 else ""
-    b = cfg.eps_scaler
-    if isinstance(b, list):
-        b = f"{min(b):g} to {max(b):g}, one per step"
-    return f"{text}, lambda {b}{slope}{guidance}"
-
-
-def choose_out_dir(cfg: Any, settings: dict[str, Any]) -> str:
-    """--out_dir, else OPENAI_LOGDIR, else a folder beside the checkpoint named after the settings.
-
-    Named so that the same command finds what it had begun, and another one does not touch it.
-    """
-    stem = os.path.splitext(os.path.basename(cfg.model_path))[0]
-    kind = sampler_kind(cfg)
-    key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
-    named = os.path.join(
-        files.folder_beside(cfg.model_path), "samples", f"{stem}-{kind}-n{cfg.num_samples}-{key}"
+def _classifier(cfg: Config) -> ClassifierGuidance:
+    flags = {name: cfg.values[name] for name in ("image_size", "in_channels", "num_classes")}
+    return ClassifierGuidance(
+        cfg.classifier_path,
+        cfg.classifier_scale,
+        {**flags, **cfg.section("classifier")},
+        "fp16" if cfg.classifier_use_fp16 else "fp32",
     )
-    return files.results_folder(cfg.out_dir, named)
 
 
-def say(text: str) -> None:
-    """Print on one rank."""
-    if dist_util.is_main():
-        print(text, flush=True)
+def _base(cfg: Config) -> BaseImages:
+    large, small = parse_size(cfg.large_size), parse_size(cfg.small_size)
+    check_sizes(large, small)
+    return BaseImages(
+        cfg.base_samples,
+        small,
+        cfg.in_channels,
+        cfg.resize_base,
+        cfg.num_classes if cfg.class_cond else None,
+        cfg.num_samples,
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -336,9 +337,10 @@ def run(
         resume_step=loop.step,
     )
     logger.log(f"results go to {out_dir}")
-    cfg.trained_on, cfg.classes = (
-        getattr(loop.data, "preprocessing", ""),
-        getattr(loop.data, "classes", None) or [],
+    cfg = replace(
+        cfg,
+        trained_on=getattr(loop.data, "preprocessing", ""),
+        class_names=tuple(getattr(loop.data, "classes", None) or ()),
     )
     if dist_util.is_main():
         remove_leftovers(out_dir)

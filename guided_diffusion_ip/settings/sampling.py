@@ -15,9 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from .. import dist_util, files
-from ..diffusion.denoiser import BoundDenoiser
+from ..diffusion.denoiser import BoundDenoiser, Denoiser
+from ..diffusion.epsilon_scaling import EpsilonScaling
 from ..diffusion.process_denoiser import ProcessDenoiser
-from ..runs.sample_batch import Sampler, SigmaSampler
+from ..diffusion.solvers import SOLVERS
+from ..diffusion.solvers.paths import AlongProcess
+from ..diffusion.solvers.sigma_path import AlongSigma, Churn, SigmaGrid
+from ..runs.sample_batch import Sampler
 
 # Flags of sampling that the images depend on.
 _SAMPLING = (
@@ -47,7 +51,7 @@ _SIGMA = (
 )
 
 
-def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampler | SigmaSampler:
+def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampler:
     """The sampler that the flags describe; cond_fn, if any, is the caller's to add.
 
     Args:
@@ -57,44 +61,64 @@ def make_sampler(cfg: Any, diffusion: Any, image_size: tuple[int, int]) -> Sampl
         ValueError: flags of one sampler for another, or classifier-free guidance of a network that
             cannot do without a class.
     """
-    kind = sampler_kind(cfg)
-    if kind in ("heun", "euler") and "edm_steps" not in cfg.values:
+    solver = SOLVERS[sampler_kind(cfg)]
+    if solver.along == "sigma" and "edm_steps" not in cfg.values:
         raise ValueError(
-            f"--sampler {kind} is for image_sample: {cfg.script} steers each step of DDPM or DDIM "
-            "(by a classifier or a low-resolution image), which EDM's samplers do not have"
+            f"--sampler {solver.name} is for image_sample: {cfg.script} steers each step of DDPM "
+            "or DDIM (by a classifier or a low-resolution image), which EDM's samplers do not have"
         )
-    _check_flags_of(kind, cfg)
+    _check_flags_of(solver.name, cfg)
     if cfg.guidance_scale != 1:
         _check_guidance(cfg)
-    shape = (cfg.in_channels, *image_size)
-    guidance = {
-        "guidance_scale": cfg.guidance_scale,
-        "null_label": cfg.num_classes if cfg.null_class else None,
-    }
-    if kind in ("ddpm", "ddim"):
-        return Sampler(
-            diffusion, shape, cfg.seed, kind == "ddim", cfg.eta, cfg.clip_denoised, **guidance
-        )
-    if edm := cfg.values.get("framework") == "edm":
+    edm = cfg.values.get("framework") == "edm"
+    null_label = cfg.num_classes if cfg.null_class else None
+    return Sampler(
+        _along(cfg, diffusion, null_label),
+        (cfg.in_channels, *image_size),
+        cfg.seed,
+        solver.name,
+        {name: getattr(cfg, name) for name in solver.options},
+        cfg.guidance_scale,
+        null_label,
+        rounded=edm,
+    )
 
-        def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
+
+def _along(cfg: Any, diffusion: Any, null_label: int | None) -> AlongProcess | AlongSigma:
+    """The path that the flags describe: the steps of a process, or noise levels."""
+    if not goes_along_sigma(cfg):
+        return AlongProcess(diffusion, cfg.clip_denoised)
+    if cfg.values.get("framework") == "edm":
+
+        def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Denoiser:
             return BoundDenoiser(network, diffusion)
     else:
 
-        def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
-            return ProcessDenoiser(
-                diffusion, network, model_kwargs=kwargs, null_label=guidance["null_label"]
-            )
+        def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Denoiser:
+            return ProcessDenoiser(diffusion, network, model_kwargs=kwargs, null_label=null_label)
 
-    return SigmaSampler(
-        as_denoiser,
-        shape,
-        cfg.seed,
-        sigma_options(cfg, kind),
-        is_ablation(cfg),
-        **guidance,
-        rounded=edm,
+    # 0 and "" stand for "not given": the grid knows what is usual, and keeps to what the model was
+    # trained for.
+    grid = SigmaGrid(
+        cfg.edm_steps,
+        cfg.sigma_min or None,
+        cfg.sigma_max or None,
+        cfg.rho,
+        cfg.discretization or "edm",
+        cfg.noise_level_schedule or "linear",
+        cfg.noise_level_scaling or "none",
     )
+    scaling = EpsilonScaling.of(cfg.eps_scaler, cfg.eps_scaler_k)
+    churn = Churn(cfg.S_churn, cfg.S_min, cfg.S_max, cfg.S_noise)
+    return AlongSigma(as_denoiser, grid, scaling, churn, cfg.clip_denoised)
+
+
+def goes_along_sigma(cfg: Any) -> bool:
+    """Whether the chain goes along noise levels (--edm_steps), rather than the steps of a process
+    (--timestep_respacing).
+    """
+    along = SOLVERS[sampler_kind(cfg)].along
+    return along == "sigma" or along == "either" and cfg.values.get("framework") == "edm"
 
 
 def settle_sampler(cfg: Any) -> None:
@@ -150,35 +174,6 @@ def sampling_precision(cfg: Any) -> str:
     ):
         raise ValueError(f"--use_fp16 True and --precision {asked} contradict each other: keep one")
     return asked or ("fp16" if cfg.use_fp16 else "fp32")
-
-
-def is_ablation(cfg: Any) -> bool:
-    """Do the flags ask for the generalised sampler of EDM's ablations?"""
-    return any(cfg.values.get(name) for name in _ABLATION)
-
-
-def sigma_options(cfg: Any, kind: str) -> dict[str, Any]:
-    """The flags of heun and euler as arguments of edm_sample or ablation_sample."""
-    # 0 stands for "not given": the samplers know what is usual, and clamp to what the model was
-    # trained for.
-    options = {
-        name: getattr(cfg, name) for name in ("sigma_min", "sigma_max") if getattr(cfg, name)
-    }
-    options |= {
-        name: getattr(cfg, name)
-        for name in ("rho", "S_churn", "S_min", "S_max", "S_noise", "eps_scaler", "eps_scaler_k")
-    }
-    if is_ablation(cfg):
-        options |= {
-            "discretization": cfg.discretization or "edm",
-            "schedule": cfg.noise_level_schedule or "linear",
-            "scaling": cfg.noise_level_scaling or "none",
-        }
-    return options | {
-        "num_steps": cfg.edm_steps,
-        "solver": kind,
-        "clip_denoised": cfg.clip_denoised,
-    }
 
 
 def _check_flags_of(kind: str, cfg: Any) -> None:

@@ -19,7 +19,7 @@ from ..evaluation.images import ArrayImages, ImageFile, Subset, open_images
 from ..evaluation.reference import has_images, has_statistics, read_statistics
 from ..evaluation.set_features import SetFeatures, extract
 from ..features.spaces import FeatureSpace, open_features
-from ..runs.sample_batch import ImagesWithNaN, Sampler, SigmaSampler, draw_images
+from ..runs.sample_batch import ImagesWithNaN, Sampler, draw_images
 
 _MOST_REFERENCE_IMAGES = 50_000  # as in published tables
 
@@ -114,7 +114,7 @@ class Evaluation:
 
 
 def make_evaluation(
-    cfg: Any, sampler: Sampler | SigmaSampler, kwargs_for: Callable[[list[int]], dict[str, Tensor]]
+    cfg: Any, sampler: Sampler, kwargs_for: Callable[[list[int]], dict[str, Tensor]]
 ) -> Evaluation:
     """What the --eval_... flags describe."""
     space = open_features(

@@ -101,6 +101,10 @@ class GaussianDiffusion(NoiseSchedule):
         other._scale_epsilon_by(scaling)
         return other
 
+    def whole(self) -> GaussianDiffusion:
+        """The process that this one is a subset of; itself unless respaced."""
+        return self
+
     @property
     def input_pertub(self) -> float:
         """The published spelling of input_perturbation."""

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from .. import dist_util
 from ..diffusion.epsilon_scaling import EpsilonScaling
+from ..diffusion.solvers import SOLVERS
 from ..diffusion.solvers.paths import SamplingPath, with_output
 from ..runs.sample_batch import Sampler
 from .measure_run import ImagesFor
@@ -163,10 +164,11 @@ def calibrate(
         )
     mine = list(range(num_chains * rank // world, num_chains * (rank + 1) // world))
     parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
-    if sampler.network_calls != sampler.num_steps:
+    solver = SOLVERS[sampler.solver]
+    if solver.memory or sampler.network_calls != sampler.num_steps:
         raise ValueError(
-            f"--by {by} tries each step by itself, by one network call, but {sampler.solver} makes "
-            f"{sampler.network_calls} calls in {sampler.num_steps} steps"
+            f"--by {by} tries each step by itself, by one network call, but the steps of "
+            f"{solver.title} need more: use --solver ddpm, ddim or euler"
         )
     return _Calibrator(sampler, model, images_for, parts, device, STATISTICS[by](), bracket).run()
 

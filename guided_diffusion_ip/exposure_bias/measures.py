@@ -53,7 +53,7 @@ class EpsilonNorm:
 
     def see(self, sums: Sums, visit: Visit) -> None:
         if visit.walk.kind in (INPUTS, CHAIN):
-            norms = visit.raw_epsilon.flatten(1).double().norm(dim=1)
+            norms = visit.prediction.raw_epsilon.flatten(1).double().norm(dim=1)
             _add_moments(sums, visit.walk.kind, visit.path.num_steps, visit.t, norms[:, None])
 
     def result(self, sums: Sums, n: int, path: SamplingPath) -> Figures:
@@ -172,7 +172,7 @@ class PredictionError:
         if visit.walk.kind != INPUTS:
             return
         steps, t, batch = visit.path.num_steps, visit.t, visit.batch
-        error = (visit.raw_x_start.double() - batch.x_start.double()).flatten(1)
+        error = (visit.prediction.raw_x_start.double() - batch.x_start.double()).flatten(1)
         _add_moments(sums, "error", steps, t, error)
         pixels = np.unique(np.linspace(0, error.shape[1] - 1, _NORMALITY_PIXELS).astype(int))
         rows = _array(sums, "rows", (steps, _NORMALITY_IMAGES, len(pixels)))

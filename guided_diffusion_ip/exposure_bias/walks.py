@@ -68,18 +68,6 @@ class Visit:
     def x(self) -> Tensor:
         return self.prediction.x
 
-    @property
-    def raw_epsilon(self) -> Tensor:
-        """The network's epsilon, not divided by lambda, whatever it predicts."""
-        p = self.prediction
-        return self.path.raw_epsilon(p.output, p.x, p.level)
-
-    @property
-    def raw_x_start(self) -> Tensor:
-        """x_0_hat without lambda, clipped if the sampler clips."""
-        p = self.prediction
-        return self.path.raw_x_start(p.output, p.x, p.level)
-
 
 def walk(kind: Walk, sampler: Sampler, model: Model, batch: Batch) -> Iterator[Visit]:
     """The visits of one batch, from the noisy end to the clean end."""

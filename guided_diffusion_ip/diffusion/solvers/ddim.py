@@ -72,8 +72,7 @@ def ddim_sample(
     Eq. 12.
     """
     path = ProcessPath(process, model, model_kwargs, clip_denoised, denoised_fn, cond_fn)
-    here, there = path.around(t, x)
-    out = step(path, x, here, there, None, randn_like or torch.randn_like, eta)
+    out = step(path, x, path.at(t, x), path.at(t - 1, x), None, randn_like or torch.randn_like, eta)
     return {"sample": out.x, "pred_xstart": out.prediction.x_start}
 
 

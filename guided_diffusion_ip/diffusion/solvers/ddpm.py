@@ -55,8 +55,7 @@ def p_sample(
     path = ProcessPath(
         process, model, model_kwargs, clip_denoised, denoised_fn, cond_fn, guide_score=False
     )
-    here, there = path.around(t, x)
-    out = step(path, x, here, there, None, randn_like or torch.randn_like)
+    out = step(path, x, path.at(t, x), path.at(t - 1, x), None, randn_like or torch.randn_like)
     return {"sample": out.x, "pred_xstart": out.prediction.x_start}
 
 

@@ -23,4 +23,4 @@ def step(
     return Step(x + (there.time - here.time) * here.slope(x, p.epsilon), there, p)
 
 
-SOLVER = Solver("euler", "Euler", "sigma", step)
+SOLVER = Solver("euler", "Euler", "sigma", step, churn=True)

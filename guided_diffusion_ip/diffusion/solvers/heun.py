@@ -42,4 +42,6 @@ def step(
     return Step(x + h * slope, there, p)
 
 
-SOLVER = Solver("heun", "Heun", "sigma", step, calls=lambda num_steps: 2 * num_steps - 1)
+SOLVER = Solver(
+    "heun", "Heun", "sigma", step, churn=True, calls=lambda num_steps: 2 * num_steps - 1
+)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -41,6 +42,7 @@ class Prediction:
     """What one call of the network says at x.
 
     Args:
+        path: what the network was called through.
         x: where it was asked, [N, C, H, W]; level: the noise level of x.
         output: what the network returned (a denoiser: D).
         x_start: x_0_hat, after epsilon was divided by lambda, and clipped if the path clips.
@@ -48,6 +50,7 @@ class Prediction:
         mean, log_variance: of p(x_{t-1} | x_t), instead of epsilon, for solvers that sample it.
     """
 
+    path: Any
     x: Tensor
     level: Any
     output: Tensor
@@ -55,6 +58,16 @@ class Prediction:
     epsilon: Tensor | None = None
     mean: Tensor | None = None
     log_variance: Tensor | None = None
+
+    @property
+    def raw_epsilon(self) -> Tensor:
+        """The network's epsilon [N, C, H, W], not divided by lambda, whatever it predicts."""
+        return self.path.raw_epsilon(self.output, self.x, self.level)
+
+    @property
+    def raw_x_start(self) -> Tensor:
+        """x_0_hat without lambda, clipped if the path clips."""
+        return self.path.raw_x_start(self.output, self.x, self.level)
 
 
 @dataclass(frozen=True)
@@ -102,18 +115,32 @@ class SamplingPath(Protocol):
 
 @dataclass(frozen=True)
 class ProcessLevel:
-    """Step t of a process, int64 [N] (which may differ between images); -1 is the clean image."""
+    """Step t of a process, int64 [N] (which may differ between images); -1 is the clean image.
 
+    Args:
+        ndim: of the images, 4 for [N, C, H, W].
+    """
+
+    process: GaussianDiffusion
     t: Tensor
-    alpha_bar: Tensor  # [N, 1, 1, 1]
+    ndim: int = 4
 
-    @property
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        """[N, 1, 1, 1], as alpha and sigma."""
+        return self._read("alphas_cumprod", 1.0)
+
+    @cached_property
     def alpha(self) -> Tensor:
-        return self.alpha_bar.sqrt()
+        return self._read("sqrt_alphas_cumprod", 1.0)
 
-    @property
+    @cached_property
     def sigma(self) -> Tensor:
-        return (1 - self.alpha_bar).sqrt()
+        return self._read("sqrt_one_minus_alphas_cumprod", 0.0)
+
+    def _read(self, table: str, clean: float) -> Tensor:
+        values = self.process.at(table, self.t.clamp(min=0), self)
+        return torch.where((self.t < 0).view(values.shape), clean, values)
 
 
 @dataclass(frozen=True)
@@ -157,16 +184,22 @@ class ProcessPath:
 
     def level(self, index: int, x: Tensor) -> ProcessLevel:
         """Level `index` for the images x [N, C, H, W]."""
-        t = torch.full((len(x),), index, dtype=torch.int64, device=x.device)
-        if index < 0:
-            return ProcessLevel(t, x.new_ones((len(x), *[1] * (x.ndim - 1)), dtype=torch.float32))
-        return ProcessLevel(t, self.process.at("alphas_cumprod", t, x))
+        return self.at(torch.full((len(x),), index, dtype=torch.int64, device=x.device), x)
 
-    def around(self, t: Tensor, x: Tensor) -> tuple[ProcessLevel, ProcessLevel]:
-        """The levels t, int64 [N], and t - 1."""
-        at = self.process.at
-        here = ProcessLevel(t, at("alphas_cumprod", t, x))
-        return here, ProcessLevel(t - 1, at("alphas_cumprod_prev", t, x))
+    def at(self, t: Tensor, x: Tensor) -> ProcessLevel:
+        """The levels t, int64 [N], of the images x; -1: the clean image."""
+        return ProcessLevel(self.process, t, x.ndim)
+
+    @cached_property
+    def whole(self) -> ProcessPath:
+        """The same network on all steps of the process that this one is a subset of."""
+        return replace(self, process=self.process.whole())
+
+    @cached_property
+    def original_t(self) -> Tensor:
+        """The step of `whole` that each step of this path is, int64 [num_steps]."""
+        steps = getattr(self.process, "timestep_map", range(self.num_steps))
+        return torch.tensor(list(steps))
 
     def start(self, noise: Tensor) -> Tensor:
         """x at the noisiest level from standard normal noise [N, C, H, W]."""
@@ -219,12 +252,12 @@ class ProcessPath:
             if guidance is not None:
                 mean = process.condition_mean(guidance, read, x, level.t, kwargs)
             return Prediction(
-                x, level, output, read["pred_xstart"], mean=mean, log_variance=read["log_variance"]
+                self, x, level, output, read["pred_xstart"], None, mean, read["log_variance"]
             )
         if guidance is not None:
             read = process.condition_score(guidance, read, x, level.t, kwargs)
         epsilon = process.eps_from_xstart(x, level.t, read["pred_xstart"])
-        return Prediction(x, level, output, read["pred_xstart"], epsilon)
+        return Prediction(self, x, level, output, read["pred_xstart"], epsilon)
 
     def raw_epsilon(self, output: Tensor, x: Tensor, level: ProcessLevel) -> Tensor:
         """The network's epsilon [N, C, H, W], not divided by lambda, whatever it predicts."""

@@ -220,7 +220,7 @@ class SigmaPath:
         if self.clip_denoised:
             x_start = x_start.clamp(-1, 1)
             epsilon = (unscaled - x_start) / sigma
-        return Prediction(x, level, output, x_start, epsilon)
+        return Prediction(self, x, level, output, x_start, epsilon)
 
     def predict(self, x: Tensor, level: SigmaLevel) -> Prediction:
         """call and read."""

@@ -25,6 +25,8 @@ class Solver:
         options: the keyword arguments of `step` that have flags of these names.
         calls: how often a chain of so many steps calls the network.
         guide_score: classifier guidance moves the score; False: the mean of p(x_{t-1} | x_t).
+        churn: steps begin with the path's fresh noise (S_churn).
+        memory: a step is another one if the step before it is not known.
     """
 
     name: str
@@ -34,3 +36,5 @@ class Solver:
     options: tuple[str, ...] = ()
     calls: Callable[[int], int] = once_per_step
     guide_score: bool = True
+    churn: bool = False
+    memory: bool = False

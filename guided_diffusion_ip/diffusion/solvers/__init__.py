@@ -9,11 +9,14 @@
 A solver of one's own is added by `SOLVERS["mine"] = Solver("mine", "Mine", "either", step)`.
 """
 
-from . import ddim, ddpm, euler, heun
+from importlib import import_module
+
 from .solver import Solver
 
-SOLVERS: dict[str, Solver] = {
-    solver.name: solver for solver in (ddpm.SOLVER, ddim.SOLVER, euler.SOLVER, heun.SOLVER)
-}
+FILES = ("ddpm", "ddim", "euler", "heun")
+SOLVERS: dict[str, Solver] = {}
+for _file in FILES:
+    _solver: Solver = import_module(f".{_file}", __name__).SOLVER
+    SOLVERS[_solver.name] = _solver
 
 __all__ = ["SOLVERS", "Solver"]

@@ -30,7 +30,7 @@ from guided_diffusion_ip.preparation.packed import pack_images
 from guided_diffusion_ip.preparation.parts import Parts
 from guided_diffusion_ip.data.sources import open_source
 from guided_diffusion_ip.diffusion import *
-from guided_diffusion_ip.evaluation.evaluate import evaluate
+from guided_diffusion_ip.evaluation.compare import Reference, compare
 from guided_diffusion_ip.evaluation.images import open_images
 from guided_diffusion_ip.evaluation.report import describe_set
 from guided_diffusion_ip.exposure_bias.measure_run import PartialSums
@@ -146,7 +146,7 @@ def evaluation():
     write_npz("images.npz", {"arr_0": images})
     space = open_features("pixels", device="cpu")
     sides = [open_images(path, "samples") for path in ("pictures", "images.npz")]
-    found = evaluate(sides[0], None, sides[1], space, metrics=["fid", "prec", "kid"], batch_size=7, say=lambda text: None)
+    found = compare(Reference(sides[0]), sides[1], space, ["fid", "prec", "kid"], batch_size=7, say=lambda text: None)
     assert found.metrics["fid"].value < 1e-6 and found.metrics["prec"].value == 1
     assert describe_set("pictures", sides[0], "")["images"] == N
 

@@ -23,7 +23,10 @@ from . import inception, tf_graph
 PUBLISHED_NAME = "weights-inception-2015-12-05-6726825d.pth"
 PUBLISHED_SHA256 = "6726825d"  # how it begins
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{PUBLISHED_NAME}"
-URL_TF = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb"
+URL_TF = (
+    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
+    "classify_image_graph_def.pb"
+)
 ENVIRONMENT = "GUIDED_DIFFUSION_IP_INCEPTION"
 
 

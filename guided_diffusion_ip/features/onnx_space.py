@@ -82,8 +82,8 @@ class OnnxSpace:
         if any(want not in (None, have) for want, have in zip(self._size, images.shape[2:])):
             raise ValueError(
                 f"{self._path} takes images of {size_text(tuple(n or 'any' for n in self._size))} "
-                f"(height x width), and these have {size_text(images.shape[2:])}; resize them, or use "
-                "another feature space"
+                f"(height x width), and these have {size_text(images.shape[2:])}; resize them, or "
+                "use another feature space"
             )
         try:
             (pool,) = self._session.run(None, {self._input: images.numpy()})

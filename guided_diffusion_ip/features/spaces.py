@@ -1,7 +1,8 @@
-"""The feature spaces by name. A new one is a file with a class like PixelSpace, and a line in SPACES.
+"""The feature spaces by name: a new one is a file with a class like PixelSpace, and a line in
+SPACES.
 
-A space of your own that need not have a name: anything that satisfies `FeatureSpace` can be handed
-to `evaluation.evaluate.evaluate`.
+A space without a name: anything that satisfies `FeatureSpace` can be passed to
+`evaluation.evaluate.evaluate`.
 """
 
 from __future__ import annotations

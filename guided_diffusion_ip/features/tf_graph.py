@@ -2,10 +2,9 @@
 GraphDef.
 
 A GraphDef is a protocol buffer: fields of (number, wire type, content), nested (protobuf.dev,
-"Encoding"; in
-tensorflow/core/framework: graph.proto, node_def.proto, attr_value.proto, tensor.proto). Nothing is
-    copied and nothing is
-believed: arrays are views of the file, and every length is compared with what is there.
+"Encoding"; in tensorflow/core/framework: graph.proto, node_def.proto, attr_value.proto,
+tensor.proto). Nothing is copied and nothing is trusted: arrays are views of the file, and every
+length is compared with what is there.
 """
 
 from __future__ import annotations
@@ -225,10 +224,9 @@ def _layers() -> dict[str, str]:
     layers = {_numbered("conv", i): f"Conv2d_{name}" for i, name in enumerate(stem)}
     for i, (block, towers) in enumerate(blocks):
         for tower, names in towers.items():
-            layers |= {
-                f"{_numbered('mixed', i)}/{tower}{_numbered('conv', j)}": f"Mixed_{block}.branch{name}"
-                for j, name in enumerate(names.split())
-            }
+            for j, name in enumerate(names.split()):
+                place = f"{_numbered('mixed', i)}/{tower}{_numbered('conv', j)}"
+                layers[place] = f"Mixed_{block}.branch{name}"
     return layers
 
 

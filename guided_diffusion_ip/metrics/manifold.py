@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import dist_util
 from ..ieee_float32 import ieee_float32
+from .entry import REFERENCE_ROWS, ROWS, Metric, MetricOptions, SetFeatures, Value
 from .feature_rows import FeatureArray, as_tensor, check_finite_rows, feature_rows
 
 ARITHMETIC = ("float32", "float64", "half")
@@ -265,3 +266,32 @@ def _progress_bar(show: bool):
         desc="precision and recall", unit="tile", disable=not (show and dist_util.is_main())
     ) as bar:
         yield bar
+
+
+def _compute(
+    reference: SetFeatures, samples: SetFeatures, options: MetricOptions
+) -> dict[str, Value]:
+    """Both from one pass over the distances."""
+    precision, recall = precision_recall(
+        reference.rows, samples.rows, arithmetic=options.pr_arithmetic, device=options.device
+    )
+    return {
+        name: Value(value, detail=options.pr_arithmetic)
+        for name, value in (("prec", precision), ("recall", recall))
+    }
+
+
+METRICS = tuple(
+    Metric(
+        name,
+        title,
+        frozenset({ROWS, REFERENCE_ROWS}),
+        larger_is_better=True,
+        compute=_compute,
+        short=title.lower(),
+        progress="precision and recall: {samples} samples, {reference} reference images",
+        least=4,
+        least_for="precision and recall need",
+    )
+    for name, title in (("prec", "Precision"), ("recall", "Recall"))
+)

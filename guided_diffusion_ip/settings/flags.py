@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..metrics.registry import METRIC_NAMES
+
 
 def str2bool(v: str | bool) -> bool:
     """yes/no, true/false, y/n, t/f, 1/0, in any case."""
@@ -317,11 +319,7 @@ _EVALUATING = (
         "inception",
         "feature space of evaluations: inception, pixels, or a FILE.onnx",
     ),
-    Flag(
-        "eval_metrics",
-        "fid",
-        "what evaluations compute, separated by commas: fid, sfid, is, prec, recall, kid",
-    ),
+    Flag("eval_metrics", "fid", f"what evaluations compute, separated by commas: {METRIC_NAMES}"),
     Flag("eval_respacing", "50", "timestep_respacing of evaluations"),
     Flag(
         "inception_weights",
@@ -553,7 +551,7 @@ _EVALUATE = (
     Flag(
         "metrics",
         "fid,sfid,is,prec,recall",
-        "what to compute, separated by commas: fid, sfid, is, prec, recall, kid",
+        f"what to compute, separated by commas: {METRIC_NAMES}",
     ),
     Flag("num_samples", 0, "use the first so many samples; 0: all", least=0),
     *_FEATURES,

@@ -90,8 +90,8 @@ def describe_set(side: Images, images: ImageFile | None, preprocessing: str) -> 
     if path:
         where, digest = os.path.abspath(path), files.sha256_tree(path)
     elif images is not None:
-        pixels = images.rows(0, images.n)
-        where, digest = "(memory)", hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
+        pixels = np.ascontiguousarray(images.rows(0, images.n))
+        where, digest = "(memory)", hashlib.sha256(pixels.data).hexdigest()
     else:
         raise ValueError("a set of images in memory has images")
     known = {"path": where, "sha256": digest, "preprocessing": preprocessing}

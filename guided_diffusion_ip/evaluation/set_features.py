@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import dist_util
@@ -51,9 +52,9 @@ def extract(
             if MOMENTS in needs:
                 pool.update(features.pool)
             if with_spatial:
-                spatial.update(features.spatial)
+                spatial.update(_promised(features.spatial, space, "spatial"))
             if score is not None:
-                score.update(features.logits, first)
+                score.update(_promised(features.logits, space, "logits"), first)
             if ROWS in needs:
                 if first == start:
                     rows = np.empty((stop - start, features.pool.shape[1]), np.float32)
@@ -68,3 +69,12 @@ def extract(
     if ROWS in needs:
         rows = dist_util.all_gather_rows(rows)
     return SetFeatures(n, pool, spatial, rows, score)
+
+
+def _promised(features: Tensor | None, space: FeatureSpace, what: str) -> Tensor:
+    if features is None:
+        raise ValueError(
+            f"the features {space.name} state has_{what}, but return {what} = None: return them, "
+            f"or set has_{what} to False"
+        )
+    return features

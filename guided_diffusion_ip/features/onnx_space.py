@@ -32,7 +32,8 @@ class OnnxSpace:
         self._session = _session(runtime, path, content, device)
         self._input, self._size = self._check_input()
         self.dim = self._check_output()
-        self.name, self.warnings = os.path.basename(path), []
+        self.name = os.path.basename(path)
+        self.warnings: list[str] = []
         self._about = {
             "name": self.name,
             "file": self.name,
@@ -43,7 +44,7 @@ class OnnxSpace:
             "versions": {"torch": torch.__version__, "onnxruntime": runtime.__version__},
         }
 
-    def _check_input(self) -> tuple[str, tuple[int | None, int | None]]:
+    def _check_input(self) -> tuple[str, tuple[int | None, ...]]:
         """Name of the input; height and width where they are fixed."""
         inputs = self._session.get_inputs()
         if (
@@ -80,9 +81,10 @@ class OnnxSpace:
     def __call__(self, images: np.ndarray | Tensor) -> Features:
         images = as_rgb(image_tensor(images).cpu()).permute(0, 3, 1, 2).contiguous()
         if any(want not in (None, have) for want, have in zip(self._size, images.shape[2:])):
+            wanted = "x".join(str(n or "any") for n in self._size)
             raise ValueError(
-                f"{self._path} takes images of {size_text(tuple(n or 'any' for n in self._size))} "
-                f"(height x width), and these have {size_text(images.shape[2:])}; resize them, or "
+                f"{self._path} takes images of {wanted} (height x width), and "
+                f"these have {size_text(images.shape[2:])}; resize them, or "
                 "use another feature space"
             )
         try:

@@ -22,7 +22,8 @@ class PixelSpace:
     name, has_spatial, has_logits = "pixels", False, False
 
     def __init__(self) -> None:
-        self.dim, self.warnings = 0, []
+        self.dim = 0
+        self.warnings: list[str] = []
         self._shape: tuple[int, ...] = ()
 
     def describe(self) -> dict[str, Any]:

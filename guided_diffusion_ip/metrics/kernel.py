@@ -56,8 +56,8 @@ def kernel_distance(
             f"subsets={subsets}, subset_size={subset_size}, {len(ref)} reference and {len(sample)} "
             "sample images"
         )
-    for x, name in (ref, "reference features"), (sample, "sample features"):
-        for _ in finite_chunks(x, _CHECK_ROWS, name):
+    for rows, name in (ref, "reference features"), (sample, "sample features"):
+        for _ in finite_chunks(rows, _CHECK_ROWS, name):
             pass
     values = []
     for i in range(subsets):

@@ -98,7 +98,7 @@ class _Points:
     x: Tensor  # [N, D] float32, or float64 where that is asked for and given
     arithmetic: str
     norms: Tensor  # [N] float32 or float64
-    half_norms: Tensor | None  # [N] float16
+    half_norms: Tensor  # [N] float16; [0] in other arithmetic
 
     @classmethod
     def of(
@@ -120,7 +120,9 @@ class _Points:
             [c.to(torch.float64 if exact else torch.float32).square().sum(1) for c in chunks]
         )
         check_finite_rows(norms.isfinite().cpu().numpy(), name)
-        half_norms = torch.cat([_half_norms(c) for c in chunks]) if arithmetic == "half" else None
+        half_norms = torch.empty(0, dtype=torch.float16)
+        if arithmetic == "half":
+            half_norms = torch.cat([_half_norms(c) for c in chunks])
         return cls(x, arithmetic, norms, half_norms)
 
 

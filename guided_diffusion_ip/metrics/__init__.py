@@ -5,6 +5,7 @@ registry      METRICS: all metrics by name
 entry         what a metric is, and what it may need of two sets of images
 feature_rows  what counts as feature rows
 statistics    rows, a batch at a time -> mean and covariance
+neighbours    distances between the rows of two sets, and k-nearest-neighbour balls
 
 and a file for each computation, such as `frechet` (FID and sFID) or `kernel` (KID), which
 `registry` lists.

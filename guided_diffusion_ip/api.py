@@ -61,7 +61,8 @@ def sample(request: SamplingRequest) -> str:
     guide = request.classifier and _load_classifier(request.classifier)
     if guide and request.classifier.scale:
         gradient = classifier_gradient(guide, request.classifier.scale)
-        sampler = dataclasses.replace(sampler, cond_fn=gradient)
+        along = dataclasses.replace(sampler.along, cond_fn=gradient)
+        sampler = dataclasses.replace(sampler, along=along)
     base = request.base and request.base.images
     run = SampleRun(
         sampler,

@@ -1,11 +1,10 @@
-"""float32 that is float32: GPUs and some CPUs compute its products with fewer digits unless told
-not to.
-"""
+"""float32 that is float32: GPUs and some CPUs compute its products with fewer digits by default."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -15,10 +14,10 @@ def ieee_float32() -> Iterator[None]:
     """Convolutions and matrix products of float32 in float32, not in TF32 or bfloat16, as long as
     this lasts.
 
-    cuDNN's convolutions are in TF32 unless told otherwise, which has 10 bits of mantissa. An
+    cuDNN's convolutions are in TF32 by default, which has 10 bits of mantissa. An
     autocast around it is off within: that of a training run must not reach the metrics.
     """
-    backends = torch.backends
+    backends: Any = torch.backends  # whose attributes differ between releases
     switches = []
     if hasattr(backends.cudnn, "conv"):  # torch >= 2.9: a word for each operation
         switches = [
@@ -61,7 +60,7 @@ def _cudnn_tf32() -> bool:
     """cuDNN's old switch; moves the new ones where they contradict it, since it may not be asked
     then.
     """
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     with contextlib.suppress(RuntimeError):
         return cudnn.allow_tf32
     cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32"

@@ -16,7 +16,8 @@ import torch
 
 from guided_diffusion_ip import dist_util, script_util
 from guided_diffusion_ip.diffusion.denoiser import BoundDenoiser
-from guided_diffusion_ip.runs.sample_batch import Sampler, SigmaSampler
+from guided_diffusion_ip.diffusion.solvers.sigma_path import AlongSigma, SigmaGrid
+from guided_diffusion_ip.runs.sample_batch import Sampler, process_sampler
 from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.settings.edm import edm_process
 from guided_diffusion_ip.settings.models import create_network, network_flags
@@ -79,7 +80,7 @@ def create(cfg: Config, **process):
     return script_util.create_model_and_diffusion(**{**flags, **process, "use_fp16": False})
 
 
-def sampler_on_the_way(cfg: Config, model, shape: tuple[int, int, int], respacing: str):
+def sampler_on_the_way(cfg: Config, model, shape: tuple[int, int, int], respacing: str) -> Sampler:
     """How pictures and evaluations are made: DDPM in the steps that the flag says, by a process
     that knows no losses; EDM's models by Heun, in 18 steps unless the flag is given.
     """
@@ -89,15 +90,10 @@ def sampler_on_the_way(cfg: Config, model, shape: tuple[int, int, int], respacin
             raise ValueError(
                 f"--{respacing} {steps}: --framework edm takes a number of Heun steps, such as 18"
             )
-        return SigmaSampler(
-            lambda network, _: BoundDenoiser(network, model),
-            shape,
-            cfg.seed,
-            {"num_steps": int(steps)},
-            rounded=True,
-        )
+        along = AlongSigma(lambda network, _: BoundDenoiser(network, model), SigmaGrid(int(steps)))
+        return Sampler(along, shape, cfg.seed, "heun", rounded=True)
     process = create(cfg, timestep_respacing=getattr(cfg, respacing), loss_weighting="uniform")[1]
-    return Sampler(process, shape, cfg.seed)
+    return process_sampler(process, shape, cfg.seed)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from guided_diffusion_ip.data.image_io import save_grid
 from guided_diffusion_ip.data.npz_io import NpzReader
 from guided_diffusion_ip.data.sources import CLASSES, open_source
 from guided_diffusion_ip.evaluation.images import ImageFile, open_images
-from guided_diffusion_ip.evaluation.report import settings_beside
+from guided_diffusion_ip.evaluation.published import settings_beside
 from guided_diffusion_ip.preparation.packed import open_with_classes, pack_images
 from guided_diffusion_ip.preparation.writers import write_image_folder
 from guided_diffusion_ip.runs.sample_batch import captions

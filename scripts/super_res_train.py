@@ -21,7 +21,7 @@ import torch
 from guided_diffusion_ip import dist_util, script_util
 from guided_diffusion_ip.data.image_io import save_grid, to_uint8
 from guided_diffusion_ip.data.super_resolution import SuperResolutionStream, check_sizes
-from guided_diffusion_ip.runs.sample_batch import Sampler
+from guided_diffusion_ip.runs.sample_batch import Sampler, process_sampler
 from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.settings.training import (
     add_null_class,
@@ -72,7 +72,7 @@ def main() -> None:
 
     def sampler(timestep_respacing: str) -> Sampler:
         """Of pictures and evaluations on the way; its process knows no losses."""
-        return Sampler(
+        return process_sampler(
             create(cfg, timestep_respacing=timestep_respacing, loss_weighting="uniform")[1],
             shape,
             cfg.seed,

@@ -19,8 +19,8 @@ import sys
 
 import torch
 
-from guided_diffusion_ip.evaluation.evaluate import parse_metrics
 from guided_diffusion_ip.files import atomic_file, results_folder
+from guided_diffusion_ip.metrics.registry import parse_metrics
 from guided_diffusion_ip.settings.config import command, parse
 from guided_diffusion_ip.settings.sampling import complete_settings
 from guided_diffusion_ip.studies.sweep import Sweep, read_sweep

@@ -21,7 +21,7 @@ from guided_diffusion_ip.exposure_bias.calibrate import (
     calibrate,
     describe,
 )
-from guided_diffusion_ip.runs.sample_batch import Sampler
+from guided_diffusion_ip.runs.sample_batch import process_sampler
 from guided_diffusion_ip.script_util import create_gaussian_diffusion
 from guided_diffusion_ip.settings.lambda_file import read_schedule, write_schedule
 
@@ -76,7 +76,7 @@ def images_for(side, s=S):
 def test_a_network_that_is_too_large_by_c_gets_lambda_c(by, inverse):
     """To 1 %, whether the norm rises or falls with lambda."""
     process = exact_chain()
-    how = Sampler(process, (1, 64, 64), clip_denoised=False)
+    how = process_sampler(process, (1, 64, 64), clip_denoised=False)
     found = calibrate(how, network(process, inverse=inverse), images_for(64), 200, 200, CPU, by)
     assert found.how == [LAST] + [SOLVED] * (STEPS - 1)
     np.testing.assert_allclose(found.lambdas[1:], C, rtol=0.01)
@@ -95,7 +95,7 @@ def test_an_exact_network_on_an_exact_chain_needs_no_lambda_and_ddim_gets_its_di
     process = exact_chain()
     model = network(process, 1.0)
     plain = calibrate(
-        Sampler(process, (1, 32, 32), clip_denoised=False),
+        process_sampler(process, (1, 32, 32), clip_denoised=False),
         model,
         images_for(32),
         200,
@@ -105,7 +105,7 @@ def test_an_exact_network_on_an_exact_chain_needs_no_lambda_and_ddim_gets_its_di
     )
     np.testing.assert_allclose(plain.lambdas, 1, atol=0.012)
     ddim = calibrate(
-        Sampler(process, (1, 32, 32), use_ddim=True, clip_denoised=False),
+        process_sampler(process, (1, 32, 32), solver="ddim", clip_denoised=False),
         model,
         images_for(32),
         200,
@@ -119,13 +119,17 @@ def test_an_exact_network_on_an_exact_chain_needs_no_lambda_and_ddim_gets_its_di
 
 def test_what_lambda_cannot_do_is_inherited():
     process = exact_chain(20, noise_schedule="cosine")
-    found = calibrate(Sampler(process, (1, 16, 16)), network(process), images_for(16), 100, 50, CPU)
+    found = calibrate(
+        process_sampler(process, (1, 16, 16)), network(process), images_for(16), 100, 50, CPU
+    )
     assert found.how[-1] == CLIPPED and found.clipped[-1] > 0.9, (
         "the first cosine step clips almost everything"
     )
     assert found.lambdas[-1] == found.lambdas[-2] or found.how[-2] != SOLVED
     assert np.isfinite(found.lambdas).all() and np.isnan(found.error[-1])
-    blind = calibrate(Sampler(process, (1, 2, 2)), network(process), images_for(2), 4, 4, CPU)
+    blind = calibrate(
+        process_sampler(process, (1, 2, 2)), network(process), images_for(2), 4, 4, CPU
+    )
     assert NOISE in blind.how and SOLVED not in blind.how
     assert (blind.lambdas == 1).all() and blind.fit() == {"b": 1.0, "line_k": 0.0, "line_b": 1.0}
 
@@ -154,7 +158,7 @@ def test_the_ratio_must_move_by_five_standard_errors(errors):
     of_one = max(low, high) * np.sqrt(2) * np.hypot(1, share)  # standard error from one number
     n = round((errors * of_one / (high - low)) ** 2 / 4)
     found = calibrate(
-        Sampler(process, (1, 2, 2), clip_denoised=False),
+        process_sampler(process, (1, 2, 2), clip_denoised=False),
         network(process, 1.0),
         images_for(2),
         n,
@@ -171,7 +175,7 @@ def test_the_ratio_must_move_by_five_standard_errors(errors):
 def test_an_answer_outside_the_bracket_stops_at_its_edge():
     process = exact_chain()
     found = calibrate(
-        Sampler(process, (1, 32, 32), clip_denoised=False),
+        process_sampler(process, (1, 32, 32), clip_denoised=False),
         network(process, 1.12),
         images_for(32),
         100,
@@ -192,7 +196,8 @@ def test_the_statistics_and_their_standard_errors(by):
     """Means over three chains, with n - 1 in what they scatter by."""
     process = exact_chain()
     rows = torch.tensor([[3.0, 4.0], [0.0, 1.0], [8.0, 6.0]]).view(3, 1, 1, 2)
-    got = STATISTICS[by]().of(process, rows, rows, 4)
+    path = process_sampler(process, (1, 1, 2)).bind(None)
+    got = STATISTICS[by]().of(path, rows, rows, 4)
     squares = (
         np.array(
             [
@@ -223,7 +228,7 @@ def test_a_network_that_predicts_x_0_gets_the_lambda_of_its_implied_epsilon(by):
 
         found.append(
             calibrate(
-                Sampler(process, (1, 16, 16), clip_denoised=False),
+                process_sampler(process, (1, 16, 16), clip_denoised=False),
                 model,
                 images_for(16),
                 100,
@@ -243,7 +248,9 @@ def test_a_network_that_predicts_x_0_gets_the_lambda_of_its_implied_epsilon(by):
 def test_bad_calibrations_are_refused(n, by, text):
     process = exact_chain()
     with pytest.raises(ValueError, match=text):
-        calibrate(Sampler(process, (1, 2, 2)), network(process), images_for(2), n, 4, CPU, by)
+        calibrate(
+            process_sampler(process, (1, 2, 2)), network(process), images_for(2), n, 4, CPU, by
+        )
 
 
 def lambdas_by_both():
@@ -251,7 +258,7 @@ def lambdas_by_both():
     return [
         describe(
             calibrate(
-                Sampler(process, (1, 16, 16), clip_denoised=False),
+                process_sampler(process, (1, 16, 16), clip_denoised=False),
                 network(process),
                 images_for(16),
                 101,

@@ -23,7 +23,7 @@ from guided_diffusion_ip.interop.adm_checkpoint import (
     infer_classifier,
     is_classifier,
 )
-from guided_diffusion_ip.runs.sample_batch import Sampler
+from guided_diffusion_ip.runs.sample_batch import process_sampler
 from guided_diffusion_ip.training.classifier_objective import (
     ClassifierObjective,
     CleanSampler,
@@ -351,7 +351,7 @@ def test_the_sampler_hands_the_labels_to_network_and_classifier():
         seen.append(y)
         return torch.zeros_like(x)
 
-    Sampler(process, (1, 8, 8), cond_fn=cond_fn)(network, [0, 1], {"y": y})
+    process_sampler(process, (1, 8, 8), cond_fn=cond_fn)(network, [0, 1], {"y": y})
     assert len(seen) == 8 and all(torch.equal(got, y) for got in seen)
 
 

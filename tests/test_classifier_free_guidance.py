@@ -23,7 +23,7 @@ from guided_diffusion_ip.diffusion import (
 )
 from guided_diffusion_ip.diffusion.guidance import classifier_free
 from guided_diffusion_ip.interop.adm_checkpoint import load_network
-from guided_diffusion_ip.runs.sample_batch import Sampler
+from guided_diffusion_ip.runs.sample_batch import process_sampler
 from guided_diffusion_ip.script_util import create_model_and_diffusion
 from guided_diffusion_ip.settings.config import parse
 from guided_diffusion_ip.settings.training import add_null_class
@@ -157,10 +157,10 @@ def network_and_sampler(**options):
     model, diffusion = create_model_and_diffusion(
         **FLAGS, null_class=True, timestep_respacing="4", eps_scaler=1.01
     )
-    return load_seeded_weights(model), Sampler(diffusion, (1, 8, 8), **options)
+    return load_seeded_weights(model), process_sampler(diffusion, (1, 8, 8), **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_ddim": True}, {"use_ddim": True, "eta": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"solver": "ddim"}, {"solver": "ddim", "eta": 0.5}])
 def test_the_ends_of_the_scale_are_plain_sampling_bitwise(options):
     model, sampler = network_and_sampler(**options)
     labels = {"y": torch.tensor([0, 1, 2, 0])}

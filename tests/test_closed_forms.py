@@ -19,7 +19,7 @@ from guided_diffusion_ip.diffusion import (
     get_named_beta_schedule,
     space_timesteps,
 )
-from guided_diffusion_ip.diffusion.epsilon_scaling import lambda_schedule
+from guided_diffusion_ip.diffusion.epsilon_scaling import EpsilonScaling
 from guided_diffusion_ip.diffusion.noise_schedule import NoiseSchedule
 from guided_diffusion_ip.script_util import create_gaussian_diffusion
 
@@ -437,13 +437,13 @@ def test_the_linear_schedule_needs_21_steps():
 @pytest.mark.parametrize("value", [0.0, -0.5, np.nan, np.inf, -np.inf])
 def test_every_lambda_must_be_positive_and_finite(at, value):
     with pytest.raises(ValueError, match=r"lambda\(t\) > 0 at every step"):
-        lambda_schedule([value if t == at else 1.0 for t in range(3)], 0.0, 3)
+        EpsilonScaling.of([value if t == at else 1.0 for t in range(3)]).lambdas(3)
 
 
 def test_a_line_is_positive_down_to_its_lower_end():
-    np.testing.assert_allclose(lambda_schedule(1.0, -0.33, 4), [1, 0.67, 0.34, 0.01])
+    np.testing.assert_allclose(EpsilonScaling(1.0, -0.33).lambdas(4), [1, 0.67, 0.34, 0.01])
     with pytest.raises(ValueError, match=r"lambda\(3\) = -0.02"):
-        lambda_schedule(1.0, -0.34, 4)
+        EpsilonScaling(1.0, -0.34).lambdas(4)
 
 
 @pytest.mark.parametrize(

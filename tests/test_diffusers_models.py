@@ -21,7 +21,7 @@ from guided_diffusion_ip import logger  # noqa: E402
 from guided_diffusion_ip.exposure_bias.measures import measure  # noqa: E402
 from guided_diffusion_ip.exposure_bias.walks import Batch  # noqa: E402
 from guided_diffusion_ip.interop.diffusers_models import DiffusersModel, ddpm_unet, import_diffusers  # noqa: E402
-from guided_diffusion_ip.runs.sample_batch import Sampler  # noqa: E402
+from guided_diffusion_ip.runs.sample_batch import process_sampler  # noqa: E402
 from guided_diffusion_ip.script_util import (  # noqa: E402
     create_gaussian_diffusion,
     create_model_and_diffusion,
@@ -368,7 +368,7 @@ def test_exposure_bias_is_measured():
     images = seeded_image("images", (6, 3, SIZE, SIZE))
     batches = [Batch(range(i, i + 3), images[i : i + 3], {}) for i in (0, 3)]
     found = measure(
-        ["norm", "delta", "variance"], Sampler(diffusion, (3, SIZE, SIZE)), model, batches
+        ["norm", "delta", "variance"], process_sampler(diffusion, (3, SIZE, SIZE)), model, batches
     )
     assert found["norm"]["ratio"].shape == (4,) and np.isfinite(found["norm"]["ratio"]).all()
     assert (found["delta"]["delta_multi"] >= 0).all() and np.isfinite(found["variance"]["final"])

@@ -17,7 +17,7 @@ from PIL import Image
 from guided_diffusion_ip.data.image_io import center_crop_arr
 from guided_diffusion_ip.evaluation.evaluate import parse_metrics
 from guided_diffusion_ip.evaluation.images import open_images
-from guided_diffusion_ip.evaluation.report import published_values
+from guided_diffusion_ip.evaluation.published import published_values
 from guided_diffusion_ip.metrics import frechet_distance, precision_recall
 
 ROOT = Path(__file__).resolve().parent.parent

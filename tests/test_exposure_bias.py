@@ -13,19 +13,12 @@ import torch
 from test_closed_forms import S, eps_slope, exact_network, make
 
 from guided_diffusion_ip.diffusion import ModelMeanType, ModelVarType
+from guided_diffusion_ip.diffusion.epsilon_scaling import UNSCALED
 from guided_diffusion_ip.exposure_bias.measures import NAMES, create_measures, measure
-from guided_diffusion_ip.exposure_bias.walks import (
-    CHAIN,
-    Batch,
-    Walk,
-    noised,
-    step_noise,
-    walk,
-    with_lambdas,
-)
+from guided_diffusion_ip.exposure_bias.walks import CHAIN, Batch, Walk, noised, step_noise, walk
 from guided_diffusion_ip.features.spaces import PixelSpace
 from guided_diffusion_ip.noise import Stream, normal
-from guided_diffusion_ip.runs.sample_batch import Sampler
+from guided_diffusion_ip.runs.sample_batch import process_sampler
 
 T, N, SIDE = 25, 400, 16
 NUMBERS = N * SIDE**2  # 102,400: a variance has a standard error of 0.44 %, a norm of 0.22 %
@@ -79,7 +72,14 @@ def setting(sampler, lam, s=S):
     return (
         process,
         eta,
-        Sampler(process, (1, SIDE, SIDE), 3, eta is not None, eta or 0.0, clip_denoised=False),
+        process_sampler(
+            process,
+            (1, SIDE, SIDE),
+            3,
+            "ddpm" if eta is None else "ddim",
+            eta=eta,
+            clip_denoised=False,
+        ),
     )
 
 
@@ -145,7 +145,7 @@ def test_delta_of_a_perfect_sampler_is_not_zero():
     process = make(var_type=ModelVarType.FIXED_LARGE, steps=T)
     found = measure(
         ["delta", "variance", "norm"],
-        Sampler(process, (1, SIDE, SIDE), clip_denoised=False),
+        process_sampler(process, (1, SIDE, SIDE), clip_denoised=False),
         exact_network(process, s=1.0),
         gaussian_batches(s=1.0),
     )
@@ -159,7 +159,7 @@ def test_prediction_error_has_a_closed_form_and_knows_no_lambda(lam):
     process, _, how = setting("small", lam)
     found = measure(["prediction"], how, exact_network(process), gaussian_batches())["prediction"]
     ab = process.alphas_cumprod
-    _, _, x0 = linear_steps(with_lambdas(process, np.ones(T)))
+    _, _, x0 = linear_steps(process.with_scaling(UNSCALED))
     nu = np.sqrt((x0 * np.sqrt(ab) - 1) ** 2 * S**2 + x0**2 * (1 - ab))
     np.testing.assert_allclose(found["nu"], nu, rtol=0.012)
     np.testing.assert_allclose(found["gamma"], nu * np.sqrt(ab / (1 - ab)), rtol=0.012)
@@ -171,7 +171,7 @@ def test_prediction_error_has_a_closed_form_and_knows_no_lambda(lam):
 
 def test_errors_that_are_not_normal_are_found_and_constant_pixels_left_out():
     process = make(steps=T, mean_type=ModelMeanType.START_X)
-    how = Sampler(process, (1, SIDE, SIDE), clip_denoised=False)
+    how = process_sampler(process, (1, SIDE, SIDE), clip_denoised=False)
 
     def network(x, t):
         out = torch.zeros_like(x)
@@ -241,10 +241,10 @@ def test_one_step_alone_can_be_accumulated():
 
 def test_noise_has_the_address_of_its_image_and_step():
     process, index, x = make(steps=T), [5, 2], torch.full((2, 1, 4, 4), 0.3)
-    how, batch = Sampler(process, (1, 4, 4), seed=3), Batch(index, x, {})
+    how, batch = process_sampler(process, (1, 4, 4), seed=3), Batch(index, x, {})
     draw = lambda stream, t: normal(3, stream, index, t, (1, 4, 4))  # noqa: E731
     torch.testing.assert_close(
-        noised(how, batch, 7),
+        noised(how, how.bind(None), batch, 7),
         process.q_sample(x, torch.full((2,), 7), draw(Stream.MEASURE_INPUT, 7)),
     )
     assert torch.equal(step_noise(how, index, 7)(x), draw(Stream.MEASURE_STEP, 7))
@@ -265,7 +265,7 @@ def test_other_predictions_have_the_norm_of_their_implied_epsilon(kind):
     norms = []
     for mean_type in (ModelMeanType.EPSILON, kind):
         process = make(mean_type, steps=T, eps_scaler=1.01)
-        how = Sampler(process, (1, 8, 8))
+        how = process_sampler(process, (1, 8, 8))
         norms.append(measure(["norm"], how, exact_network(process, mean_type), batches)["norm"])
     for name in ("inputs", "chain", "ratio_published"):
         np.testing.assert_allclose(norms[1][name], norms[0][name], rtol=2e-3)
@@ -273,7 +273,7 @@ def test_other_predictions_have_the_norm_of_their_implied_epsilon(kind):
 
 def test_class_labels_reach_the_network_and_results_do_not_depend_on_batches():
     process = make(steps=T)
-    how = Sampler(process, (1, 8, 8))
+    how = process_sampler(process, (1, 8, 8))
     whole = gaussian_batches(24, 8, size=24)[0]
     labels = torch.arange(24) % 3
 
@@ -320,7 +320,7 @@ def test_what_cannot_be_measured_is_refused(names, lengths, text):
 
 def test_one_image_and_a_diverged_network_are_refused():
     process = make(steps=T)
-    how = Sampler(process, (1, SIDE, SIDE))
+    how = process_sampler(process, (1, SIDE, SIDE))
     with pytest.raises(ValueError, match="1 image is too few"):
         measure(["norm"], how, exact_network(process), gaussian_batches(1))
     with pytest.raises(ValueError, match="'norm' met values that are not finite"):

@@ -21,7 +21,7 @@ from guided_diffusion_ip.exposure_bias.calibrate import EDGE, LAST, SOLVED, Cali
 from guided_diffusion_ip.exposure_bias.measure_run import MeasureRun, spread_over
 from guided_diffusion_ip.exposure_bias.measures import NAMES, create_measures
 from guided_diffusion_ip.features.spaces import PixelSpace
-from guided_diffusion_ip.runs.sample_batch import Sampler
+from guided_diffusion_ip.runs.sample_batch import process_sampler
 from guided_diffusion_ip.script_util import create_model_and_diffusion
 from guided_diffusion_ip.settings.config import parse
 from guided_diffusion_ip.settings.lambdas import settle_lambda
@@ -57,7 +57,7 @@ def measuring(out, images, checkpoint, batch_size, model=None, **settings):
     real = RealImages(open_image_set(images, (8, 8), 1, num_classes=3), spread_over(SET, COUNT))
     work = MeasureRun(
         create_measures(NAMES, (2, 5), PixelSpace()),
-        Sampler(diffusion, (1, 8, 8)),
+        process_sampler(diffusion, (1, 8, 8)),
         COUNT,
         real,
         str(out),
@@ -215,7 +215,7 @@ def test_ddim_a_subset_of_measures_and_the_set_is_covered_evenly(
     code, out, err = run(
         "exposure_bias",
         *arguments(
-            images, checkpoint, out_dir=tmp_path, use_ddim=True, measures="variance", plots=False
+            images, checkpoint, out_dir=tmp_path, solver="ddim", measures="variance", plots=False
         ),
         capsys=capsys,
         monkeypatch=monkeypatch,
@@ -422,7 +422,7 @@ def test_a_schedule_of_another_sampler_is_refused(more, complaint, calibrated):
 
 def test_a_schedule_of_another_eta_is_refused(calibrated, tmp_path):
     content = yaml.safe_load(calibrated[1].read_text())
-    content["settings"].update(use_ddim=True, eta=0.0, timestep_respacing="ddim5")
+    content["settings"].update(solver="ddim", eta=0.0, timestep_respacing="ddim5")
     (tmp_path / "eps.yaml").write_text(yaml.safe_dump(content))
     ddim = ["--use_ddim", "True", "--timestep_respacing", "ddim5"]
     settle(calibrated[0], tmp_path / "eps.yaml", *ddim)

@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper, save_model
 from stand_in_inception import field, images
 
-from guided_diffusion_ip.features import spaces as features
+from guided_diffusion_ip.features import onnx_file
 from guided_diffusion_ip.features.spaces import open_features
 
 
@@ -241,9 +241,9 @@ def test_external_weights_are_found_wherever_onnx_has_tensors(place):
             content = field(number, content)
         if outside:
             with pytest.raises(ValueError, match="m.onnx has weights in another file"):
-                features._refuse_external_data("m.onnx", field(1, 8) + content)
+                onnx_file.refuse_external_data("m.onnx", field(1, 8) + content)
         else:
-            features._refuse_external_data("m.onnx", field(1, 8) + content)
+            onnx_file.refuse_external_data("m.onnx", field(1, 8) + content)
 
 
 def test_a_missing_onnxruntime_is_one_clear_error(tmp_path, monkeypatch):

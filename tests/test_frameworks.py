@@ -259,7 +259,7 @@ def test_pixels_of_edm_models_are_rounded(tmp_path):
     model = ConstantDenoiser()
     for sampler in ("heun", "euler"):
         sampler = make_sampler(settled(*EDM_8, "--sampler", sampler), model, (8, 8))
-        path = SampleRun(sampler, 3, str(tmp_path / str(sampler.options["solver"])), {})(
+        path = SampleRun(sampler, 3, str(tmp_path / sampler.solver), {})(
             model, 2, torch.device("cpu")
         )
         assert np.unique(np.load(path)["arr_0"]).tolist() == [101]

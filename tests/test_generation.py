@@ -12,7 +12,7 @@ import torch
 from golden_tools import load_seeded_weights
 
 from guided_diffusion_ip.runs import shards as shards_module
-from guided_diffusion_ip.runs.sample_batch import Sampler, draw_labels, parse_class_ids
+from guided_diffusion_ip.runs.sample_batch import draw_labels, parse_class_ids, process_sampler
 from guided_diffusion_ip.runs.samples import SampleRun
 from guided_diffusion_ip.runs.shards import ShardFolder
 from guided_diffusion_ip.script_util import create_model_and_diffusion
@@ -34,7 +34,7 @@ FLAGS = dict(
 
 def network_and_sampler(**options):
     model, diffusion = create_model_and_diffusion(**FLAGS, timestep_respacing="5", eps_scaler=1.01)
-    return load_seeded_weights(model), Sampler(diffusion, (1, 8, 8), **options)
+    return load_seeded_weights(model), process_sampler(diffusion, (1, 8, 8), **options)
 
 
 def in_batches(n, size, **options):
@@ -45,7 +45,7 @@ def in_batches(n, size, **options):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"use_ddim": True}, {"use_ddim": True, "eta": 0.7}])
+@pytest.mark.parametrize("options", [{}, {"solver": "ddim"}, {"solver": "ddim", "eta": 0.7}])
 def test_batch_size_changes_nothing_but_rounding(options):
     three, five = in_batches(11, 3, **options), in_batches(11, 5, **options)
     assert float((three - five).abs().max()) < 1e-4
@@ -182,12 +182,12 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     script = textwrap.dedent("""
         import resource, sys, torch
         from guided_diffusion_ip.diffusion import *
-        from guided_diffusion_ip.runs.sample_batch import Sampler
+        from guided_diffusion_ip.runs.sample_batch import process_sampler
         from guided_diffusion_ip.runs.samples import SampleRun
         d = SpacedDiffusion(use_timesteps=[0], betas=[0.5], model_mean_type=ModelMeanType.START_X,
                             model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE)
         n = int(sys.argv[2])
-        SampleRun(Sampler(d, (3, 128, 128), use_ddim=True), n, sys.argv[1], {})(
+        SampleRun(process_sampler(d, (3, 128, 128), solver="ddim"), n, sys.argv[1], {})(
             lambda x, t: torch.zeros_like(x), 16, torch.device("cpu"))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     """)

@@ -282,7 +282,7 @@ def test_the_real_package_is_imported_as_ever_afterwards(tmp_path):
     would without us.
     """
     (tmp_path / "torchvision.py").write_text("raise ImportError('no compiled part')")
-    code = "from guided_diffusion_ip.metrics import inception; inception.parameter_shapes(); import torch_fidelity"
+    code = "from guided_diffusion_ip.features import inception; inception.parameter_shapes(); import torch_fidelity"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

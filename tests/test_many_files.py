@@ -20,7 +20,7 @@ from PIL import Image
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
-from guided_diffusion_ip.data import dataset_prep
+from guided_diffusion_ip.preparation import writers as dataset_prep
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.data.image_io import to_uint8
 from guided_diffusion_ip.data.image_set import open_image_set
@@ -30,13 +30,13 @@ from guided_diffusion_ip.preparation.packed import pack_images
 from guided_diffusion_ip.preparation.parts import Parts
 from guided_diffusion_ip.data.sources import open_source
 from guided_diffusion_ip.diffusion import *
-from guided_diffusion_ip.evaluation.evaluate import evaluate
+from guided_diffusion_ip.evaluation.compare import Reference, compare
 from guided_diffusion_ip.evaluation.images import open_images
 from guided_diffusion_ip.evaluation.report import describe_set
 from guided_diffusion_ip.exposure_bias.measure_run import PartialSums
 from guided_diffusion_ip.studies.report_data import collect
 from guided_diffusion_ip.runs.likelihood import LikelihoodRun
-from guided_diffusion_ip.runs.sample_batch import Sampler
+from guided_diffusion_ip.runs.sample_batch import process_sampler
 from guided_diffusion_ip.runs.samples import SampleRun
 from guided_diffusion_ip.features.spaces import open_features
 
@@ -69,7 +69,7 @@ def parts():
 
 
 def sampling():
-    run = SampleRun(Sampler(process, (1, 4, 4), use_ddim=True), N, "out", {}, lambda index: {"y": torch.tensor(index)})
+    run = SampleRun(process_sampler(process, (1, 4, 4), solver="ddim"), N, "out", {}, lambda index: {"y": torch.tensor(index)})
     path = run(lambda x, t, y: number(int(y)), 1, torch.device("cpu"), png=True)
     with np.load(path) as npz:
         assert npz["arr_0"][:, 0, 0, 0].tolist() == [int((i / N + 1) * 127.5) for i in range(N)]
@@ -146,7 +146,7 @@ def evaluation():
     write_npz("images.npz", {"arr_0": images})
     space = open_features("pixels", device="cpu")
     sides = [open_images(path, "samples") for path in ("pictures", "images.npz")]
-    found = evaluate(sides[0], None, sides[1], space, metrics=["fid", "prec", "kid"], batch_size=7, say=lambda text: None)
+    found = compare(Reference(sides[0]), sides[1], space, ["fid", "prec", "kid"], batch_size=7, say=lambda text: None)
     assert found.metrics["fid"].value < 1e-6 and found.metrics["prec"].value == 1
     assert describe_set("pictures", sides[0], "")["images"] == N
 
@@ -233,7 +233,7 @@ FIFTY_THOUSAND = textwrap.dedent("""
     import resource, sys, time, torch
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     from guided_diffusion_ip.diffusion import *
-    from guided_diffusion_ip.runs.sample_batch import Sampler
+    from guided_diffusion_ip.runs.sample_batch import process_sampler
     from guided_diffusion_ip.runs.samples import SampleRun
     process = SpacedDiffusion(use_timesteps=[0], betas=[0.5], model_mean_type=ModelMeanType.START_X,
                               model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE)
@@ -243,7 +243,7 @@ FIFTY_THOUSAND = textwrap.dedent("""
         return halves.repeat_interleave(32).view(1, 1, 8, 8)
 
     n, start = int(sys.argv[2]), time.time()
-    SampleRun(Sampler(process, (1, 8, 8), use_ddim=True), n, sys.argv[1], {}, lambda index: {"y": torch.tensor(index)})(
+    SampleRun(process_sampler(process, (1, 8, 8), solver="ddim"), n, sys.argv[1], {}, lambda index: {"y": torch.tensor(index)})(
         model, 1, torch.device("cpu"))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, time.time() - start)
 """)

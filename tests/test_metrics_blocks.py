@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from guided_diffusion_ip.ieee_float32 import ieee_float32
-from guided_diffusion_ip.metrics import manifold, precision_recall
+from guided_diffusion_ip.metrics import neighbours, precision_recall
 from tools.benchmark.machine import PeakMemory
 
 
@@ -102,7 +102,7 @@ def test_half_is_float16_but_for_blocks_that_overflow(largest, monkeypatch):
     """With one entry a row nothing depends on the order of sums: equal to NumPy's float16, block by
     block.
     """
-    monkeypatch.setattr(manifold, "_HALF_BLOCK", 50)
+    monkeypatch.setattr(neighbours, "HALF_BLOCK", 50)
     redone = []
 
     def published(u, v):

@@ -23,7 +23,7 @@ from guided_diffusion_ip.data.super_resolution import (
     check_sizes,
 )
 from guided_diffusion_ip.runs.base_images import picture_names
-from guided_diffusion_ip.runs.sample_batch import Sampler
+from guided_diffusion_ip.runs.sample_batch import Sampler, process_sampler
 from guided_diffusion_ip.script_util import (
     create_model_and_diffusion,
     sr_create_model_and_diffusion,
@@ -201,7 +201,7 @@ def test_the_preview_hands_on_what_belongs_to_each_picture(tmp_path):
         return torch.cat([enlarged, torch.zeros_like(enlarged)], dim=1)
 
     preview = Preview(
-        Sampler(diffusion, (1, 8, 8), use_ddim=True),
+        process_sampler(diffusion, (1, 8, 8), solver="ddim"),
         5,
         str(tmp_path),
         2,
@@ -326,7 +326,7 @@ def test_image_i_is_made_from_base_sample_i_mod_count(
     model.load_state_dict(torch.load(trained[0] / "ema_0.5_000004.pt", weights_only=True))
     model.eval()
     which = np.arange(12) % 5
-    direct = Sampler(diffusion, (1, 8, 8))(
+    direct = process_sampler(diffusion, (1, 8, 8))(
         model,
         range(12),
         {"low_res": to_model_range(pixels[which]), "y": torch.from_numpy(labels[which])},
@@ -484,7 +484,7 @@ def test_samples_of_a_base_model_are_enlarged_with_their_labels_by_ddim_and_lamb
         **TINY, timestep_respacing="2", eps_scaler=1.05
     )
     model.load_state_dict(state)
-    direct = Sampler(diffusion, (1, 8, 8), use_ddim=True, eta=0.5)(
+    direct = process_sampler(diffusion, (1, 8, 8), solver="ddim", eta=0.5)(
         model.eval(), range(5), {"low_res": to_model_range(pixels), "y": torch.from_numpy(labels)}
     )
     expected = ((direct + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,32 +22,70 @@ if TYPE_CHECKING:
     from .noise_schedule import NoiseSchedule
 
 
-def lambda_schedule(b: float | Sequence[float], k: float, num_timesteps: int) -> np.ndarray:
-    """lambda(t) for t = 0 .. T'-1, float64 [T'].
+@dataclass(frozen=True)
+class EpsilonScaling:
+    """lambda(t) = k t + b, by which a sampler divides epsilon at step t; 1 everywhere switches it off.
 
     Args:
-        b: the constant term, or a sequence of T' values (then k is added on top: b[t] + k t).
+        b: the constant term, or one value per step (index 0 = last, clean step), to which k t is
+            added.
         k: slope per respaced step.
-
-    Raises:
-        ValueError: a sequence of the wrong length, or a lambda that is not positive and finite at
-            some step.
     """
-    values = np.asarray(b, dtype=np.float64)
-    if values.ndim > 1 or (values.ndim == 1 and len(values) != num_timesteps):
-        raise ValueError(
-            f"eps_scaler has {values.size} values, but sampling has {num_timesteps} steps: "
-            "give one number, or one value per step (index 0 = last, clean step)"
+
+    b: float | tuple[float, ...] = 1.0
+    k: float = 0.0
+
+    @classmethod
+    def of(cls, eps_scaler: float | Sequence[float], eps_scaler_k: float = 0.0) -> EpsilonScaling:
+        """From what the flags --eps_scaler and --eps_scaler_k hold: b may be a list or an array."""
+        b = np.asarray(eps_scaler, dtype=np.float64)
+        values = b.tolist() if b.ndim == 0 else tuple(b.flatten().tolist())
+        return cls(values, float(eps_scaler_k))
+
+    def lambdas(self, num_steps: int) -> np.ndarray:
+        """lambda(t) for t = 0 .. num_steps - 1, float64 [num_steps].
+
+        Raises:
+            ValueError: a list of another length, or a lambda that is not positive and finite at
+                some step.
+        """
+        values = np.asarray(self.b, dtype=np.float64)
+        if values.ndim == 1 and len(values) != num_steps:
+            raise ValueError(
+                f"eps_scaler has {values.size} values, but sampling has {num_steps} steps: "
+                "give one number, or one value per step (index 0 = last, clean step)"
+            )
+        values = values + self.k * np.arange(num_steps, dtype=np.float64)
+        worst = int(np.argmin(np.where(np.isfinite(values), values, -np.inf)))
+        if not (np.isfinite(values).all() and values[worst] > 0):
+            b = list(self.b) if isinstance(self.b, tuple) else self.b
+            raise ValueError(
+                f"epsilon scaling needs lambda(t) > 0 at every step, but eps_scaler={b}, "
+                f"eps_scaler_k={self.k} give lambda({worst}) = {values[worst]:g}: 1.0 switches it "
+                "off, published values are 0.998 to 1.05"
+            )
+        return values
+
+    @property
+    def is_off(self) -> bool:
+        return self.k == 0 and bool(np.all(np.asarray(self.b) == 1))
+
+    def __str__(self) -> str:
+        """1.017, 1.017 + 0.001 t, or 0.98 to 1.01, one per step."""
+        b = (
+            f"{self.b:g}"
+            if not isinstance(self.b, tuple)
+            else (f"{min(self.b):g} to {max(self.b):g}, one per step")
         )
-    values = values + float(k) * np.arange(num_timesteps, dtype=np.float64)
-    worst = int(np.argmin(np.where(np.isfinite(values), values, -np.inf)))
-    if not (np.isfinite(values).all() and values[worst] > 0):
-        raise ValueError(
-            f"epsilon scaling needs lambda(t) > 0 at every step, but eps_scaler={b}, "
-            f"eps_scaler_k={k} give lambda({worst}) = {values[worst]:g}: 1.0 switches it off, "
-            "published values are 0.998 to 1.05"
-        )
-    return values
+        return b + (f" + {self.k:g} t" if self.k else "")
+
+
+UNSCALED = EpsilonScaling()
+
+
+def divide(epsilon: Tensor, lam: Tensor | float) -> Tensor:
+    """epsilon / lambda(t): the one place where it happens, whatever samples."""
+    return epsilon / lam
 
 
 def scale_xstart(
@@ -55,7 +94,7 @@ def scale_xstart(
     """x_0_hat after its implied epsilon has been divided by lambda (for networks that do not
     predict epsilon).
     """
-    return schedule.xstart_from_eps(x_t, t, schedule.eps_from_xstart(x_t, t, x_start) / lam)
+    return schedule.xstart_from_eps(x_t, t, divide(schedule.eps_from_xstart(x_t, t, x_start), lam))
 
 
 def warn_if_unclipped(process: NoiseSchedule) -> None:

@@ -5,7 +5,7 @@ process, in the file named after it. This class holds the settings, reads the ne
 binds the verbs as its methods:
 
     noise_schedule   q_sample, q_posterior_mean_variance, ... (the base class: needs no network)
-    sampling         p_sample*, ddim_*                         -> epsilon scaling (lambda) is read
+    solvers          p_sample*, ddim_*                         -> epsilon scaling (lambda) is read
                      here only
     losses           training_losses                           -> input perturbation (gamma) is read
                      here only
@@ -19,18 +19,20 @@ second).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from . import guidance, likelihood, losses, sampling
-from .epsilon_scaling import lambda_schedule, scale_xstart
+from . import guidance, likelihood, losses
+from .epsilon_scaling import EpsilonScaling, divide, scale_xstart
 from .input_perturbation import check_gamma
 from .kinds import LossType, ModelMeanType, ModelVarType
 from .loss_weighting import UNIFORM, LossWeighting, loss_weight_table
 from .noise_schedule import NoiseSchedule
+from .solvers import ddim, ddpm
 
 Model = Callable[..., Tensor]
 
@@ -81,10 +83,27 @@ class GaussianDiffusion(NoiseSchedule):
             )
         gamma = input_perturbation if input_pertub is None else input_pertub
         self.input_perturbation = check_gamma(gamma, model_mean_type)
-        self.lambdas = lambda_schedule(eps_scaler, eps_scaler_k, self.num_timesteps)
-        self.scales_epsilon = bool((self.lambdas != 1).any())
+        self._scale_epsilon_by(EpsilonScaling.of(eps_scaler, eps_scaler_k))
         self.loss_weighting = loss_weighting
         self.loss_weights = loss_weight_table(loss_weighting, self.snr, model_mean_type, loss_type)
+
+    def _scale_epsilon_by(self, scaling: EpsilonScaling) -> None:
+        self.lambdas = scaling.lambdas(self.num_timesteps)
+        self.scales_epsilon = bool((self.lambdas != 1).any())
+
+    def with_scaling(self, scaling: EpsilonScaling) -> GaussianDiffusion:
+        """The same process with another lambda(t).
+
+        Raises:
+            ValueError: a lambda that is not positive at some step, or a list of another length.
+        """
+        other = copy.copy(self)  # its cache of tables on the device is not copied
+        other._scale_epsilon_by(scaling)
+        return other
+
+    def whole(self) -> GaussianDiffusion:
+        """The process that this one is a subset of; itself unless respaced."""
+        return self
 
     @property
     def input_pertub(self) -> float:
@@ -186,7 +205,7 @@ class GaussianDiffusion(NoiseSchedule):
         once.
         """
         if self.model_mean_type is ModelMeanType.EPSILON:
-            eps = prediction / self.at("lambdas", t, x) if scaled else prediction
+            eps = divide(prediction, self.at("lambdas", t, x)) if scaled else prediction
             return self.xstart_from_eps(x, t, eps)
         if self.model_mean_type is ModelMeanType.START_X:
             x_start = prediction
@@ -194,13 +213,13 @@ class GaussianDiffusion(NoiseSchedule):
             x_start = self.xstart_from_xprev(x, t, prediction)
         return scale_xstart(self, x, t, x_start, self.at("lambdas", t, x)) if scaled else x_start
 
-    p_sample = sampling.p_sample
-    p_sample_loop = sampling.p_sample_loop
-    p_sample_loop_progressive = sampling.p_sample_loop_progressive
-    ddim_sample = sampling.ddim_sample
-    ddim_reverse_sample = sampling.ddim_reverse_sample
-    ddim_sample_loop = sampling.ddim_sample_loop
-    ddim_sample_loop_progressive = sampling.ddim_sample_loop_progressive
+    p_sample = ddpm.p_sample
+    p_sample_loop = ddpm.p_sample_loop
+    p_sample_loop_progressive = ddpm.p_sample_loop_progressive
+    ddim_sample = ddim.ddim_sample
+    ddim_reverse_sample = ddim.ddim_reverse_sample
+    ddim_sample_loop = ddim.ddim_sample_loop
+    ddim_sample_loop_progressive = ddim.ddim_sample_loop_progressive
     condition_mean = guidance.condition_mean
     condition_score = guidance.condition_score
     training_losses = losses.training_losses

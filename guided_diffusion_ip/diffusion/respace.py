@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .epsilon_scaling import EpsilonScaling
 from .gaussian_diffusion import GaussianDiffusion
 
 
@@ -100,8 +101,22 @@ class SpacedDiffusion(GaussianDiffusion):
                 f"timesteps to keep must lie in 0 .. {len(betas) - 1}, got {self.timestep_map[:3]} "
                 "..."
             )
+        self._original = {"betas": betas, **kwargs}
         kept = np.cumprod(1.0 - betas)[self.timestep_map]
         super().__init__(betas=1.0 - kept / np.append(1.0, kept[:-1]), **kwargs)
+
+    def whole(self) -> SpacedDiffusion:
+        """The process on all original timesteps; lambda there is that of the nearest step kept."""
+        all_steps = np.arange(self.original_num_steps)
+        distance = np.abs(np.asarray(self.timestep_map)[:, None] - all_steps)
+        lambdas = self.lambdas[distance.argmin(axis=0)]
+        options = {
+            name: value
+            for name, value in self._original.items()
+            if name not in ("eps_scaler", "eps_scaler_k")
+        }
+        other = SpacedDiffusion(all_steps.tolist(), **options)
+        return other.with_scaling(EpsilonScaling.of(lambdas))
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
         """The only difference: first the original index, then the rescaling of the original

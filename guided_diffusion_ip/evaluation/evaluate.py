@@ -1,192 +1,206 @@
-"""Two sets of images -> numbers: FID, sFID, Inception Score, precision, recall, KID."""
+"""An evaluation, from what the user names to the numbers: what evaluations/evaluator.py runs.
+
+from guided_diffusion_ip.evaluation.evaluate import EvaluationRequest, evaluate
+
+evaluation = evaluate(EvaluationRequest("reference.npz", samples, features="pixels"))
+print(evaluation.values["fid"])
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+from ..features.space import FeatureSpace
+from ..metrics import METRICS
+from ..metrics.entry import MetricOptions
+from ..metrics.manifold import ARITHMETIC
+from ..metrics.registry import check_metrics, parse_metrics
+from .compare import Reference, Result, compare, unavailable
+from .images import ImageFile, check_sizes
+from .opening import FeatureChoice, Images, choose_device, open_side, path_of
+from .published import settings_beside
+from .reference import compare_features, has_images, has_statistics, read_statistics
 
-from .. import dist_util
-from ..features.spaces import FeatureSpace
-from ..metrics import frechet_distance, kernel_distance, precision_recall
-from .images import ImageFile
-from .reference import StoredStatistics
-from .set_features import SetFeatures, extract
+__all__ = ["PUBLISHED", "Evaluation", "EvaluationRequest", "evaluate", "parse_metrics"]
 
-METRICS = ("fid", "sfid", "is", "prec", "recall", "kid")
-PUBLISHED = METRICS[:5]  # what the published evaluator prints
-TITLES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "is": "Inception Score",
-    "prec": "Precision",
-    "recall": "Recall",
-    "kid": "KID",
-}
+PUBLISHED = ("fid", "sfid", "is", "prec", "recall")  # what ADM's evaluator prints
 
 
-@dataclass
-class Metric:
-    """One number: `n` images of samples against `n_ref` of the reference (0: needs none)."""
-
-    value: float
-    n: int
-    n_ref: int | None = 0
-    spread: float | None = None  # standard deviation over subsets, for KID
-    label: str = ""  # in the table, where it is not the plain one
-
-
-@dataclass
-class Result:
-    metrics: dict[str, Metric]
-    warnings: list[str] = field(default_factory=list)
-
-
-def parse_metrics(text: str) -> list[str]:
-    """ "fid,prec" -> ["fid", "prec"].
-
-    Raises:
-        ValueError: a name that is no metric.
-    """
-    names = [name.strip().lower() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in METRICS]
-    if unknown or not names:
-        raise ValueError(
-            f"--metrics {text}: "
-            f"{unknown[0] + ' is no metric' if unknown else 'nothing asked for'}; allowed: "
-            f"{', '.join(METRICS)}, separated by commas"
-        )
-    return list(dict.fromkeys(names))
-
-
-def unavailable(name: str, space: FeatureSpace, ref_has_images: bool) -> str:
-    """Why a metric cannot be had, or ''."""
-    if name == "sfid" and not space.has_spatial:
-        return f"the features {space.name} have no spatial part"
-    if name == "is" and not space.has_logits:
-        return f"the features {space.name} have no classes"
-    if name in ("prec", "recall", "kid") and not ref_has_images:
-        return "the reference holds statistics only, no images (arr_0)"
-    return ""
-
-
-def evaluate(
-    reference: ImageFile | SetFeatures | None,
-    stored: StoredStatistics | None,
-    samples: ImageFile,
-    space: FeatureSpace,
-    *,
-    metrics: Sequence[str] = PUBLISHED,
-    num_samples: int = 0,
-    batch_size: int = 64,
-    pr_arithmetic: str = "float32",
-    seed: int = 0,
-    device: torch.device | None = None,
-    say: Callable[[str], Any] = print,
-) -> Result:
-    """Compare `samples` with a reference: its images, statistics of them, or both; a collective.
-
-    With `stored` statistics, the images of the reference only serve precision, recall and KID.
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to compare, and how.
 
     Args:
-        reference: images, or what has been extracted from them before; None: `stored` alone serves.
+        reference: images (a path, or an array uint8 [N, H, W, C]), or the path of an npz with
+            statistics.
+        samples: images, likewise.
+        features: a feature space of `FeatureSpace`'s kind, or the name of one.
+        metrics: names of METRICS; None: those of PUBLISHED that this reference and these features
+            allow.
         num_samples: the first so many samples; 0: all.
-        pr_arithmetic: of the distances of precision and recall; "half" imitates the published
-            evaluator.
-        seed: of KID's subsets.
-        device: of the distances of precision and recall; None: this process's.
+        image_size: (H, W) to which images of files are scaled and cropped as for training; None: as
+            they are.
+        pr_arithmetic, seed: as of MetricOptions.
+        device: auto, cpu or cuda.
 
     Raises:
-        ValueError: a metric that this reference or feature space does not allow, or too few images.
+        ValueError: an unknown metric or arithmetic, numbers out of range.
     """
-    for name in metrics:
-        if why := unavailable(name, space, reference is not None):
-            raise ValueError(f"{TITLES[name]} cannot be had: {why}")
-    manifold = any(name in metrics for name in ("prec", "recall"))
-    keep = manifold or "kid" in metrics
-    moments = any(name in metrics for name in ("fid", "sfid"))
-    _enough(
-        samples.n if not num_samples else min(num_samples, samples.n), moments, manifold, "samples"
+
+    reference: Images
+    samples: Images
+    features: str | FeatureChoice | FeatureSpace = "inception"
+    metrics: tuple[str, ...] | None = None
+    num_samples: int = 0
+    batch_size: int = 64
+    image_size: tuple[int, int] | None = None
+    pr_arithmetic: str = "float32"
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.metrics is not None:
+            check_metrics(self.metrics, f"metrics {list(self.metrics)}")
+        if self.pr_arithmetic not in ARITHMETIC:
+            raise ValueError(
+                f"pr_arithmetic {self.pr_arithmetic!r} is not among {', '.join(ARITHMETIC)}"
+            )
+        if self.batch_size < 1 or self.num_samples < 0 or self.seed < 0:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be at least 1, num_samples {self.num_samples} "
+                f"and seed {self.seed} at least 0"
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The numbers, and what they were made from; `report` shows them.
+
+    Args:
+        features: what the feature space says of itself.
+        made_with: the settings.yaml beside the samples, {} if there is none.
+    """
+
+    request: EvaluationRequest
+    reference: Reference
+    samples: ImageFile
+    features: dict[str, Any]
+    made_with: dict[str, Any]
+    result: Result
+
+    @property
+    def values(self) -> dict[str, float]:
+        """{"fid": ...}."""
+        return {name: score.value for name, score in self.result.metrics.items()}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self.result.warnings
+
+
+def evaluate(request: EvaluationRequest, say: Callable[[str], object] = print) -> Evaluation:
+    """Compare samples with a reference; a collective.
+
+    Raises:
+        ValueError: files that are no sets of images, sides that do not fit together, a metric that
+            this reference or feature space does not allow, too few images.
+    """
+    device = choose_device(request.device)
+    ref_path, path = path_of(request.reference), path_of(request.samples)
+    samples = open_side(request.samples, "samples", request.image_size)
+    reference, with_statistics = _open_reference(request)
+    if reference.images is not None:
+        check_sizes(reference.images, samples, with_statistics)
+    features = request.features
+    choice = FeatureChoice(features) if isinstance(features, str) else features
+    space = choice.open(device, say) if isinstance(choice, FeatureChoice) else choice
+    if with_statistics:
+        stored = read_statistics(ref_path, space, samples.shape)
+        reference = Reference(reference.images, stored)
+    metrics = _allowed(request, space, reference, say)
+    made_with = settings_beside(path) if path else {}
+    notes = _differences(path, reference, samples, made_with, space)
+    for note in notes:
+        say(f"note: {note}")
+    images = reference.images
+    say(
+        f"reference: {ref_path or '(memory)'}"
+        + (f", {images.n} images" if images is not None else "")
+        + (", statistics" if reference.stored is not None else "")
     )
-    ref = reference if isinstance(reference, SetFeatures) else None
-    if isinstance(reference, ImageFile) and (keep or moments and stored is None):
-        _enough(reference.n, moments and stored is None, manifold, "reference")
-        ref = extract(
-            reference,
-            space,
-            batch_size=batch_size,
-            keep_rows=keep,
-            what="reference",
-            spatial="sfid" in metrics and stored is None,
-        )
-    made = extract(
+    precision = space.describe().get("precision", "fp32")
+    say(f"samples: {path or '(memory)'}, {samples.n} images; features: {space.name}, {precision}")
+    result = compare(
+        reference,
         samples,
         space,
-        batch_size=batch_size,
-        limit=num_samples,
-        keep_rows=keep,
-        score="is" in metrics,
-        spatial="sfid" in metrics,
-        what="samples",
+        metrics,
+        MetricOptions(request.pr_arithmetic, request.seed, device),
+        num_samples=request.num_samples,
+        batch_size=request.batch_size,
+        say=say,
     )
-    result = Result({}, list(space.warnings))
-    if moments:
-        known = stored or ref
-        for name, part in (("fid", "pool"), ("sfid", "spatial")):
-            if name in metrics:
-                dim = len(getattr(made, part).mean)
-                say(f"Frechet distance between covariances of {dim} dimensions")
-                result.metrics[name] = _frechet(
-                    name, getattr(known, part), getattr(made, part), known.n
-                )
-        result.warnings += _few(result.metrics, space)
-    if "is" in metrics:
-        result.metrics["is"] = Metric(made.score.value, made.n)
-    if manifold:
-        say(f"precision and recall: {made.n} samples, {ref.n} reference images")
-        pair = precision_recall(
-            ref.rows, made.rows, arithmetic=pr_arithmetic, device=device or dist_util.dev()
+    result = replace(result, warnings=(*result.warnings, *notes))
+    return Evaluation(request, reference, samples, space.describe(), made_with, result)
+
+
+def _open_reference(request: EvaluationRequest) -> tuple[Reference, bool]:
+    """Its images, if it has some; does it have statistics?"""
+    path = path_of(request.reference)
+    if path and not has_images(path):
+        return Reference(), True
+    images = open_side(request.reference, "reference", request.image_size)
+    return Reference(images), bool(path) and has_statistics(path)
+
+
+def _allowed(
+    request: EvaluationRequest,
+    space: FeatureSpace,
+    reference: Reference,
+    say: Callable[[str], object],
+) -> list[str]:
+    """The metrics asked for; by default, whatever this reference and these features allow."""
+    if request.metrics is not None:
+        return list(request.metrics)
+    metrics = []
+    for name in PUBLISHED:
+        if why := unavailable(name, space, reference.images is not None):
+            say(f"note: {METRICS[name].title} left out: {why}")
+        else:
+            metrics.append(name)
+    return metrics
+
+
+def _differences(
+    path: str,
+    reference: Reference,
+    samples: ImageFile,
+    made_with: dict[str, Any],
+    space: FeatureSpace,
+) -> list[str]:
+    """What a reader of the numbers must know about the two sides, in words.
+
+    Args:
+        path: of the samples, '' in memory.
+    """
+    notes = []
+    if path and has_statistics(path):
+        notes.append(
+            f"{path} holds statistics (mu) too: ignored, samples are always measured from their "
+            "images"
         )
-        for name, value in zip(("prec", "recall"), pair):
-            if name in metrics:
-                result.metrics[name] = Metric(value, made.n, ref.n)
-    if "kid" in metrics:
-        say(f"kernel distance: {made.n} samples, {ref.n} reference images")
-        value, spread = kernel_distance(ref.rows, made.rows, seed=seed)
-        result.metrics["kid"] = Metric(value, made.n, ref.n, spread)
-    result.metrics = {name: result.metrics[name] for name in METRICS if name in result.metrics}
-    return result
-
-
-def _frechet(name: str, ref: Any, made: Any, n_ref: int | None) -> Metric:
-    metric = Metric(frechet_distance(ref.mean, ref.cov, made.mean, made.cov), made.n, n_ref)
-    if min(made.n, n_ref or made.n) <= len(made.mean):
-        metric.label = f"{TITLES[name]}@{made.n}"
-    return metric
-
-
-def _few(metrics: dict[str, Metric], space: FeatureSpace) -> list[str]:
-    """A warning where covariances are of fewer images than the features have dimensions."""
-    labelled = [
-        metric for name, metric in metrics.items() if name in ("fid", "sfid") and metric.label
-    ]
-    if not labelled:
-        return []
-    first = labelled[0]
-    n_ref = first.n_ref or "an unknown number of"
-    return [
-        f"{first.n} samples and {n_ref} reference images for features of {space.dim} dimensions: "
-        f"{', '.join(metric.label for metric in labelled)} biased upwards, comparable only with "
-        "values of as many images"
-    ]
-
-
-def _enough(n: int, moments: bool, manifold: bool, what: str) -> None:
-    least = 4 if manifold else 2 if moments else 1
-    if n < least:
-        raise ValueError(
-            f"{n} image{'s' * (n != 1)} in the {what}, but "
-            f"{'precision and recall need' if manifold else 'a covariance needs'} at least {least}"
+    notes += compare_features(reference.stored, space)
+    images = reference.images
+    if images is not None and images.shape != samples.shape:
+        notes.append(
+            f"reference images have {images.shape[2]} channels, samples {samples.shape[2]}"
         )
+    trained_on = made_with.get("trained_on", "") or samples.preprocessing
+    if reference.preprocessing and trained_on and reference.preprocessing != trained_on:
+        notes.append(
+            "the two sides were prepared differently, which FID sees: reference "
+            f"'{reference.preprocessing}', the samples' model was trained on '{trained_on}'"
+        )
+    return notes

@@ -15,8 +15,9 @@ import numpy as np
 
 from ..data.npz_io import NpzReader
 from ..data.preprocessing import recorded
-from ..features.spaces import FeatureSpace
+from ..features.space import FeatureSpace
 from ..metrics import FeatureStatistics
+from ..metrics.entry import SetFeatures
 
 NAMES = ("mu", "sigma", "mu_s", "sigma_s")
 SPATIAL = 17 * 17 * 7  # spatial features of an image, for Inception
@@ -118,15 +119,13 @@ def compare_features(stored: StoredStatistics | None, space: FeatureSpace) -> li
     ]
 
 
-def statistics_arrays(
-    pool: FeatureStatistics, spatial: FeatureStatistics | None, space: FeatureSpace
-) -> dict[str, np.ndarray]:
-    """The arrays to store, in the names that read_statistics and the published evaluator read."""
-    arrays = {"mu": pool.mean, "sigma": pool.cov}
-    if spatial is not None:
-        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.cov}
+def statistics_arrays(features: SetFeatures, space: FeatureSpace) -> dict[str, np.ndarray]:
+    """The arrays to store, in the names that read_statistics and ADM's evaluator read."""
+    arrays = {"mu": features.pool.mean, "sigma": features.pool.cov}
+    if space.has_spatial:
+        arrays |= {"mu_s": features.spatial.mean, "sigma_s": features.spatial.cov}
     return arrays | {
-        "n": np.array([pool.n], dtype=np.int64),
+        "n": np.array([features.n], dtype=np.int64),
         "features": np.array([fingerprint(space)]),
     }
 

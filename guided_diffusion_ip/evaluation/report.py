@@ -1,9 +1,10 @@
-"""The numbers of an evaluation: a table for people, the published evaluator's lines for its
-parsers, JSON for programs.
+"""The numbers of an evaluation: a table for people, the lines of ADM's evaluator for their parsers,
+JSON for programs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -12,34 +13,35 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
-from .. import __version__, files
-from .evaluate import TITLES, Metric, Result
-from .images import ImageFile
+from .. import __version__, dist_util, files
+from ..metrics import METRICS
+from .compare import Score
+from .evaluate import Evaluation
+from .images import ImageFile, size_text
+from .opening import Images, choose_device, path_of
+from .published import published_values
 
 
-def table(
-    result: Result, published: Mapping[str, float], pr_arithmetic: str, features: Mapping[str, Any]
-) -> str:
+def table(evaluation: Evaluation, paper: Mapping[str, Any] | None = None) -> str:
     """Aligned columns: metric, value, samples, reference images, published value where there is
     one; features and warnings below.
 
-    Only Inception's Frechet distance is called FID.
+    Args:
+        paper: the section of that name of a config.
     """
+    features, result = evaluation.features, evaluation.result
+    published = published_for(evaluation, paper or {})
     rows = [["metric", "value", "samples", "reference"] + ["published"] * bool(published)]
-    for name, metric in result.metrics.items():
-        title = metric.label or TITLES[name]
-        if features["name"] != "inception":
-            title = title.replace("FID", "Frechet distance")
-        if name in ("prec", "recall"):
-            title += f" ({pr_arithmetic})"
-        value = f"{metric.value:.6g}" + (
-            f" +- {metric.spread:.2g}" if metric.spread is not None else ""
-        )
-        n_ref = {0: "-", None: "?"}.get(metric.n_ref, str(metric.n_ref))
-        paper = [f"{published[name]:g}" if name in published else ""] * bool(published)
-        rows.append([title, value, str(metric.n), n_ref, *paper])
+    for name, score in result.metrics.items():
+        value = f"{score.value:.6g}"
+        if score.spread is not None:
+            value += f" +- {score.spread:.2g}"
+        n_ref = {0: "-", None: "?"}.get(score.n_ref, str(score.n_ref))
+        row = [_title(name, score, features["name"]), value, str(score.n), n_ref]
+        if published:
+            row.append(f"{published[name]:g}" if name in published else "")
+        rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
         "  ".join(
@@ -59,85 +61,40 @@ def table(
     return "\n".join(lines + [f"warning: {warning}" for warning in dict.fromkeys(result.warnings)])
 
 
-def published_lines(metrics: Mapping[str, Metric]) -> str:
-    """The lines that the published evaluator prints, in its order, for programs that read them."""
+def _title(name: str, score: Score, features: str) -> str:
+    title = METRICS[name].title_for(features, label=score.label)
+    return f"{title} ({score.detail})" if score.detail else title
+
+
+def published_lines(values: Mapping[str, float]) -> str:
+    """The lines that ADM's evaluator prints, in its order, for programs that read them."""
     order = ("is", "fid", "sfid", "prec", "recall")
-    return "\n".join(f"{TITLES[name]}: {metrics[name].value}" for name in order if name in metrics)
+    return "\n".join(f"{METRICS[name].title}: {values[name]}" for name in order if name in values)
 
 
-def published_values(paper: Mapping[str, Any], made_with: Mapping[str, Any]) -> dict[str, float]:
-    """{"fid": what the paper states} for samples made with these settings, {} if it has no number
-    for them.
-
-    By number of steps: `fid_ddpm` (or `fid_without`) at lambda = 1, `fid_eps_scaler` at the paper's
-    own lambda, `eps_scaler`. Heun's and Euler's: `fid_heun`, `fid_eps_scaler_heun`,
-    `eps_scaler_heun`, and so on. Of samples that a classifier guided with the paper's
-    `classifier_scale`: `fid_guided` (or `fid_guided_without`), `fid_guided_eps_scaler`.
-    """
-    if not made_with or made_with.get("use_ddim") or made_with.get("guidance_scale", 1) != 1:
+def published_for(evaluation: Evaluation, paper: Mapping[str, Any]) -> dict[str, float]:
+    """What the paper states for the settings of these samples; only Inception's numbers compare."""
+    if evaluation.features["name"] != "inception":
         return {}
-    if guided := made_with.get("classifier_scale", 0):
-        if guided != paper.get("classifier_scale"):
-            return {}
-        paper = {
-            "eps_scaler": paper.get("eps_scaler"),
-            "fid_ddpm": paper.get("fid_guided"),
-            "fid_without": paper.get("fid_guided_without"),
-            "fid_eps_scaler": paper.get("fid_guided_eps_scaler"),
-        }
-    kind = made_with.get("sampler", "ddpm")
-    own = "" if kind == "ddpm" else f"_{kind}"
-    steps = str(
-        made_with.get("edm_steps")
-        if own
-        else made_with.get("timestep_respacing") or made_with.get("diffusion_steps")
-    )
-
-    def at(name: str) -> float | None:
-        return {str(key): value for key, value in (paper.get(name) or {}).items()}.get(steps)
-
-    b, k = made_with.get("eps_scaler", 1.0), made_with.get("eps_scaler_k", 0.0)
-    if own and (
-        made_with.get("S_churn")
-        or any(
-            made_with.get(name)
-            for name in ("discretization", "noise_level_schedule", "noise_level_scaling")
-        )
-    ):
-        return {}
-    if k == 0 and b == 1:
-        value = at(f"fid_{kind}") or (None if own else at("fid_without"))
-    elif k == 0 and b == at(f"eps_scaler{own}"):
-        value = at(f"fid_eps_scaler{own}")
-    else:
-        value = None
-    return {} if value is None else {"fid": float(value)}
+    return published_values(paper, evaluation.made_with)
 
 
-def settings_beside(path: str) -> dict[str, Any]:
-    """What the images were made with: settings.yaml in their folder, {} if there is none."""
-    beside = os.path.join(
-        path if os.path.isdir(path) else os.path.dirname(path) or ".", "settings.yaml"
-    )
-    if not os.path.isfile(beside):
-        return {}
-    with open(beside, encoding="utf-8") as file:
-        try:
-            settings = yaml.safe_load(file)
-        except yaml.YAMLError:
-            return {}  # somebody else's file
-    return settings if isinstance(settings, dict) else {}
-
-
-def describe_set(path: str, images: ImageFile | None, preprocessing: str) -> dict[str, Any]:
+def describe_set(side: Images, images: ImageFile | None, preprocessing: str) -> dict[str, Any]:
     """A set of images as it goes into the JSON: name, hash of the file (folders: of names and
-    bytes), number and size.
+    bytes; memory: of the pixels), number and size.
+
+    Raises:
+        ValueError: neither a file nor images.
     """
-    known = {
-        "path": os.path.abspath(path),
-        "sha256": files.sha256_tree(path),
-        "preprocessing": preprocessing,
-    }
+    path = path_of(side)
+    if path:
+        where, digest = os.path.abspath(path), files.sha256_tree(path)
+    elif images is not None:
+        pixels = np.ascontiguousarray(images.rows(0, images.n))
+        where, digest = "(memory)", hashlib.sha256(pixels.data).hexdigest()
+    else:
+        raise ValueError("a set of images in memory has images")
+    known = {"path": where, "sha256": digest, "preprocessing": preprocessing}
     return known | (
         {"images": images.n, "image_shape": list(images.shape)}
         if images is not None
@@ -145,24 +102,53 @@ def describe_set(path: str, images: ImageFile | None, preprocessing: str) -> dic
     )
 
 
-def as_json(result: Result, **more: Any) -> str:
-    """Everything needed to make the numbers again."""
-    metrics = {
-        name: {"value": metric.value, "samples": metric.n, "reference": metric.n_ref}
-        | ({"standard_deviation": metric.spread} if metric.spread is not None else {})
-        | ({"label": metric.label} if metric.label else {})
-        for name, metric in result.metrics.items()
+def as_json(
+    evaluation: Evaluation, paper: Mapping[str, Any] | None = None, config: str = ""
+) -> str:
+    """Everything needed to make the numbers again.
+
+    Args:
+        paper, config: section of published values, and path, of the config that they were asked
+            for with.
+    """
+    request, reference = evaluation.request, evaluation.reference
+    samples = evaluation.samples
+    size = size_text(request.image_size) if request.image_size else ""
+    content = {
+        "metrics": {name: _score_json(score) for name, score in evaluation.result.metrics.items()},
+        "published": published_for(evaluation, paper or {}),
+        "features": evaluation.features,
+        "pr_arithmetic": request.pr_arithmetic,
+        "batch_size": request.batch_size,
+        "processes": dist_util.get_world_size(),
+        "device": str(choose_device(request.device)),
+        "seed": request.seed,
+        "num_samples": request.num_samples,
+        "image_size": int(size) if size.isdigit() else size,
+        "reference": describe_set(request.reference, reference.images, reference.preprocessing)
+        | {"statistics": reference.stored is not None},
+        "samples": describe_set(request.samples, samples, samples.preprocessing),
+        "made_with": evaluation.made_with,
+        "config": config,
+        "warnings": list(evaluation.warnings),
+        "versions": _versions(),
     }
-    versions = {
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _score_json(score: Score) -> dict[str, Any]:
+    content: dict[str, Any] = {"value": score.value, "samples": score.n, "reference": score.n_ref}
+    if score.spread is not None:
+        content["standard_deviation"] = score.spread
+    if score.label:
+        content["label"] = score.label
+    return content
+
+
+def _versions() -> dict[str, str]:
+    return {
         "guided_diffusion_ip": __version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-    return (
-        json.dumps(
-            {"metrics": metrics, **more, "warnings": result.warnings, "versions": versions},
-            indent=1,
-        )
-        + "\n"
-    )

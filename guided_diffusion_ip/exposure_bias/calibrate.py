@@ -15,7 +15,7 @@ for one batch only, and T'/2 times as many calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import dist_util
-from ..diffusion.guidance import classifier_free
+from ..diffusion.epsilon_scaling import EpsilonScaling
+from ..diffusion.solvers import SOLVERS
+from ..diffusion.solvers.paths import SamplingPath, with_output
 from ..runs.sample_batch import Sampler
 from .measure_run import ImagesFor
-from .walks import Batch, Model, implied_epsilon, noised, step, step_noise, times, with_lambdas
+from .walks import Batch, Model, noised, step_noise
 
 BRACKET = (0.95, 1.05)
 SATURATED = 0.9  # share of clipped numbers in x_0_hat above which lambda has nothing to act on
@@ -102,8 +104,9 @@ class _Norm:
 
     needs_network = True
 
-    def of(self, process: Any, x: Tensor, output: Tensor | None, t: int) -> Mean:
-        norms = implied_epsilon(process, output, x, t).flatten(1).double().norm(dim=1)
+    def of(self, path: SamplingPath, x: Tensor, output: Tensor | None, t: int) -> Mean:
+        epsilon = path.raw_epsilon(output, x, path.level(t, x))
+        norms = epsilon.flatten(1).double().norm(dim=1)
         n, first, second = over_ranks(
             np.array([len(norms), float(norms.sum()), float(norms.square().sum())])
         )
@@ -116,7 +119,7 @@ class _Variance:
 
     needs_network = False
 
-    def of(self, process: Any, x: Tensor, output: Tensor | None, t: int) -> Mean:
+    def of(self, path: SamplingPath, x: Tensor, output: Tensor | None, t: int) -> Mean:
         flat = x.flatten(1).double()  # [n, D]
         n = float(over_ranks(np.array(len(flat))))
         centre = torch.from_numpy(over_ranks(flat.sum(dim=0).cpu().numpy()) / n).to(flat)
@@ -161,7 +164,12 @@ def calibrate(
         )
     mine = list(range(num_chains * rank // world, num_chains * (rank + 1) // world))
     parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
-    model = classifier_free(model, sampler.guidance_scale, sampler.null_label)
+    solver = SOLVERS[sampler.solver]
+    if solver.memory or sampler.network_calls != sampler.num_steps:
+        raise ValueError(
+            f"--by {by} tries each step by itself, by one network call, but the steps of "
+            f"{solver.title} need more: use --solver ddpm, ddim or euler"
+        )
     return _Calibrator(sampler, model, images_for, parts, device, STATISTICS[by](), bracket).run()
 
 
@@ -178,13 +186,14 @@ class _Calibrator:
         statistic: Any,
         bracket: tuple[float, float],
     ) -> None:
-        self.sampler, self.process, self.model = sampler, sampler.diffusion, model
+        self.sampler, self.model = sampler, model
+        self.levels = sampler.bind(model, device=device)  # for what does not depend on images
         self.images_for, self.parts, self.device = images_for, parts, device
         self.statistic, self.bracket = statistic, bracket
         self.kwargs: list[dict[str, Tensor]] = []
 
     def run(self) -> Calibration:
-        steps = self.process.num_timesteps
+        steps = self.sampler.num_steps
         target, x = self._targets_and_starts()
         empty = np.full((4, steps), np.nan)
         found = Calibration(np.full(steps, np.nan), *empty, how=[LAST] * steps)
@@ -216,63 +225,65 @@ class _Calibrator:
         """What the statistic is at each t on training inputs, and the chains' start
         [n, C, H, W].
         """
-        process, real, starts = self.process, [], []
+        steps, real, starts = self.sampler.num_steps, [], []
         for index in self.parts:
             images, cond = self.images_for(index)
             real.append(images)
-            starts.append(
-                step_noise(self.sampler, index, process.num_timesteps)(images.to(self.device))
-            )
+            noise = step_noise(self.sampler, index, steps)(images.to(self.device))
+            starts.append(self.levels.start(noise))
             self.kwargs.append({name: value.to(self.device) for name, value in cond.items()})
         x_start = torch.cat(real)
         if not self.statistic.needs_network:
-            data = self.statistic.of(process, x_start, None, 0)
+            data = self.statistic.of(self.levels, x_start, None, 0)
             return [
-                Mean(ab * data.value + 1 - ab, ab * data.error) for ab in process.alphas_cumprod
+                Mean(alpha**2 * data.value + sigma**2, alpha**2 * data.error)
+                for alpha, sigma in zip(self.levels.alphas, self.levels.sigmas)
             ], torch.cat(starts)
         targets = []
         for t in tqdm(
-            range(process.num_timesteps),
+            range(steps),
             desc="training norms",
             unit="step",
             disable=None if dist_util.is_main() else True,
         ):
             x_t = torch.cat(
                 [
-                    noised(self.sampler, Batch(index, images.to(self.device), {}), t)
+                    noised(self.sampler, self.levels, Batch(index, images.to(self.device), {}), t)
                     for index, images in zip(self.parts, real)
                 ]
             )
-            targets.append(self.statistic.of(process, x_t, self._call(x_t, t), t))
+            targets.append(self.statistic.of(self.levels, x_t, self._call(x_t, t), t))
         return targets, torch.cat(starts)
 
     def _call(self, x: Tensor, t: int) -> Tensor:
         """The network's output at x [n, ...], a batch at a time."""
-        return torch.cat(
-            [
-                self.process.call_model(self.model, part, times(part, t), kwargs)
-                for part, kwargs in zip(x.split([len(index) for index in self.parts]), self.kwargs)
-            ]
-        )
+        outputs = []
+        parts = x.split([len(index) for index in self.parts])
+        for part, kwargs in zip(parts, self.kwargs):
+            path = self.sampler.bind(self.model, kwargs, self.device)
+            outputs.append(path.call(part, path.level(t, part)))
+        return torch.cat(outputs)
 
     def _clipped_share(self, x: Tensor, output: Tensor, t: int) -> float:
-        if not self.sampler.clip_denoised:
+        if not self.sampler.along.clip_denoised:
             return 0.0
-        free = self.process.read_output(output, x, times(x, t), clip_denoised=False)["pred_xstart"]
+        epsilon = self.levels.raw_epsilon(output, x, self.levels.level(t, x))
+        free = (x - self.levels.sigmas[t] * epsilon) / self.levels.alphas[t]  # x_0_hat
         outside, count = over_ranks(np.array([float((free.abs() > 1).sum()), free.numel()]))
         return outside / count
 
     def _try(self, x: Tensor, output: Tensor, t: int, lam: float, target: list[Mean]) -> _Trial:
         """x_{t-1} made with lambda(t) = lam, and how far it is from the target."""
-        lambdas = np.ones(self.process.num_timesteps)
+        lambdas = np.ones(self.sampler.num_steps)
         lambdas[t] = lam
-        sampler = replace(self.sampler, diffusion=with_lambdas(self.process, lambdas))
+        path = self.sampler.with_scaling(EpsilonScaling.of(lambdas)).bind(
+            self.model, device=self.device
+        )
+        path = with_output(path, output)
         index = [i for part in self.parts for i in part]
-        before = step(sampler, lambda x, t: output, x, t, {}, step_noise(sampler, index, t))[
-            "sample"
-        ]
+        before = self.sampler.step(path, x, t, step_noise(self.sampler, index, t)).x
         new_output = self._call(before, t - 1) if self.statistic.needs_network else None
-        mean, wanted = self.statistic.of(self.process, before, new_output, t - 1), target[t - 1]
+        mean, wanted = self.statistic.of(self.levels, before, new_output, t - 1), target[t - 1]
         if not (np.isfinite(mean.value) and mean.value > 0 and wanted.value > 0):
             raise ValueError(
                 f"the chain's mean at t = {t - 1} is {mean.value:g}, on training inputs "

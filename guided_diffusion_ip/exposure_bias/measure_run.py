@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from .. import dist_util
 from ..data.npz_io import NpzReader, write_npz
+from ..diffusion.solvers.paths import ProcessPath, SamplingPath
 from ..files import atomic_file
 from ..runs.folder import claim_folder, resumable
 from ..runs.sample_batch import Sampler
@@ -72,7 +73,7 @@ class MeasureRun:
         if not dist_util.broadcast_object(os.path.exists(self.json_path)):
             self._fill(model, batch_size, device)
             if dist_util.is_main():
-                self._sum_up()
+                self._sum_up(self.sampler.bind(model, device=device))
             dist_util.barrier()
         with open(self.json_path, encoding="utf-8") as file:
             return json.load(file)
@@ -83,9 +84,7 @@ class MeasureRun:
             (partial.missing(self.num_images), partial.next_start())
         )
         rank, world = dist_util.get_rank(), dist_util.get_world_size()
-        calls = sum(
-            path.length for path in walks_of(self.measures, self.sampler.diffusion.num_timesteps)
-        )
+        calls = sum(path.length for path in walks_of(self.measures, self.sampler.num_steps))
         mine = todo[len(todo) * rank // world : len(todo) * (rank + 1) // world]
         sums: dict[str, Sums] = {}
         done: list[int] = []
@@ -120,7 +119,7 @@ class MeasureRun:
                 partial.write(start, rank, done, sums)
         dist_util.barrier()
 
-    def _sum_up(self) -> None:
+    def _sum_up(self, path: SamplingPath) -> None:
         """From sums to figures; measures.json comes last, and says that all is there."""
         partial = PartialSums(os.path.join(self.out_dir, "partial"))
         if left := left_when_listed(lambda: partial.missing(self.num_images)):
@@ -131,16 +130,8 @@ class MeasureRun:
             )
         sums, n = partial.total()
         assert n == self.num_images, f"{partial.path} counts {n} of {self.num_images} images"
-        process = self.sampler.diffusion
-        figures = figures_of(self.measures, sums, n, process)
-        common = {
-            "t": np.arange(process.num_timesteps),
-            "alphas_cumprod": process.alphas_cumprod,
-            "lambda": process.lambdas,
-            "timestep_map": np.asarray(
-                getattr(process, "timestep_map", range(process.num_timesteps))
-            ),
-        }
+        figures = figures_of(self.measures, sums, n, path)
+        common = {"t": np.arange(path.num_steps), **_levels(path), "lambda": path.lambdas}
         arrays = {
             f"{name}.{key}": np.asarray(value)
             for name, found in figures.items()
@@ -150,7 +141,7 @@ class MeasureRun:
         write_npz(os.path.join(self.out_dir, "measures.npz"), {**common, **arrays})
         content = {
             "num_images": n,
-            "num_timesteps": process.num_timesteps,
+            "num_timesteps": path.num_steps,
             "settings": self.settings,
             **{name: _plain(value) for name, value in common.items()},
             "measures": {name: _plain(found) for name, found in figures.items()},
@@ -158,6 +149,17 @@ class MeasureRun:
         with atomic_file(self.json_path) as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
         partial.remove()
+
+
+def _levels(path: SamplingPath) -> dict[str, np.ndarray]:
+    """Where the network was called: alpha_bar and the original steps of a process, or the noise
+    levels sigma.
+    """
+    if not isinstance(path, ProcessPath):
+        return {"alpha": path.alphas, "sigma": path.sigmas}
+    process = path.process
+    steps = getattr(process, "timestep_map", range(process.num_timesteps))
+    return {"alphas_cumprod": process.alphas_cumprod, "timestep_map": np.asarray(steps)}
 
 
 class PartialSums:

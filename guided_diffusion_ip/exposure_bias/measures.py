@@ -7,11 +7,11 @@ over n images into figures. In short:
 
     figures = measure(["norm", "variance"], sampler, model, batches)
 
-Every array of a result is indexed by t = 0 .. T'-1, the step of the (respaced) process at which the
-network is called on
-x_t: 0 is the last, clean step. What concerns the finished image, after step 0, is called `final`.
-    "Std" and "variance" are
-over images at each pixel, with n - 1, then averaged over pixels.
+Every array of a result is indexed by t = 0 .. T'-1, the step (of the respaced process, or the noise
+level) at which the network is called: 0 is the last, clean step. What concerns the finished image,
+after step 0, is called `final`. "Std" and "variance" are over images at each pixel, with n - 1,
+then averaged over pixels. A noisy image is x_t = alpha_t x_0 + sigma_t epsilon; for a process
+alpha_t^2 = ab_t and sigma_t^2 = 1 - ab_t.
 """
 
 from __future__ import annotations
@@ -26,22 +26,10 @@ import torch
 from torch import Tensor
 
 from ..data.image_io import to_uint8
-from ..diffusion.guidance import classifier_free
+from ..diffusion.solvers.paths import SamplingPath
 from ..metrics import frechet_distance
 from ..runs.sample_batch import Sampler
-from .walks import (
-    CHAIN,
-    DATA,
-    INPUTS,
-    NOISE_FREE,
-    Batch,
-    Model,
-    Visit,
-    Walk,
-    implied_epsilon,
-    times,
-    walk,
-)
+from .walks import CHAIN, DATA, INPUTS, NOISE_FREE, Batch, Model, Visit, Walk, walk
 
 Sums = dict[str, np.ndarray]
 Figures = dict[str, Any]  # arrays [T'] and numbers
@@ -63,13 +51,12 @@ class EpsilonNorm:
     def walks(self, steps: int) -> list[Walk]:
         return [Walk(INPUTS, steps), Walk(CHAIN, steps)]
 
-    def see(self, sums: Sums, visit: Visit, process: Any) -> None:
+    def see(self, sums: Sums, visit: Visit) -> None:
         if visit.walk.kind in (INPUTS, CHAIN):
-            eps = implied_epsilon(process, visit.output, visit.x, visit.t)
-            norms = eps.flatten(1).double().norm(dim=1)
-            _add_moments(sums, visit.walk.kind, process.num_timesteps, visit.t, norms[:, None])
+            norms = visit.prediction.raw_epsilon.flatten(1).double().norm(dim=1)
+            _add_moments(sums, visit.walk.kind, visit.path.num_steps, visit.t, norms[:, None])
 
-    def result(self, sums: Sums, n: int, process: Any) -> Figures:
+    def result(self, sums: Sums, n: int, path: SamplingPath) -> Figures:
         inputs, inputs_error = _mean_and_error(sums, INPUTS, n)
         chain, chain_error = _mean_and_error(sums, CHAIN, n)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -79,14 +66,14 @@ class EpsilonNorm:
             "inputs": inputs,
             "chain": chain,
             "ratio": ratio,
-            "ratio_published": ratio / process.lambdas,
+            "ratio_published": ratio / path.lambdas,
             "ratio_error": error,
         }
 
 
 @dataclass(frozen=True)
 class Delta:
-    """Measure 2: delta_t = (std of (x_t - sqrt(ab_t) x_0) - sqrt(1 - ab_t))^2 (ES, Section 3).
+    """Measure 2: delta_t = (std of (x_t - alpha_t x_0) - sigma_t)^2 (ES, Section 3).
 
     `multi`: in the chain started at q(x_{T'-1} | x_0); `single`: after one step from q(x_{t+1} |
     x_0). Entry T'-1 of both is the start itself. x_0 is the image that the chain started from. A
@@ -100,30 +87,24 @@ class Delta:
     def walks(self, steps: int) -> list[Walk]:
         return [Walk(INPUTS, steps), Walk(DATA, steps)]
 
-    def see(self, sums: Sums, visit: Visit, process: Any) -> None:
-        steps, t = process.num_timesteps, visit.t
+    def see(self, sums: Sums, visit: Visit) -> None:
+        steps, t = visit.path.num_steps, visit.t
         if visit.walk == Walk(DATA, steps):
-            _add_moments(sums, "multi", steps, t, self._residual(visit, visit.x, t, process))
+            _add_moments(sums, "multi", steps, t, self._residual(visit, visit.x, t))
         elif visit.walk.kind == INPUTS:
             if t == steps - 1:
-                _add_moments(sums, "single", steps, t, self._residual(visit, visit.x, t, process))
+                _add_moments(sums, "single", steps, t, self._residual(visit, visit.x, t))
             if t > 0:
                 _add_moments(
-                    sums,
-                    "single",
-                    steps,
-                    t - 1,
-                    self._residual(visit, visit.sample, t - 1, process),
+                    sums, "single", steps, t - 1, self._residual(visit, visit.sample, t - 1)
                 )
 
     @staticmethod
-    def _residual(visit: Visit, x: Tensor, t: int, process: Any) -> Tensor:
-        return (
-            x.double() - float(process.sqrt_alphas_cumprod[t]) * visit.batch.x_start.double()
-        ).flatten(1)
+    def _residual(visit: Visit, x: Tensor, t: int) -> Tensor:
+        return (x.double() - float(visit.path.alphas[t]) * visit.batch.x_start.double()).flatten(1)
 
-    def result(self, sums: Sums, n: int, process: Any) -> Figures:
-        expected = np.sqrt(1 - process.alphas_cumprod)
+    def result(self, sums: Sums, n: int, path: SamplingPath) -> Figures:
+        expected = path.sigmas
         stds = {
             kind: np.sqrt(_variance(sums, kind, n)).mean(axis=1) for kind in ("single", "multi")
         }
@@ -136,7 +117,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Variance:
-    """Measure 3: Var(x_t) over the samples of the chain against ab_t Var(x_0) + 1 - ab_t.
+    """Measure 3: Var(x_t) over the samples of the chain against alpha_t^2 Var(x_0) + sigma_t^2.
 
     A perfect sampler has equality at every t, whatever it remembers; `error` is the difference.
     """
@@ -146,8 +127,8 @@ class Variance:
     def walks(self, steps: int) -> list[Walk]:
         return [Walk(CHAIN, steps)]
 
-    def see(self, sums: Sums, visit: Visit, process: Any) -> None:
-        steps = process.num_timesteps
+    def see(self, sums: Sums, visit: Visit) -> None:
+        steps = visit.path.num_steps
         if visit.walk.kind != CHAIN:
             return
         _add_moments(sums, "x", steps + 1, visit.t, visit.x.flatten(1))
@@ -156,10 +137,10 @@ class Variance:
         if visit.t == 0:
             _add_moments(sums, "x", steps + 1, steps, visit.sample.flatten(1))
 
-    def result(self, sums: Sums, n: int, process: Any) -> Figures:
+    def result(self, sums: Sums, n: int, path: SamplingPath) -> Figures:
         chain = _variance(sums, "x", n).mean(axis=1)
         real = float(_variance(sums, "real", n).mean())
-        expected = process.alphas_cumprod * real + 1 - process.alphas_cumprod
+        expected = path.alphas**2 * real + path.sigmas**2
         return {
             "chain": chain[:-1],
             "expected": expected,
@@ -187,14 +168,11 @@ class PredictionError:
     def walks(self, steps: int) -> list[Walk]:
         return [Walk(INPUTS, steps)]
 
-    def see(self, sums: Sums, visit: Visit, process: Any) -> None:
+    def see(self, sums: Sums, visit: Visit) -> None:
         if visit.walk.kind != INPUTS:
             return
-        steps, t, batch = process.num_timesteps, visit.t, visit.batch
-        x_start = process.read_output(visit.output, visit.x, times(visit.x, t), visit.clip)[
-            "pred_xstart"
-        ]  # without lambda
-        error = (x_start.double() - batch.x_start.double()).flatten(1)
+        steps, t, batch = visit.path.num_steps, visit.t, visit.batch
+        error = (visit.prediction.raw_x_start.double() - batch.x_start.double()).flatten(1)
         _add_moments(sums, "error", steps, t, error)
         pixels = np.unique(np.linspace(0, error.shape[1] - 1, _NORMALITY_PIXELS).astype(int))
         rows = _array(sums, "rows", (steps, _NORMALITY_IMAGES, len(pixels)))
@@ -202,8 +180,8 @@ class PredictionError:
             if number < _NORMALITY_IMAGES:
                 rows[t, number] += row
 
-    def result(self, sums: Sums, n: int, process: Any) -> Figures:
-        snr_root = np.sqrt(process.alphas_cumprod / (1 - process.alphas_cumprod))
+    def result(self, sums: Sums, n: int, path: SamplingPath) -> Figures:
+        snr_root = path.alphas / path.sigmas
         nu = np.sqrt(_variance(sums, "error", n)).mean(axis=1)
         rejected, tested = zip(
             *(_rejected(rows[: min(n, _NORMALITY_IMAGES)]) for rows in sums["rows"])
@@ -260,19 +238,19 @@ class Accumulation:
             )
         return [Walk(kind, k) for k in self.lengths for kind in (DATA, NOISE_FREE)]
 
-    def see(self, sums: Sums, visit: Visit, process: Any) -> None:
+    def see(self, sums: Sums, visit: Visit) -> None:
         if visit.walk.kind not in (DATA, NOISE_FREE) or visit.walk.length not in self.lengths:
             return
         row, count = self.lengths.index(visit.walk.length), len(self.lengths)
         if visit.walk.kind == NOISE_FREE:
             error = (
-                (visit.pred_xstart.double() - visit.batch.x_start.double())
+                (visit.prediction.x_start.double() - visit.batch.x_start.double())
                 .abs()
                 .flatten(1)
                 .mean(dim=1)
                 .sum()
             )
-            _array(sums, "noise_free", (count, process.num_timesteps))[row, visit.t] += float(error)
+            _array(sums, "noise_free", (count, visit.path.num_steps))[row, visit.t] += float(error)
         elif visit.t == 0:
             self._add_features(sums, count + 1, row, visit.sample)
             if row == 0:
@@ -285,7 +263,7 @@ class Accumulation:
             features.T @ features
         )
 
-    def result(self, sums: Sums, n: int, process: Any) -> Figures:
+    def result(self, sums: Sums, n: int, path: SamplingPath) -> Figures:
         means = sums["features_1"] / n
         covs = [
             (square - n * np.outer(mean, mean)) / (n - 1)
@@ -351,19 +329,17 @@ def observe(
     """Add one batch to the sums {measure: {name: array}}. `tick` is told of the images of each
     network call.
     """
-    process = sampler.diffusion
-    model = classifier_free(model, sampler.guidance_scale, sampler.null_label)
     for measure in measures:
         sums.setdefault(measure.name, {})
-    for path in walks_of(measures, process.num_timesteps):
-        for visit in walk(path, sampler, model, batch):
+    for kind in walks_of(measures, sampler.num_steps):
+        for visit in walk(kind, sampler, model, batch):
             for measure in measures:
-                measure.see(sums[measure.name], visit, process)
+                measure.see(sums[measure.name], visit)
             tick(len(batch.index))
 
 
 def figures_of(
-    measures: Sequence[Any], sums: dict[str, Sums], n: int, process: Any
+    measures: Sequence[Any], sums: dict[str, Sums], n: int, path: SamplingPath
 ) -> dict[str, Figures]:
     """What the sums over n images come to.
 
@@ -382,7 +358,7 @@ def figures_of(
                     f"the measure {measure.name!r} met values that are not finite ({name}): the "
                     "model has diverged, or overflows in half precision (try --use_fp16 False)"
                 )
-    return {measure.name: measure.result(sums[measure.name], n, process) for measure in measures}
+    return {measure.name: measure.result(sums[measure.name], n, path) for measure in measures}
 
 
 def measure(
@@ -400,7 +376,7 @@ def measure(
     for batch in batches:
         observe(measures, sampler, model, batch, sums)
         n += len(batch.index)
-    return figures_of(measures, sums, n, sampler.diffusion)
+    return figures_of(measures, sums, n, sampler.bind(model))
 
 
 # ---- sums ----

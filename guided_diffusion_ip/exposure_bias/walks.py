@@ -12,17 +12,14 @@ number of processes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.epsilon_scaling import lambda_schedule
-from ..diffusion.kinds import ModelMeanType
+from ..diffusion.solvers.paths import Prediction, SamplingPath
 from ..noise import NormalStream, Stream
 from ..runs.sample_batch import Sampler
 
@@ -51,115 +48,57 @@ class Batch:
 
 @dataclass(frozen=True)
 class Visit:
-    """The network at x_t, and the step that the sampler takes from there; tensors are [n, C, H, W].
+    """The network at x, and the step that the solver takes from there; tensors are [n, C, H, W].
 
     Args:
-        output: what the network returned, [n, C or 2C, H, W].
-        sample: x_{t-1}; pred_xstart: x_0_hat, scaled by lambda, and clipped if `clip`, as the
-            sampler does.
+        path: what the walk went along, with the network.
+        t: the index of the level, 0 = the last, clean step.
+        prediction: of the step's (first) network call; `prediction.x` is where it was made.
+        sample: x after the step.
     """
 
     walk: Walk
+    path: SamplingPath
     t: int
     batch: Batch
-    x: Tensor
-    output: Tensor
+    prediction: Prediction
     sample: Tensor
-    pred_xstart: Tensor
-    clip: bool
+
+    @property
+    def x(self) -> Tensor:
+        return self.prediction.x
 
 
-def walk(path: Walk, sampler: Sampler, model: Model, batch: Batch) -> Iterator[Visit]:
-    """The visits of one batch, from the noisy end to the clean end. `model` has its guidance
-    already.
-    """
-    seen = _Recorder(model)
-    x = None
-    for t in range(path.length - 1, -1, -1):
-        if path.kind == INPUTS or x is None:
-            x = _start(path, sampler, batch, t)
+def walk(kind: Walk, sampler: Sampler, model: Model, batch: Batch) -> Iterator[Visit]:
+    """The visits of one batch, from the noisy end to the clean end."""
+    path = sampler.bind(model, batch.model_kwargs, batch.x_start.device)
+    previous = x = None
+    for t in range(kind.length - 1, -1, -1):
+        if kind.kind == INPUTS or x is None:
+            x, previous = _start(kind, sampler, path, batch, t), None
         randn_like = (
-            torch.zeros_like if path.kind == NOISE_FREE else step_noise(sampler, batch.index, t)
+            torch.zeros_like if kind.kind == NOISE_FREE else step_noise(sampler, batch.index, t)
         )
-        out = step(sampler, seen, x, t, batch.model_kwargs, randn_like)
-        yield Visit(
-            path, t, batch, x, seen.output, out["sample"], out["pred_xstart"], sampler.clip_denoised
-        )
-        x = out["sample"]
+        previous = sampler.step(path, x, t, randn_like, previous)
+        yield Visit(kind, path, t, batch, previous.prediction, previous.x)
+        x = previous.x
 
 
-def _start(path: Walk, sampler: Sampler, batch: Batch, t: int) -> Tensor:
-    if path.kind == CHAIN:
-        return step_noise(sampler, batch.index, sampler.diffusion.num_timesteps)(batch.x_start)
-    return noised(sampler, batch, t)
+def _start(kind: Walk, sampler: Sampler, path: SamplingPath, batch: Batch, t: int) -> Tensor:
+    if kind.kind == CHAIN:
+        return path.start(step_noise(sampler, batch.index, path.num_steps)(batch.x_start))
+    return noised(sampler, path, batch, t)
 
 
-def noised(sampler: Sampler, batch: Batch, t: int) -> Tensor:
-    """x_t ~ q(x_t | x_0) of each image."""
+def noised(sampler: Sampler, path: SamplingPath, batch: Batch, t: int) -> Tensor:
+    """x at level t from each image, as in training."""
     noise = NormalStream(sampler.seed, Stream.MEASURE_INPUT, torch.as_tensor(batch.index))
     noise.step = t
-    return sampler.diffusion.q_sample(batch.x_start, times(batch.x_start, t), noise(batch.x_start))
+    return path.noised(batch.x_start, t, noise(batch.x_start))
 
 
 def step_noise(sampler: Sampler, index: Sequence[int], t: int) -> NormalStream:
-    """The noise of the step from x_t; t = T' is the chain's start."""
+    """The noise of the step from level t; t = the number of steps is the chain's start."""
     noise = NormalStream(sampler.seed, Stream.MEASURE_STEP, torch.as_tensor(index))
     noise.step = t
     return noise
-
-
-def step(
-    sampler: Sampler,
-    model: Model,
-    x: Tensor,
-    t: int,
-    model_kwargs: dict[str, Any],
-    randn_like: Callable[[Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """One step of the sampler from x_t, as `p_sample` or `ddim_sample` returns it."""
-    options = {
-        "clip_denoised": sampler.clip_denoised,
-        "cond_fn": sampler.cond_fn,
-        "model_kwargs": model_kwargs,
-        "randn_like": randn_like,
-    }
-    if sampler.use_ddim:
-        return sampler.diffusion.ddim_sample(model, x, times(x, t), eta=sampler.eta, **options)
-    return sampler.diffusion.p_sample(model, x, times(x, t), **options)
-
-
-def times(x: Tensor, t: int) -> Tensor:
-    """t for each image of x, int64 [n]."""
-    return torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-
-
-def implied_epsilon(process: Any, output: Tensor, x: Tensor, t: int) -> Tensor:
-    """The network's epsilon [n, C, H, W], not divided by lambda, whatever it predicts."""
-    if process.model_mean_type is ModelMeanType.EPSILON:
-        return output[:, : x.shape[1]]
-    x_start = process.read_output(output, x, times(x, t), clip_denoised=False)["pred_xstart"]
-    return process.eps_from_xstart(x, times(x, t), x_start)
-
-
-def with_lambdas(process: Any, lambdas: Sequence[float] | np.ndarray) -> Any:
-    """The same process with another lambda(t), T' values.
-
-    Raises:
-        ValueError: a wrong number of values, or one that is not positive.
-    """
-    other = copy.copy(process)  # its cache of tables on the device is not copied
-    other.lambdas = lambda_schedule(lambdas, 0.0, process.num_timesteps)
-    other.scales_epsilon = bool((other.lambdas != 1).any())
-    return other
-
-
-class _Recorder:
-    """A model that remembers what it returned last."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self.output: Tensor | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.output = self._model(*args, **kwargs)
-        return self.output

@@ -180,15 +180,15 @@ def build(state: dict[str, Tensor], device: torch.device | str = "cpu") -> Incep
     )
     network.eval()
     for module in network.modules():
-        if hasattr(module, "bn"):
+        conv, norm = getattr(module, "conv", None), getattr(module, "bn", None)
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             # One pass over the features less per convolution; in float64, so that it costs no
             # accuracy.
-            module.conv, module.bn = (
-                fuse_conv_bn_eval(module.conv.double(), module.bn.double()).float(),
-                nn.Identity(),
-            )
+            module.conv = fuse_conv_bn_eval(conv.double(), norm.double()).float()
+            module.bn = nn.Identity()
     keep_freed_memory(device)
-    return network.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    network.to(device).requires_grad_(False)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _skeleton() -> Inception:

@@ -23,7 +23,10 @@ from . import inception, tf_graph
 PUBLISHED_NAME = "weights-inception-2015-12-05-6726825d.pth"
 PUBLISHED_SHA256 = "6726825d"  # how it begins
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{PUBLISHED_NAME}"
-URL_TF = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb"
+URL_TF = (
+    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
+    "classify_image_graph_def.pb"
+)
 ENVIRONMENT = "GUIDED_DIFFUSION_IP_INCEPTION"
 
 
@@ -161,25 +164,18 @@ def load(path: str | os.PathLike) -> Weights:
 
 
 def _fits(value: object, shape: tuple[int, ...]) -> bool:
-    floating = (
-        value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, np.ndarray)
-    )
-    return floating and tuple(value.shape) == shape
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and tuple(value.shape) == shape
+    return isinstance(value, np.ndarray) and value.shape == shape
 
 
 def _found(value: object) -> str:
-    return (
-        "is missing"
-        if value is None
-        else f"is {list(value.shape)}"
-        if hasattr(value, "shape")
-        else "is no tensor"
-    )
+    if value is None:
+        return "is missing"
+    return f"is {list(value.shape)}" if hasattr(value, "shape") else "is no tensor"
 
 
 def _tensor(value: Tensor | np.ndarray) -> Tensor:
-    return (
-        value
-        if isinstance(value, Tensor)
-        else torch.from_numpy(value.astype(np.float32, order="C"))
-    ).float()
+    if not isinstance(value, Tensor):
+        value = torch.from_numpy(value.astype(np.float32, order="C"))
+    return value.float()

@@ -2,10 +2,9 @@
 GraphDef.
 
 A GraphDef is a protocol buffer: fields of (number, wire type, content), nested (protobuf.dev,
-"Encoding"; in
-tensorflow/core/framework: graph.proto, node_def.proto, attr_value.proto, tensor.proto). Nothing is
-    copied and nothing is
-believed: arrays are views of the file, and every length is compared with what is there.
+"Encoding"; in tensorflow/core/framework: graph.proto, node_def.proto, attr_value.proto,
+tensor.proto). Nothing is copied and nothing is trusted: arrays are views of the file, and every
+length is compared with what is there.
 """
 
 from __future__ import annotations
@@ -74,8 +73,14 @@ def _last(message: memoryview, number: int) -> memoryview:
 
 
 def _bytes(value: int | memoryview) -> memoryview:
-    if type(value) is int:
+    if isinstance(value, int):
         raise ValueError("a number where text or a message should be")
+    return value
+
+
+def _int(value: int | memoryview) -> int:
+    if not isinstance(value, int):
+        raise ValueError("text or a message where a number should be")
     return value
 
 
@@ -125,16 +130,17 @@ def _constant(node: memoryview) -> tuple[str, memoryview]:
         elif (
             number == 5 and _text(_last(_bytes(content), 1)) == "value"
         ):  # attr: map<string, AttrValue>
-            tensor = _last(_last(content, 2), 8)
+            tensor = _last(_last(_bytes(content), 2), 8)
     return (name, tensor) if op == "Const" else ("", memoryview(b""))
 
 
 def _tensor(message: memoryview, name: str) -> np.ndarray:
     """A TensorProto of float32."""
-    dtype, shape, content, values = 0, [], memoryview(b""), bytearray()
+    dtype, content, values = 0, memoryview(b""), bytearray()
+    shape: list[int] = []
     for number, value in fields(message):
         if number == 1:
-            dtype = value
+            dtype = _int(value)
         elif number == 2:
             shape = _shape(_bytes(value), name)
         elif number == 4:
@@ -153,13 +159,15 @@ def _tensor(message: memoryview, name: str) -> np.ndarray:
 
 def _shape(message: memoryview, name: str) -> list[int]:
     """A TensorShapeProto."""
-    shape = []
+    shape: list[int] = []
     for number, dim in fields(message):
         if number == 2:
-            shape.append(next((n for i, n in fields(_bytes(dim)) if i == 1), 0))
+            size = next((n for i, n in fields(_bytes(dim)) if i == 1), 0)
+            if isinstance(size, int):
+                shape.append(size)
             if (
                 len(shape) > MAX_RANK
-                or not isinstance(shape[-1], int)
+                or not isinstance(size, int)
                 or math.prod(n or 1 for n in shape) > MAX_ELEMENTS
             ):
                 raise ValueError(f"{name} has an impossible shape")
@@ -225,10 +233,9 @@ def _layers() -> dict[str, str]:
     layers = {_numbered("conv", i): f"Conv2d_{name}" for i, name in enumerate(stem)}
     for i, (block, towers) in enumerate(blocks):
         for tower, names in towers.items():
-            layers |= {
-                f"{_numbered('mixed', i)}/{tower}{_numbered('conv', j)}": f"Mixed_{block}.branch{name}"
-                for j, name in enumerate(names.split())
-            }
+            for j, name in enumerate(names.split()):
+                place = f"{_numbered('mixed', i)}/{tower}{_numbered('conv', j)}"
+                layers[place] = f"Mixed_{block}.branch{name}"
     return layers
 
 

@@ -45,7 +45,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.epsilon_scaling import lambda_schedule
+from ..diffusion.epsilon_scaling import EpsilonScaling as Lambda
+from ..diffusion.epsilon_scaling import divide
 from .diffusers_models import import_diffusers
 
 SUPPORTED = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler")
@@ -119,15 +120,15 @@ class EpsilonScaling:
                 f"{type(self).__name__.removeprefix(_PREFIX)}: leave it out"
             )
         steps = len(config.eps_scaler) if isinstance(config.eps_scaler, (list, tuple)) else 1
-        lambda_schedule(
-            config.eps_scaler, config.eps_scaler_k, steps
+        Lambda.of(config.eps_scaler, config.eps_scaler_k).lambdas(
+            steps
         )  # tells of a wrong lambda before anything is sampled
         self._lambdas: list[float] = []
 
     def _settle_lambdas(self) -> None:
         """One lambda for each of the timesteps, noisiest first, like them."""
-        values = lambda_schedule(
-            self.config.eps_scaler, self.config.eps_scaler_k, len(self.timesteps)
+        values = Lambda.of(self.config.eps_scaler, self.config.eps_scaler_k).lambdas(
+            len(self.timesteps)
         )
         self._lambdas = values[::-1].tolist()
 
@@ -173,7 +174,7 @@ class EpsilonScaling:
         view = self._view(prediction, timestep, sample)
         self._check_noise(view)
         epsilon = view.epsilon()
-        scaled = view.output(epsilon / lam).to(model_output.dtype)
+        scaled = view.output(divide(epsilon, lam)).to(model_output.dtype)
         result = step(self, torch.cat([scaled, variance], dim=1), timestep, sample, *args, **kwargs)
         if not self.config.eps_x0_only:
             return result

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .entry import MOMENTS, SPATIAL_MOMENTS, Metric, MetricOptions, SetFeatures, Value
 from .feature_rows import as_tensor
+from .statistics import FeatureStatistics
 
 _EPS = float(np.finfo(np.float64).eps)
 _ASYMMETRY = 1e-6  # of the largest entry: above what storing as float32 does
@@ -25,9 +27,8 @@ def frechet_distance(
 
     With sigma1 = A A^T and sigma2 = B B^T the trace of the root is the sum of the singular values
     of A^T B. Roots of eigenvalues of the product would be roots of rounding noise in the null space
-    of singular covariances (fewer images than
-    features: an error of 1e-4); singular values have no such step. No imaginary parts arise,
-        nothing is added to a diagonal.
+    of singular covariances (fewer images than features: an error of 1e-4); singular values have
+    no such step. No imaginary parts arise, and nothing is added to a diagonal.
 
     Args:
         mu1, mu2: means [D].
@@ -126,3 +127,44 @@ def _checked(sigma: np.ndarray) -> Tensor:
             f"{gap:.3g}, the largest is {scale:.3g}; is it a covariance of features?"
         )
     return (s + s.T) / 2
+
+
+def _fid(reference: SetFeatures, samples: SetFeatures, options: MetricOptions) -> dict[str, Value]:
+    return {"fid": _between(reference.pool, samples.pool)}
+
+
+def _sfid(reference: SetFeatures, samples: SetFeatures, options: MetricOptions) -> dict[str, Value]:
+    return {"sfid": _between(reference.spatial, samples.spatial)}
+
+
+def _between(reference: FeatureStatistics, samples: FeatureStatistics) -> Value:
+    """With a warning where a covariance comes from no more images than it has dimensions."""
+    distance = frechet_distance(reference.mean, reference.cov, samples.mean, samples.cov)
+    n = samples.n or 0
+    few = min(n, reference.n or n) <= len(samples.mean)
+    return Value(distance, few="biased upwards" if few else "")
+
+
+_PROGRESS = "Frechet distance between covariances of {dim} dimensions"
+METRICS = (
+    Metric(
+        "fid",
+        "FID",
+        frozenset({MOMENTS}),
+        larger_is_better=False,
+        compute=_fid,
+        progress=_PROGRESS,
+        least=2,
+        least_for="a covariance needs",
+    ),
+    Metric(
+        "sfid",
+        "sFID",
+        frozenset({SPATIAL_MOMENTS}),
+        larger_is_better=False,
+        compute=_sfid,
+        progress=_PROGRESS,
+        least=2,
+        least_for="a covariance needs",
+    ),
+)

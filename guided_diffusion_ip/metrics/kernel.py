@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from .entry import REFERENCE_ROWS, ROWS, Metric, MetricOptions, SetFeatures, Value
 from .feature_rows import FeatureArray, as_tensor, feature_rows, finite_chunks
 
 _CHECK_ROWS = 1024
@@ -55,8 +56,8 @@ def kernel_distance(
             f"subsets={subsets}, subset_size={subset_size}, {len(ref)} reference and {len(sample)} "
             "sample images"
         )
-    for x, name in (ref, "reference features"), (sample, "sample features"):
-        for _ in finite_chunks(x, _CHECK_ROWS, name):
+    for rows, name in (ref, "reference features"), (sample, "sample features"):
+        for _ in finite_chunks(rows, _CHECK_ROWS, name):
             pass
     values = []
     for i in range(subsets):
@@ -82,3 +83,22 @@ def squared_mmd(x: Tensor, y: Tensor) -> float:
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
+
+
+def _compute(
+    reference: SetFeatures, samples: SetFeatures, options: MetricOptions
+) -> dict[str, Value]:
+    value, spread = kernel_distance(reference.rows, samples.rows, seed=options.seed)
+    return {"kid": Value(value, spread)}
+
+
+METRICS = (
+    Metric(
+        "kid",
+        "KID",
+        frozenset({ROWS, REFERENCE_ROWS}),
+        larger_is_better=False,
+        compute=_compute,
+        progress="kernel distance: {samples} samples, {reference} reference images",
+    ),
+)

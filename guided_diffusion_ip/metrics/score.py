@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .. import dist_util
+from .entry import LOGITS, Metric, MetricOptions, SetFeatures, Value
 from .feature_rows import FeatureArray, as_tensor, feature_rows, finite_chunks, gather_ranks
 
 _CHUNK_ROWS = 1024
@@ -134,3 +135,22 @@ def _score(sums: np.ndarray) -> float:
     return math.exp(
         max(p_log_p / n + float(torch.special.entr(q).sum()), 0.0)
     )  # entr(q) = -q log q, and 0 at 0
+
+
+def _compute(
+    reference: SetFeatures, samples: SetFeatures, options: MetricOptions
+) -> dict[str, Value]:
+    assert samples.score is not None, "logits are extracted for metrics that need them"
+    return {"is": Value(samples.score.value)}
+
+
+METRICS = (
+    Metric(
+        "is",
+        "Inception Score",
+        frozenset({LOGITS}),
+        larger_is_better=True,
+        compute=_compute,
+        short="IS",
+    ),
+)

@@ -27,14 +27,14 @@ class FeatureStatistics:
     """
 
     def __init__(self) -> None:
-        self._n: int | None = 0
-        self._mean = np.zeros(0)  # [D] of the rows merged so far; D = 0: none seen yet
+        self._n = 0  # rows merged so far
+        self._mean = np.zeros(0)  # [D] of those rows; D = 0: none seen yet
         self._scatter = np.zeros((0, 0))  # [D, D] sum of (x - mean)(x - mean)^T
-        self._block = np.zeros(
-            (0, 0)
-        )  # [_BLOCK_ROWS + 1, D], the last row is for the step between means
+        # [_BLOCK_ROWS + 1, D]; the last row is for the step between means.
+        self._block = np.zeros((0, 0))
         self._waiting = 0  # rows in the block
-        self._stored = False
+        self._stored = False  # from a file, which may state the number of images
+        self._stored_n: int | None = None
 
     @classmethod
     def from_moments(
@@ -61,13 +61,13 @@ class FeatureStatistics:
                 "stored statistics hold NaN or infinity: make them again from the images"
             )
         self = cls()
-        self._n, self._mean, self._scatter, self._stored = n, mean, cov, True
+        self._mean, self._scatter, self._stored, self._stored_n = mean, cov, True, n
         return self
 
     @property
     def n(self) -> int | None:
         """Number of rows; None for stored moments of unknown origin."""
-        return self._n if self._n is None else self._n + self._waiting
+        return self._stored_n if self._stored else self._n + self._waiting
 
     @property
     def mean(self) -> np.ndarray:
@@ -101,7 +101,7 @@ class FeatureStatistics:
         self._refuse_stored()
         rows = feature_rows(batch)
         self._open(rows.shape[1])
-        for chunk in finite_chunks(rows, _BLOCK_ROWS, first_row=self.n):
+        for chunk in finite_chunks(rows, _BLOCK_ROWS, first_row=self._n + self._waiting):
             while len(chunk):
                 taken = min(len(chunk), _BLOCK_ROWS - self._waiting)
                 self._block[self._waiting : self._waiting + taken] = chunk[:taken]
@@ -193,9 +193,8 @@ class FeatureStatistics:
         # One more row makes the product add the step between the means as well.
         self._block[m] = step * np.sqrt(self._n * m / total)
         rows = self._block[: m + 1]
-        self._scatter += (
-            rows.T @ rows
-        )  # numpy computes X^T X by the symmetric product, at half the cost
+        # numpy computes X^T X by the symmetric product, at half the cost.
+        self._scatter += rows.T @ rows
         self._mean = near + step * (m / total)
         self._n, self._waiting = total, 0
 

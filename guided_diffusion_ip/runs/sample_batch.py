@@ -4,8 +4,8 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,93 +14,99 @@ from torch import Tensor
 
 from .. import dist_util
 from ..data.image_io import to_uint8
-from ..diffusion.edm_sampling import ablation_sample, edm_sample
+from ..diffusion.epsilon_scaling import EpsilonScaling, warn_if_unclipped
+from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.guidance import classifier_free
+from ..diffusion.solvers import SOLVERS
+from ..diffusion.solvers.loop import last_of, run, warn_if_training
+from ..diffusion.solvers.paths import AlongProcess, RandnLike, SamplingPath, Step
+from ..diffusion.solvers.sigma_path import AlongSigma
 from ..noise import NormalStream, Stream, integers
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How to sample: the process is already respaced, and knows its lambda(t).
-
-    cond_fn and guidance_scale guide, see diffusion/guidance.py; cond_fn is given the same
-    model_kwargs as the network.
-
-    Raises:
-        ValueError: guidance_scale is not 1 and there is no null_label.
-    """
-
-    diffusion: Any
-    image_shape: tuple[int, int, int]  # C, H, W
-    seed: int = 0
-    use_ddim: bool = False
-    eta: float = 0.0
-    clip_denoised: bool = True
-    cond_fn: Callable[..., Tensor] | None = None
-    guidance_scale: float = 1.0
-    null_label: int | None = None
-
-    @property
-    def rounded(self) -> bool:
-        """How to_uint8 makes pixels of the images: truncated, as in ADM."""
-        return False
-
-    @property
-    def network_calls(self) -> int:
-        """For one batch."""
-        return self.diffusion.num_timesteps
-
-    def __call__(
-        self,
-        model: Callable[..., Tensor],
-        index: Sequence[int],
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str = "cpu",
-        progress: bool = False,
-    ) -> Tensor:
-        """The images numbered `index`, float32 [N, C, H, W] in about [-1, 1]."""
-        model = classifier_free(model, self.guidance_scale, self.null_label)
-        options = {
-            "clip_denoised": self.clip_denoised,
-            "model_kwargs": model_kwargs,
-            "device": device,
-            "progress": progress,
-            "cond_fn": self.cond_fn,
-            "randn_like": NormalStream(self.seed, Stream.SAMPLE, torch.as_tensor(index)),
-        }
-        shape = (len(index), *self.image_shape)
-        if self.use_ddim:
-            return self.diffusion.ddim_sample_loop(model, shape, eta=self.eta, **options)
-        return self.diffusion.p_sample_loop(model, shape, **options)
-
-
-@dataclass(frozen=True)
-class SigmaSampler:
-    """How to sample along noise levels sigma: EDM's Heun and Euler, of anything that can be seen as
-    a denoiser D(x, sigma).
+    """How to sample: a solver along a path. See `process_sampler` and `sigma_sampler`.
 
     Args:
-        as_denoiser: as_denoiser(network, model_kwargs) -> D; see diffusion/denoiser.py.
-        options: of edm_sample or, with `ablation`, of ablation_sample: num_steps, sigma_min,
-            S_churn, eps_scaler, ...
-        guidance_scale, null_label: as for Sampler.
-        rounded: make pixels of the images as EDM does, see to_uint8; for EDM's models.
+        along: the path without its network: a process, or EDM's noise levels; with lambda(t).
+        image_shape: (C, H, W).
+        solver: a name in SOLVERS.
+        options: of the solver's step, such as DDIM's eta.
+        guidance_scale, null_label: classifier-free guidance, see diffusion/guidance.py.
+        rounded: how to_uint8 makes pixels of the images: truncated, as in ADM, or rounded, as EDM
+            does.
+
+    Raises:
+        ValueError: a solver that there is not, or for another kind of path; an option that it does
+            not have.
     """
 
-    as_denoiser: Callable[[Callable[..., Tensor], dict[str, Any]], Any]
-    image_shape: tuple[int, int, int]  # C, H, W
+    along: AlongProcess | AlongSigma
+    image_shape: tuple[int, int, int]
     seed: int = 0
+    solver: str = "ddpm"
     options: dict[str, Any] = field(default_factory=dict)
-    ablation: bool = False
     guidance_scale: float = 1.0
     null_label: int | None = None
     rounded: bool = False
 
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"there is no solver {self.solver!r}: use {', '.join(SOLVERS)}")
+        solver = SOLVERS[self.solver]
+        if solver.along not in (self.along.kind, "either"):
+            along = {"process": "the steps of a process", "sigma": "EDM's noise levels"}
+            raise ValueError(
+                f"{solver.title} goes along {along[solver.along]}, not along "
+                f"{along[self.along.kind]}"
+            )
+        if unknown := [name for name in self.options if name not in solver.options]:
+            raise ValueError(f"{solver.title} has no option {unknown[0]}")
+
+    @property
+    def num_steps(self) -> int:
+        return self.along.num_steps
+
     @property
     def network_calls(self) -> int:
-        """For one batch: Heun corrects every step but the last."""
-        steps = self.options.get("num_steps", 18)
-        return 2 * steps - 1 if self.options.get("solver", "heun") == "heun" else steps
+        """For one batch."""
+        return SOLVERS[self.solver].calls(self.num_steps)
+
+    def with_scaling(self, scaling: EpsilonScaling) -> Sampler:
+        """The same with another lambda(t)."""
+        return replace(self, along=self.along.with_scaling(scaling))
+
+    def bind(
+        self,
+        model: Callable[..., Tensor],
+        model_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> SamplingPath:
+        """The path with this network, guided."""
+        guided = classifier_free(model, self.guidance_scale, self.null_label)
+        guide_score = SOLVERS[self.solver].guide_score
+        return self.along.bind(guided, model_kwargs or {}, guide_score, device)
+
+    def chain(
+        self, path: SamplingPath, noise: Tensor, randn_like: RandnLike, progress: bool = False
+    ) -> Iterator[Step]:
+        """Each step from standard normal noise [N, C, H, W] on."""
+        return run(SOLVERS[self.solver], path, noise, randn_like, progress, **self.options)
+
+    def step(
+        self,
+        path: SamplingPath,
+        x: Tensor,
+        index: int,
+        randn_like: RandnLike,
+        previous: Step | None = None,
+    ) -> Step:
+        """One step from level `index`; `previous` led to x."""
+        here = path.level(index, x) if previous is None else previous.level
+        there = path.level(index - 1, x)
+        step = SOLVERS[self.solver].step
+        return step(path, x, here, there, previous, randn_like, **self.options)
 
     def __call__(
         self,
@@ -111,17 +117,36 @@ class SigmaSampler:
         progress: bool = False,
     ) -> Tensor:
         """The images numbered `index`, float32 [N, C, H, W] in about [-1, 1]."""
-        kwargs = dict(model_kwargs or {})
-        labels = kwargs.pop("y", None)
-        denoiser = self.as_denoiser(
-            classifier_free(model, self.guidance_scale, self.null_label), kwargs
-        )
+        warn_if_training(model)
+        if isinstance(self.along, AlongProcess) and not self.along.clip_denoised:
+            if self.along.process.scales_epsilon:
+                warn_if_unclipped(self.along.process)
+        path = self.bind(model, model_kwargs, device)
         draw = NormalStream(self.seed, Stream.SAMPLE, torch.as_tensor(index))
-        latents = draw(torch.empty(len(index), *self.image_shape, device=device))
-        with torch.no_grad():
-            return (ablation_sample if self.ablation else edm_sample)(
-                denoiser, latents, labels, randn_like=draw, progress=progress, **self.options
-            ).float()
+        noise = draw(torch.empty(len(index), *self.image_shape, device=device))
+        return path.finished(last_of(self.chain(path, noise, draw, progress)).x)
+
+
+def process_sampler(
+    process: GaussianDiffusion,
+    image_shape: tuple[int, int, int],
+    seed: int = 0,
+    solver: str = "ddpm",
+    *,
+    eta: float | None = None,
+    clip_denoised: bool = True,
+    cond_fn: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> Sampler:
+    """A Sampler along the steps of a process, which is respaced and knows its lambda(t) already.
+
+    Args:
+        eta: DDIM's noise. cond_fn: classifier guidance; it is given the same model_kwargs as the
+            network. options: the others of Sampler.
+    """
+    along = AlongProcess(process, clip_denoised, cond_fn=cond_fn)
+    own = {} if eta is None else {"eta": eta}
+    return Sampler(along, image_shape, seed, solver, own, **options)
 
 
 def compiled(network: torch.nn.Module, device: torch.device) -> Callable[..., Tensor]:
@@ -146,7 +171,7 @@ class ImagesWithNaN(ValueError):
 
 
 def draw_images(
-    sampler: Sampler | SigmaSampler,
+    sampler: Sampler,
     model: Callable[..., Tensor],
     count: int,
     batch_size: int,

@@ -24,7 +24,7 @@ from ..data.image_io import save_grid, save_png, to_uint8
 from ..data.npz_io import NpzReader
 from .folder import claim_folder, resumable
 from .progress import ImageBar
-from .sample_batch import Sampler, SigmaSampler, captions
+from .sample_batch import Sampler, captions
 from .shards import ShardFolder
 
 GRID_IMAGES = 64
@@ -44,7 +44,7 @@ class SampleRun:
             numbers.
     """
 
-    sampler: Sampler | SigmaSampler
+    sampler: Sampler
     num_samples: int
     out_dir: str
     settings: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..metrics.registry import METRIC_NAMES
 from .flag import Flag, Role, size_or_none
 
 # evaluations/evaluator.py: samples against a reference.
@@ -62,7 +63,7 @@ EVALUATE = (
         "metrics",
         "fid,sfid,is,prec,recall",
         Role.IMAGES,
-        "what to compute, separated by commas: fid, sfid, is, prec, recall, kid",
+        f"what to compute, separated by commas: {METRIC_NAMES}",
     ),
     Flag("num_samples", 0, Role.IMAGES, "use the first so many samples; 0: all", least=0),
     *FEATURES,

@@ -1,53 +1,82 @@
-"""What the evaluation scripts share: flags -> a device and a feature space."""
+"""The flags of evaluator.py and make_reference.py -> requests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import os
 
-import torch
+from ..evaluation.evaluate import EvaluationRequest, parse_metrics
+from ..evaluation.opening import FeatureChoice
+from ..evaluation.reference import has_statistics
+from ..evaluation.reference_file import ReferenceRequest
+from ..sizes import parse_size
+from .config import Config
 
-from .. import dist_util
-from ..features.spaces import FeatureSpace, open_features
 
-
-def choose_device(device: str) -> torch.device:
-    """The device of a --device flag, for this process; after setup_dist.
+def evaluation_request(cfg: Config) -> EvaluationRequest:
+    """What evaluator.py was asked for.
 
     Raises:
-        ValueError: a GPU is asked for and there is none.
+        ValueError: an argument is missing, a metric unknown, the order of REF and SAMPLES wrong, or
+            the folder of --json does not exist.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    if not cfg.ref or not cfg.samples:
+        raise ValueError("two arguments are needed: evaluator.py REF SAMPLES (see --help)")
+    metrics = tuple(parse_metrics(cfg.metrics))
+    _check_order(cfg)
+    if cfg.json and not os.path.isdir(os.path.dirname(os.path.abspath(cfg.json))):
+        raise ValueError(f"--json {cfg.json}: its folder does not exist")
+    return EvaluationRequest(
+        cfg.ref,
+        cfg.samples,
+        _features(cfg),
+        metrics=metrics if "metrics" in cfg.given else None,
+        num_samples=cfg.num_samples,
+        batch_size=cfg.batch_size,
+        image_size=_image_size(cfg),
+        pr_arithmetic=cfg.pr_arithmetic,
+        seed=cfg.seed,
+        device=cfg.device,
+    )
+
+
+def reference_request(cfg: Config) -> ReferenceRequest:
+    """What make_reference.py was asked for.
+
+    Raises:
+        ValueError: an argument is missing, or --out is no name of an .npz file.
+    """
+    if not cfg.data or not cfg.out:
         raise ValueError(
-            "--device cuda, but PyTorch sees no GPU: use --device auto, or install a CUDA build "
-            "of torch"
+            "give the images and the file to write: make_reference.py DATA --out reference.npz "
+            "(see --help)"
         )
-    return torch.device("cpu") if device == "cpu" else dist_util.dev()
+    return ReferenceRequest(
+        cfg.data,
+        cfg.out,
+        _features(cfg),
+        keep_images=cfg.keep_images,
+        batch_size=cfg.batch_size,
+        image_size=_image_size(cfg),
+        device=cfg.device,
+    )
 
 
-def open_space(cfg: Any, say: Callable[[str], Any]) -> FeatureSpace:
-    """The feature space that the flags name. Rank 0 goes first, so that a download happens once."""
-    device = choose_device(cfg.device)
+def _features(cfg: Config) -> FeatureChoice:
+    return FeatureChoice(cfg.features, cfg.precision, cfg.inception_weights, cfg.download)
 
-    def opened() -> FeatureSpace:
-        return open_features(
-            cfg.features,
-            device=device,
-            precision=cfg.precision,
-            inception_weights=cfg.inception_weights,
-            allow_download=cfg.download,
-            log=say,
+
+def _image_size(cfg: Config) -> tuple[int, int] | None:
+    return parse_size(cfg.image_size) if cfg.image_size else None
+
+
+def _check_order(cfg: Config) -> None:
+    """Raises ValueError: REF and SAMPLES, given by their places, look swapped."""
+    by_place = cfg.given["samples"] == "SAMPLES"
+    if not by_place or not os.path.exists(cfg.samples) or not has_statistics(cfg.samples):
+        return
+    if not has_statistics(cfg.ref):
+        raise ValueError(
+            f"{cfg.samples}, given as SAMPLES, holds reference statistics (mu), and {cfg.ref}, "
+            "given as REF, does not: the order is REF SAMPLES. If it is meant so, name them: "
+            "--ref ... --samples ..."
         )
-
-    if dist_util.is_main():
-        try:
-            space, complaint = opened(), None
-        except ValueError as error:
-            space, complaint = None, str(error)
-        dist_util.broadcast_object(complaint)
-    else:
-        complaint = dist_util.broadcast_object(None)
-        space = None if complaint else opened()
-    if complaint:
-        raise ValueError(complaint)
-    return space

@@ -7,7 +7,7 @@ import warnings
 from .. import files
 from .config import Config
 from .lambda_file import check_origin, read_schedule
-from .solver import along_sigma, number_of_steps, sampler_kind
+from .solver import goes_along_sigma, number_of_steps, sampler_kind
 
 
 def settle_lambda(cfg: Config) -> Config:
@@ -80,7 +80,7 @@ def published_lambda(cfg: Config) -> tuple[float, float]:
             "--eps_scaler published needs a table of lambdas: give --config with one (section "
             "paper, such as configs/cifar10.yaml), or a number"
         )
-    sigma = along_sigma(kind)
+    sigma = goes_along_sigma(cfg)
     steps = str(cfg.edm_steps) if sigma else cfg.timestep_respacing or str(cfg.diffusion_steps)
     by_steps = {str(key): value for key, value in table.items()}
     if steps not in by_steps:

@@ -7,20 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
-from ..diffusion.denoiser import BoundDenoiser
+from ..diffusion.denoiser import BoundDenoiser, Denoiser
+from ..diffusion.epsilon_scaling import EpsilonScaling
 from ..diffusion.process_denoiser import ProcessDenoiser
-from ..runs.sample_batch import Sampler, SigmaSampler
+from ..diffusion.solvers import SOLVERS
+from ..diffusion.solvers.paths import AlongProcess
+from ..diffusion.solvers.sigma_path import AlongSigma, Churn, SigmaGrid
+from ..runs.sample_batch import Sampler
 from .config import Config
 from .flags import names
-from .solver import along_sigma, sampler_kind
+from .solver import goes_along_sigma, sampler_kind
 
 _SIGMA = names("sample", solvers="sigma")
-_ABLATION = ("discretization", "noise_level_schedule", "noise_level_scaling")
 
 
-def make_sampler(
-    cfg: Config, diffusion: Any, image_size: tuple[int, int]
-) -> Sampler | SigmaSampler:
+def make_sampler(cfg: Config, diffusion: Any, image_size: tuple[int, int]) -> Sampler:
     """The sampler that the flags describe; cond_fn, if any, is the caller's to add.
 
     Args:
@@ -30,73 +31,67 @@ def make_sampler(
         ValueError: flags of one sampler for another, or classifier-free guidance of a network that
             cannot do without a class.
     """
-    kind = sampler_kind(cfg)
-    if along_sigma(kind) and "edm_steps" not in cfg.values:
-        raise ValueError(
-            f"--sampler {kind} is for image_sample: {cfg.script} steers each step of DDPM or DDIM "
-            "(by a classifier or a low-resolution image), which EDM's samplers do not have"
-        )
-    _check_flags_of(kind, cfg)
-    if cfg.guidance_scale != 1:
-        _check_guidance(cfg)
-    shape = (cfg.in_channels, *image_size)
-    guidance = {
-        "guidance_scale": cfg.guidance_scale,
-        "null_label": cfg.num_classes if cfg.null_class else None,
-    }
-    if kind in ("ddpm", "ddim"):
-        return Sampler(
-            diffusion, shape, cfg.seed, kind == "ddim", cfg.eta, cfg.clip_denoised, **guidance
-        )
-    if edm := cfg.values.get("framework") == "edm":
-
-        def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
-            return BoundDenoiser(network, diffusion)
-    else:
-
-        def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Any:
-            return ProcessDenoiser(
-                diffusion, network, model_kwargs=kwargs, null_label=guidance["null_label"]
-            )
-
-    return SigmaSampler(
-        as_denoiser,
-        shape,
+    check_solver(cfg)
+    solver = SOLVERS[sampler_kind(cfg)]
+    edm = cfg.values.get("framework") == "edm"
+    null_label = cfg.num_classes if cfg.null_class else None
+    return Sampler(
+        _along(cfg, diffusion, null_label),
+        (cfg.in_channels, *image_size),
         cfg.seed,
-        sigma_options(cfg, kind),
-        is_ablation(cfg),
-        **guidance,
+        solver.name,
+        {name: getattr(cfg, name) for name in solver.options},
+        cfg.guidance_scale,
+        null_label,
         rounded=edm,
     )
 
 
-def is_ablation(cfg: Config) -> bool:
-    """Do the flags ask for the generalised sampler of EDM's ablations?"""
-    return any(cfg.values.get(name) for name in _ABLATION)
+def _along(cfg: Config, diffusion: Any, null_label: int | None) -> AlongProcess | AlongSigma:
+    """The path that the flags describe: the steps of a process, or noise levels."""
+    if not goes_along_sigma(cfg):
+        return AlongProcess(diffusion, cfg.clip_denoised)
+    if cfg.values.get("framework") == "edm":
 
+        def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Denoiser:
+            return BoundDenoiser(network, diffusion)
+    else:
 
-def sigma_options(cfg: Config, kind: str) -> dict[str, Any]:
-    """The flags of heun and euler as arguments of edm_sample or ablation_sample."""
-    # 0 stands for "not given": the samplers know what is usual, and clamp to what the model was
+        def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Denoiser:
+            return ProcessDenoiser(diffusion, network, model_kwargs=kwargs, null_label=null_label)
+
+    # 0 and "" stand for "not given": the grid knows what is usual, and keeps to what the model was
     # trained for.
-    options = {
-        name: getattr(cfg, name) for name in ("sigma_min", "sigma_max") if getattr(cfg, name)
-    }
-    options |= {
-        name: getattr(cfg, name)
-        for name in ("rho", "S_churn", "S_min", "S_max", "S_noise", "eps_scaler", "eps_scaler_k")
-    }
-    if is_ablation(cfg):
-        options |= {
-            "discretization": cfg.discretization or "edm",
-            "schedule": cfg.noise_level_schedule or "linear",
-            "scaling": cfg.noise_level_scaling or "none",
-        }
-    return options | {
-        "num_steps": cfg.edm_steps,
-        "solver": kind,
-        "clip_denoised": cfg.clip_denoised,
-    }
+    grid = SigmaGrid(
+        cfg.edm_steps,
+        cfg.sigma_min or None,
+        cfg.sigma_max or None,
+        cfg.rho,
+        cfg.discretization or "edm",
+        cfg.noise_level_schedule or "linear",
+        cfg.noise_level_scaling or "none",
+    )
+    scaling = EpsilonScaling.of(cfg.eps_scaler, cfg.eps_scaler_k)
+    churn = Churn(cfg.S_churn, cfg.S_min, cfg.S_max, cfg.S_noise)
+    return AlongSigma(as_denoiser, grid, scaling, churn, cfg.clip_denoised)
+
+
+def check_solver(cfg: Config) -> None:
+    """Refuse flags of one solver for another, and guidance of a network that cannot do without a
+    class.
+
+    Raises:
+        ValueError: there are some.
+    """
+    solver = SOLVERS[sampler_kind(cfg)]
+    if solver.along == "sigma" and "edm_steps" not in cfg.values:
+        raise ValueError(
+            f"--sampler {solver.name} is for image_sample: {cfg.script} steers each step of DDPM "
+            "or DDIM (by a classifier or a low-resolution image), which EDM's samplers do not have"
+        )
+    _check_flags_of(solver.name, cfg)
+    if cfg.guidance_scale != 1:
+        _check_guidance(cfg)
 
 
 def _check_flags_of(kind: str, cfg: Config) -> None:
@@ -105,9 +100,9 @@ def _check_flags_of(kind: str, cfg: Config) -> None:
         raise ValueError(
             f"--eta {cfg.eta} is DDIM's noise and means nothing for {kind.upper()}: add --use_ddim "
             "True, or leave it out"
-            + (" (--S_churn adds noise to EDM's samplers)" if along_sigma(kind) else "")
+            + (" (--S_churn adds noise to EDM's samplers)" if goes_along_sigma(cfg) else "")
         )
-    if along_sigma(kind):
+    if goes_along_sigma(cfg):
         if cfg.on_command_line("timestep_respacing") and cfg.timestep_respacing:
             raise ValueError(
                 f"--timestep_respacing {cfg.timestep_respacing} chooses steps of DDPM and DDIM; "

@@ -21,7 +21,7 @@ from .edm import edm_network
 from .factories import create_classifier, create_gaussian_diffusion, create_model, sr_create_model
 from .flags import SECTIONS
 from .own_network import creator, find_class, is_own
-from .solver import along_sigma, sampling_precision
+from .solver import goes_along_sigma, sampling_precision
 from .yaml_file import nearest
 
 Flags = Mapping[str, Any]
@@ -222,7 +222,7 @@ def process_flags(cfg: Config) -> dict[str, Any]:
             )
         return {}
     flags = cfg.sampling_process()
-    if not along_sigma(cfg.values.get("solver", "")):
+    if "eps_scaler" not in cfg.values or not goes_along_sigma(cfg):
         flags |= {
             "timestep_respacing": cfg.timestep_respacing,
             "eps_scaler": cfg.values.get("eps_scaler", 1.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..diffusion.solvers import SOLVERS
 from .flag import Flag, Role, eps_scaler
 
 RESPACING = Flag(
@@ -121,7 +122,7 @@ SAMPLE = (
         Role.IMAGES,
         "ddpm, ddim (as --use_ddim), heun or euler (EDM's, for any model); default: ddpm, for "
         "EDM's models heun",
-        choices=("", "ddpm", "ddim", "heun", "euler"),
+        choices=lambda: ("", *SOLVERS),
         aliases=("sampler",),
     ),
     *SIGMA,

@@ -11,13 +11,13 @@ from typing import Any
 from .. import files
 from ..data.image_set import ImageSet, open_image_set
 from ..data.super_resolution import check_sizes
-from ..dist_util import say  # noqa: F401 (its former place)
 from ..sizes import parse_size
 from .adopt import adopt_checkpoint_config, adopt_classifier_config
 from .beside import config_beside
 from .config import Config, from_values
 from .identity import default_folder, what_decides_the_images
 from .lambdas import settle_lambda
+from .make_sampler import check_solver
 from .models import network_flags, process_flags
 from .sample_checks import check_request, classes_to_sample
 from .solver import number_of_steps, sampler_text, sampling_precision, settle_sampler
@@ -186,6 +186,7 @@ def request_from(cfg: Config) -> SamplingRequest:
         cfg = adopt_classifier_config(cfg, beside)
     cfg = settle_sampler(cfg)
     notes = check_request(cfg)
+    check_solver(cfg)
     cfg = settle_lambda(cfg)
     enlarges = "large_size" in cfg.values
     class_ids = None if enlarges else classes_to_sample(cfg)

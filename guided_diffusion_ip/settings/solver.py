@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from ..diffusion.respace import space_timesteps
+from ..diffusion.solvers import SOLVERS
 from .config import Config
 
 
-def along_sigma(solver: str) -> bool:
-    """Does it step along noise levels, --edm_steps of them, instead of the steps of a process?"""
-    return solver in ("heun", "euler")
+def goes_along_sigma(cfg: Config) -> bool:
+    """Whether the chain goes along noise levels (--edm_steps), rather than the steps of a process
+    (--timestep_respacing).
+    """
+    along = SOLVERS[sampler_kind(cfg)].along
+    return along == "sigma" or along == "either" and cfg.values.get("framework") == "edm"
 
 
 def settle_sampler(cfg: Config) -> Config:
@@ -64,7 +68,7 @@ def sampling_precision(cfg: Config) -> str:
 
 def number_of_steps(cfg: Config) -> int:
     """Of the solver."""
-    if along_sigma(cfg.values.get("solver", "")):
+    if goes_along_sigma(cfg):
         return cfg.edm_steps
     return len(
         space_timesteps(cfg.diffusion_steps, cfg.timestep_respacing or [cfg.diffusion_steps])
@@ -74,7 +78,7 @@ def number_of_steps(cfg: Config) -> int:
 def sampler_text(cfg: Config) -> str:
     """DDPM, steps 100, lambda 1.017."""
     kind = sampler_kind(cfg)
-    if along_sigma(kind):
+    if goes_along_sigma(cfg):
         text = f"{kind.capitalize()}, steps {cfg.edm_steps}" + (
             f", S_churn {cfg.S_churn:g}" if cfg.S_churn else ""
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..metrics.registry import METRIC_NAMES
 from .flag import Flag, Role
 
 STOPPING = (
@@ -104,7 +105,7 @@ EVALUATING = (
         "eval_metrics",
         "fid",
         Role.TELLING,
-        "what evaluations compute, separated by commas: fid, sfid, is, prec, recall, kid",
+        f"what evaluations compute, separated by commas: {METRIC_NAMES}",
     ),
     Flag("eval_respacing", "50", Role.TELLING, "timestep_respacing of evaluations"),
     Flag(

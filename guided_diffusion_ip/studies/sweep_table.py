@@ -11,15 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-TITLES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "is": "IS",
-    "prec": "precision",
-    "recall": "recall",
-    "kid": "KID",
-}
-LARGER_IS_BETTER = {"is", "prec", "recall"}
+from ..metrics.registry import METRICS, short_title
+
+TITLES = {name: short_title(name) for name in METRICS}
 
 
 @dataclass(frozen=True)
@@ -56,10 +50,7 @@ class Table:
     samples: tuple[int, ...] = ()  # how many a cell has; several numbers if cells differ
 
     def title(self, metric: str) -> str:
-        """Only Inception's Frechet distance is called FID."""
-        if metric == "fid" and self.features != "inception":
-            return "Frechet distance"
-        return TITLES.get(metric, metric)
+        return short_title(metric, self.features)
 
 
 def make_table(
@@ -119,7 +110,8 @@ def best(metric: str, entries: Sequence[Entry]) -> int | None:
     means = {i: entry.mean for i, entry in enumerate(entries) if entry.mean is not None}
     if len(means) < 2:
         return None
-    return (max if metric in LARGER_IS_BETTER else min)(means, key=means.__getitem__)
+    larger = metric in METRICS and METRICS[metric].larger_is_better
+    return (max if larger else min)(means, key=means.__getitem__)
 
 
 def headings(table: Table) -> list[str]:

@@ -14,12 +14,12 @@ import numpy as np
 from torch import Tensor
 
 from .. import dist_util, logger
-from ..evaluation.evaluate import evaluate, parse_metrics, unavailable
-from ..evaluation.images import ArrayImages, ImageFile, Subset, open_images
+from ..evaluation.compare import Reference, compare, unavailable
+from ..evaluation.images import ArrayImages, Subset, open_images
 from ..evaluation.reference import has_images, has_statistics, read_statistics
-from ..evaluation.set_features import SetFeatures, extract
 from ..features.spaces import FeatureSpace, open_features
-from ..runs.sample_batch import ImagesWithNaN, Sampler, SigmaSampler, draw_images
+from ..metrics.registry import parse_metrics
+from ..runs.sample_batch import ImagesWithNaN, Sampler, draw_images
 
 _MOST_REFERENCE_IMAGES = 50_000  # as in published tables
 
@@ -68,41 +68,20 @@ class Evaluation:
                 raise ValueError(f"--eval_metrics {name} cannot be had: {why}")
         # A size that the features do not take is an error now, not at the first evaluation.
         space(np.zeros((1, *image_shape), np.uint8))
-        self._stored = (
-            read_statistics(reference, space, image_shape) if has_statistics(reference) else None
-        )
-        self._images: ImageFile | None = (
-            open_images(reference, "--eval_ref", image_shape[:2]) if has_images(reference) else None
-        )
-        if self._images is not None and self._images.n > _MOST_REFERENCE_IMAGES:
-            self._images = Subset(
-                self._images,
-                np.arange(_MOST_REFERENCE_IMAGES) * self._images.n // _MOST_REFERENCE_IMAGES,
-            )
-        self._known: SetFeatures | None = None
+        self._reference = _open_reference(reference, space, image_shape)
 
     def __call__(self, model: Callable[..., Tensor], step: int) -> dict[str, float]:
-        keep = any(name in self.metrics for name in ("prec", "recall", "kid"))
-        if self._known is None and self._images is not None and (keep or self._stored is None):
-            self._known = extract(
-                self._images,
-                self.space,
-                batch_size=self.batch_size,
-                keep_rows=keep,
-                what="reference",
-                spatial="sfid" in self.metrics,
-            )
+        self._reference = self._reference.measured(self.metrics, self.space, self.batch_size)
         try:
             images = draw_images(self.sampler, model, self.count, self.batch_size, self.kwargs_for)
         except ImagesWithNaN as error:
             self._say(f"warning: step {step}: not evaluated: {error}; training goes on")
             return {}
-        result = evaluate(
-            self._known,
-            self._stored,
+        result = compare(
+            self._reference,
             ArrayImages(images),
             self.space,
-            metrics=self.metrics,
+            self.metrics,
             batch_size=self.batch_size,
             say=lambda text: None,
         )
@@ -113,8 +92,19 @@ class Evaluation:
         return numbers
 
 
+def _open_reference(path: str, space: FeatureSpace, image_shape: tuple[int, int, int]) -> Reference:
+    stored = read_statistics(path, space, image_shape) if has_statistics(path) else None
+    if not has_images(path):
+        return Reference(stored=stored)
+    images = open_images(path, "--eval_ref", image_shape[:2])
+    if images.n > _MOST_REFERENCE_IMAGES:
+        index = np.arange(_MOST_REFERENCE_IMAGES) * images.n // _MOST_REFERENCE_IMAGES
+        images = Subset(images, index)
+    return Reference(images, stored)
+
+
 def make_evaluation(
-    cfg: Any, sampler: Sampler | SigmaSampler, kwargs_for: Callable[[list[int]], dict[str, Tensor]]
+    cfg: Any, sampler: Sampler, kwargs_for: Callable[[list[int]], dict[str, Tensor]]
 ) -> Evaluation:
     """What the --eval_... flags describe."""
     space = open_features(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from guided_diffusion_ip.settings import likelihood, sampling
+from guided_diffusion_ip.settings import likelihood, measuring, sampling
 from guided_diffusion_ip.settings.config import from_values, parse
 from guided_diffusion_ip.settings.flag import Flag, Role
 from guided_diffusion_ip.settings.flags import DESCRIBING, SCRIPTS, SECTIONS, names
@@ -58,6 +58,31 @@ def test_old_folders_are_found_again(case, place, tmp_path):
     made = request(case["script"], parse(case["script"], "", [*argv, *case["argv"]]))
     assert yaml.safe_dump(made.identity, sort_keys=False) == case["settings"]
     assert made.out_dir == str(tmp_path / case["folder"])
+
+
+MEASURED = [
+    case for case in EARLIER["cases"] if case["script"] in ("exposure_bias", "calibrate_eps")
+]
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=[case["script"] for case in MEASURED])
+def test_so_are_those_of_measures(case, place, tmp_path):
+    files = place(case["script"], case["config"])
+    argv = [word for name, path in files.items() for word in (f"--{name}", path)]
+    cfg = parse(
+        case["script"], "", [*argv, "--data_dir", str(tmp_path / "images.npz"), *case["argv"]]
+    )
+    cfg = sampling.complete_settings(cfg)
+    settings = measuring.what_decides(cfg, measuring.open_real_images(cfg, (16, 16)))
+    own = [flag.name for flag in SCRIPTS[case["script"]].extra]
+    more = {name: value for name, value in settings.items() if name not in own}
+    earlier = yaml.safe_load(case["settings"])
+    # What scripts handed over besides was not part of what these cases recorded.
+    assert {name: more[name] for name in earlier if name in more} == {
+        name: value for name, value in earlier.items() if name in more
+    }
+    assert set(earlier) - set(more) <= {"data_dir", "num_images"}
+    assert set(more) - set(earlier) <= {"eps_scaler", "eps_scaler_k"}
 
 
 def test_every_flag_has_a_role():

@@ -20,8 +20,8 @@ from test_guards import close_logs  # noqa: F401 (a fixture)
 from test_resume import FLAGS, TRAIN, make_loop, rows
 
 from guided_diffusion_ip import logger
-from guided_diffusion_ip.diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion_ip.metrics.manifold import precision_recall
+from guided_diffusion_ip.runs.sample_batch import Sampler
 from guided_diffusion_ip.training.checkpoint import complete_steps
 from guided_diffusion_ip.training.precision import DTYPES
 
@@ -230,14 +230,14 @@ def test_what_cannot_be_measured_is_said_before_anything_is_written(more, words,
 
 def test_samples_with_a_nan_are_told_and_training_goes_on(images, tmp_path):
     """From half-precision sampling, say: weights and losses are fine."""
-    forward = GaussianDiffusion.p_sample
+    draw = Sampler.__call__
 
     def spoil(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        out["sample"][1:2] = float("nan")
-        return out
+        images = draw(*args, **kwargs)
+        images[1:2] = float("nan")
+        return images
 
-    with mock.patch.object(GaussianDiffusion, "p_sample", spoil):
+    with mock.patch.object(Sampler, "__call__", spoil):
         done = here(
             *command(
                 images,

@@ -37,12 +37,21 @@ class SavePolicy:
         minutes: also after so much time since the last one; 0: no.
         keep_last: the newest so many stay; 0: all.
         keep_every: those at multiples of this step stay in any case; 0: none.
+
+    Raises:
+        ValueError: an interval below 1, or another number below 0.
     """
 
-    interval: int
+    interval: int = 10_000
     minutes: float = 0
     keep_last: int = 0
     keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("interval", 1), ("minutes", 0), ("keep_last", 0), ("keep_every", 0)):
+            value = getattr(self, name)
+            if not value >= least:
+                raise ValueError(f"SavePolicy: {name} must be at least {least}, got {value}")
 
 
 def checkpoint_name(part: str, step: int) -> str:

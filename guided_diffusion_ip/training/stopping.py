@@ -18,11 +18,20 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 class Limits:
     """0 means none. Steps, images (over all processes), and hours of this process, not counting
     those before a resume.
+
+    Raises:
+        ValueError: one of them is below 0.
     """
 
     max_steps: int = 0
     max_images: int = 0
     max_hours: float = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "max_images", "max_hours"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0 (no limit), got {value}")
 
     def last_step(self, global_batch: int) -> int | None:
         """The step at which one of the first two is reached; None without them."""

@@ -1,0 +1,106 @@
+"""Training a diffusion model on images, from the command line and from Python.
+
+    from guided_diffusion_ip.settings.image_training import train
+    out_dir = train(data_dir="images.npz", out_dir="runs/one", image_size=32, max_steps=1000)
+
+does what scripts/image_train.py does with flags of these names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import dist_util, logger, script_util
+from ..diffusion.denoiser import BoundDenoiser
+from ..diffusion.process import Process
+from ..diffusion.solvers.sigma_path import AlongSigma, SigmaGrid
+from ..runs.sample_batch import Sampler, process_sampler
+from ..training.preview import drawn_classes
+from .config import Config, parse
+from .edm import edm_denoiser, edm_process
+from .training import (
+    begin,
+    diffusion_train_settings,
+    make_loop,
+    open_data,
+    run,
+    sampling_hooks,
+    where_to_start,
+)
+
+
+def train(**flags: Any) -> str:
+    """Train as scripts/image_train.py does with these flags; returns the folder with the results.
+
+    Names, values, defaults and checks are those of the command line (`image_train.py --help`);
+    `config` names a YAML file. The same flags give the same checkpoints. torch's global seed is
+    set on the way.
+
+    Raises:
+        ValueError: what the script would end with in one line.
+    """
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    try:
+        return train_images(parse("image_train", "", words))
+    finally:
+        logger.reset()
+
+
+def train_images(cfg: Config) -> str:
+    """The run that the merged settings of image_train describe; returns its folder."""
+    cfg, out_dir, source = begin(cfg)
+    messages: list[str] = []
+    model, process = create(cfg)
+    size = script_util.parse_image_size(cfg.image_size)
+    shape = (cfg.in_channels, *size)
+    data = open_data(cfg, source, size, messages.append)
+    model.to(device=dist_util.dev(), memory_format=torch.channels_last)
+    hooks = sampling_hooks(
+        cfg,
+        out_dir,
+        lambda respacing: sampler_on_the_way(cfg, model, shape, respacing),
+        drawn_classes(cfg.seed, len(data.classes) if cfg.class_cond else 0),
+        data.classes or (),
+    )
+    start = where_to_start(cfg, out_dir, model, messages.append)
+    settings = diffusion_train_settings(cfg, start)
+    loop = make_loop(cfg, model, process, data, settings, messages.append, hooks=hooks)
+    run(loop, cfg, out_dir, shape, messages)
+    return out_dir
+
+
+def create(cfg: Config, **process: Any) -> tuple[nn.Module, Process]:
+    """The network, in float32 (half precision is the loop's business), and the process, whose
+    settings `process` may replace.
+    """
+    torch.manual_seed(cfg.seed)
+    if cfg.framework == "edm":
+        losses = edm_process(cfg)
+        return edm_denoiser(cfg, use_fp16=False), losses
+    flags = {
+        **cfg.section("model"),
+        **cfg.section("diffusion"),
+        "timestep_respacing": cfg.timestep_respacing,
+    }
+    return script_util.create_model_and_diffusion(**{**flags, **process, "use_fp16": False})
+
+
+def sampler_on_the_way(
+    cfg: Config, model: nn.Module, shape: tuple[int, int, int], respacing: str
+) -> Sampler:
+    """How pictures and evaluations are made: DDPM in the steps that the flag says, by a process
+    that knows no losses; EDM's models by Heun, in 18 steps unless the flag is given.
+    """
+    if cfg.framework == "edm":
+        steps = cfg.values[respacing] if respacing in cfg.given else "18"
+        if not steps.isdigit():
+            raise ValueError(
+                f"--{respacing} {steps}: --framework edm takes a number of Heun steps, such as 18"
+            )
+        along = AlongSigma(lambda network, _: BoundDenoiser(network, model), SigmaGrid(int(steps)))
+        return Sampler(along, shape, cfg.seed, "heun", rounded=True)
+    respaced = create(cfg, timestep_respacing=cfg.values[respacing], loss_weighting="uniform")[1]
+    return process_sampler(respaced, shape, cfg.seed)

@@ -30,8 +30,7 @@ from guided_diffusion_ip.training.guards import (
     memory_advice,
 )
 from guided_diffusion_ip.training.settings import TrainSettings
-from guided_diffusion_ip.training.stopping import Limits
-from guided_diffusion_ip.training.update import Wishes
+from guided_diffusion_ip.training.stopping import Limits, Wishes
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .. import logger
 from .precision import Precision
 from .protocols import Network
 
@@ -35,15 +36,33 @@ class Hook:
             raise ValueError(f"a hook is called every 1 or more steps, not every {self.every}")
 
 
-def run_hook(
-    hook: Hook, model: nn.Module, averages: dict[str, Tensor], precision: Precision, step: int
+def run_hooks(
+    hooks: Sequence[Hook],
+    model: nn.Module,
+    averages: dict[str, Tensor],
+    precision: Precision,
+    step: int,
+) -> None:
+    """Call those that are due after `step` steps, and log their numbers.
+
+    Args:
+        averages: weights of the network by name; {}: its present ones.
+    """
+    for hook in hooks:
+        if step % hook.every == 0:
+            found = _run(hook, model, averages if hook.averaged else {}, precision, step)
+            for name, value in found.items():
+                logger.logkv_mean(name, value)
+
+
+def _run(
+    hook: Hook, model: nn.Module, weights: dict[str, Tensor], precision: Precision, step: int
 ) -> Mapping[str, float]:
-    """Call a hook with the network in evaluation mode; `averages` are weights for it by name.
+    """Call a hook with the network in evaluation mode.
 
     Each call of the network has the run's precision; what the hook does with samples has float32,
     since distances and scores of images in half precision are others.
     """
-    weights = averages if hook.averaged else {}
 
     def network(*inputs: Tensor | None, **cond: Tensor) -> Tensor:
         with precision.autocast():

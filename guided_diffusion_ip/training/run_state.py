@@ -8,15 +8,36 @@ from typing import Any
 
 import torch
 
-from .. import dist_util
+from .. import dist_util, logger
 from . import checkpoint, resume
+from .checkpoint import SavePolicy
 from .guards import first_not_finite
-from .protocols import Stateful
+from .protocols import Batches, Stateful, facts_of
+from .settings import TrainSettings
+from .timestep_samplers import ScheduleSampler
 from .update import Progress
 
 
 class CannotResume(ValueError):
     """A checkpoint that should be continued is not whole."""
+
+
+def run_facts(
+    settings: TrainSettings, data: Batches, schedule_sampler: ScheduleSampler
+) -> dict[str, Any]:
+    """What describes a run to whoever continues it."""
+    world = dist_util.get_world_size()
+    return {
+        "seed": settings.seed,
+        "world": world,
+        "global_batch": settings.batch_size * world,
+        "microbatch": settings.images_per_pass,
+        "precision": settings.precision,
+        "data": facts_of(data),
+        "sampler_type": type(schedule_sampler).__name__,
+        "settings": settings.record,
+        "versions": resume.versions(),
+    }
 
 
 @dataclass(frozen=True)
@@ -27,8 +48,7 @@ class RunState:
         parts: have a file each: "model", "opt", and the averages by name.
         entries: have an entry of the state file each. Their state_dict() may be a collective.
         progress: its numbers stand in the state file.
-        facts: what describes the run (seed, global_batch, settings, ...); saved, and compared on
-            resume.
+        facts: see run_facts; saved, and compared on resume.
     """
 
     parts: Mapping[str, Stateful]
@@ -36,26 +56,50 @@ class RunState:
     progress: Progress
     facts: Mapping[str, Any]
 
-    def gather(self) -> dict[str, Any]:
-        """The content of the state file. A collective."""
-        entries = {name: entry.state_dict() for name, entry in self.entries.items()}
-        images_seen = self.progress.step * self.facts["global_batch"]
-        return {**self.progress.state_dict(), "images_seen": images_seen, **self.facts, **entries}
-
-    def write(self, folder: str, state: dict[str, Any]) -> str:
-        """Write a checkpoint, `state` being gather()'s; returns the path of its model file. On one
-        rank.
+    def save(self, folder: str, policy: SavePolicy) -> None:
+        """Write the checkpoint of this step, then remove what the policy does not keep; a
+        collective: rank 0 writes.
 
         Raises:
-            ValueError: weights or averages are not finite: such a checkpoint would be of no use to
-                anybody.
-            OSError: it cannot be written, or reads back differently.
+            ValueError: it cannot be written; what was there before is untouched. Or it would hold a
+                NaN.
+        """
+        entries = {name: entry.state_dict() for name, entry in self.entries.items()}
+        complaint = self._write(folder, policy, entries) if dist_util.is_main() else ""
+        if complaint := dist_util.broadcast_object(complaint):
+            raise ValueError(complaint)
+
+    def _write(self, folder: str, policy: SavePolicy, entries: Mapping[str, Any]) -> str:
+        """Returns what is wrong, '' if nothing."""
+        step = self.progress.step
+        state = {
+            **self.progress.state_dict(),
+            "images_seen": step * self.facts["global_batch"],
+            **self.facts,
+            **entries,
+        }
+        try:
+            path = checkpoint.save_set(folder, step, self._finite_parts(), state)
+            removed = checkpoint.prune(folder, policy, step)
+        except (OSError, ValueError) as error:
+            return (
+                f"the checkpoint of step {step} could not be saved in {folder}: {error}. The last "
+                f"complete one is {checkpoint.newest(folder) or 'none'}; with the cause removed, "
+                "the same command with --resume auto continues"
+            )
+        gone = f"; removed step {', '.join(map(str, removed))}" if removed else ""
+        logger.log(f"step {step}: saved {path}{gone}")
+        return ""
+
+    def _finite_parts(self) -> dict[str, Any]:
+        """What goes into a file each. Weights or averages that are not finite would be of no use to
+        anybody.
         """
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         for name, content in parts.items():
             if name != "opt" and (bad := first_not_finite(content.items())):
                 raise ValueError(f"{name} has values that are not finite in {bad}")
-        return checkpoint.save_set(folder, self.progress.step, parts, state)
+        return parts
 
     def restore(self, path: str, device: torch.device) -> list[str]:
         """Continue where the checkpoint with the weights at `path` ended; returns what the user

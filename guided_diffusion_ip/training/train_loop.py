@@ -12,6 +12,7 @@ entropy).
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -22,21 +23,20 @@ from tqdm.auto import tqdm
 from .. import dist_util, logger
 from ..allocator import keep_freed_memory
 from ..diffusion.process import Process
-from . import checkpoint, resume
 from .ema import EMA, UpdateCounts
 from .gradients import Gradients, process_losses, trained_network
 from .guards import check_batch, is_out_of_memory, memory_advice, range_note
-from .hooks import Hook, run_hook
+from .hooks import Hook, run_hooks
 from .loss_statistics import LossStatistics
 from .optimizer import OptimizerState, make_optimizer, set_learning_rate
 from .precision import Precision
-from .protocols import Batches, Cond, Losses, Objective, SeekableBatches, facts_of
-from .run_state import RunState
+from .protocols import Batches, Cond, Losses, Objective, SeekableBatches
+from .run_state import RunState, run_facts
 from .settings import TrainSettings
 from .step_log import StepLog
-from .stopping import Clock, Signals
+from .stopping import Interruptions, Wishes
 from .timestep_samplers import ScheduleSampler, UniformSampler
-from .update import Progress, Update, Wishes
+from .update import Progress, Update
 
 
 class TrainLoop:
@@ -108,8 +108,7 @@ class TrainLoop:
             settings,
         )
         self.log.restart_clock(self.step)
-        self._clock = Clock(settings.limits.max_hours, settings.saving.minutes)
-        self._signals = Signals()
+        self._interruptions = Interruptions(settings.limits.max_hours, settings.saving.minutes)
         self._agreed = Wishes()  # of the last step
         self._saved_step = self.step if settings.resume else -1
 
@@ -150,7 +149,7 @@ class TrainLoop:
             disable=None if dist_util.is_main() else True,
         )
         try:
-            with bar, Signals() as self._signals:
+            with bar, self._interruptions:
                 why = self._run_until_told(bar)
                 if why:
                     logger.log(
@@ -171,8 +170,10 @@ class TrainLoop:
     def _run_until_told(self, bar: tqdm) -> str:
         """Steps until the end; returns what ended it before a limit, '' otherwise."""
         first = True
-        if self.step != self.last_step and dist_util.any_rank(bool(self._signals.received))[0]:
-            return self._stopped()  # while the script started
+        if self.step != self.last_step:  # a signal may have come while the script started
+            stop = dist_util.any_rank(self._interruptions.wishes().stop)[0]
+            if why := self._interruptions.why_ended(Wishes(stop)):
+                return why
         while self.last_step is None or self.step < self.last_step:
             start = time.perf_counter()
             batch, cond = next(self.data)
@@ -190,20 +191,16 @@ class TrainLoop:
                 raise ValueError(memory_advice(self.settings, self.model)) from error
             bar.update()
             ended = self._after_step(self._agreed.save_due)
-            if self._agreed.stop:
-                return self._stopped()
-            if self._agreed.over:
-                return f"--max_hours {self.settings.limits.max_hours:g} are over: stopped"
+            if why := self._interruptions.why_ended(self._agreed):
+                return why
             if ended:
                 return ""
         return ""
 
-    def _stopped(self) -> str:
-        return f"{self._signals.received or 'another process was told to stop'}: stopped"
-
     def _after_step(self, save_due: bool) -> bool:
         """Whatever is due after an update; True if the loop is to end."""
-        self._call_hooks()
+        averages = self.emas[0].weights if self.emas else {}
+        run_hooks(self.hooks, self.model, averages, self.precision, self.step)
         if self.step % self.settings.log_interval == 0 or self.step in (1, self.last_step):
             self.log_step()
         if save_due or self.step % self.settings.saving.interval == 0:
@@ -211,14 +208,6 @@ class TrainLoop:
             if os.environ.get("DIFFUSION_TRAINING_TEST"):
                 return True  # what tests of existing scripts set to end after the first save
         return False
-
-    def _call_hooks(self) -> None:
-        averages = self.emas[0].weights if self.emas else {}
-        for hook in self.hooks:
-            if self.step % hook.every == 0:
-                found = run_hook(hook, self.model, averages, self.precision, self.step)
-                for name, value in found.items():
-                    logger.logkv_mean(name, value)
 
     # ---- one step ----
 
@@ -234,22 +223,14 @@ class TrainLoop:
         """
         set_learning_rate(self.opt, self.settings, self.step)
         t, losses, weights = self.forward_backward(batch, cond)
-        self._agreed = self.update(
-            t,
-            losses,
-            weights,
-            self._wishes,
-            lambda: self.gradients.diagnose(batch, cond, t, self.step),
-        )
+        diagnose = functools.partial(self.gradients.diagnose, batch, cond, t, self.step)
+        self._agreed = self.update(t, losses, weights, self._interruptions.wishes, diagnose)
 
     def forward_backward(self, batch: Tensor, cond: Cond) -> tuple[Tensor, Losses, Tensor]:
         """Gradients of the mean loss over the global batch; returns t, losses and their weights,
         see Gradients.
         """
         return self.gradients(batch, cond, self.step)
-
-    def _wishes(self) -> Wishes:
-        return Wishes(bool(self._signals.received), self._clock.over, self._clock.save_due)
 
     # ---- telling, keeping ----
 
@@ -264,64 +245,28 @@ class TrainLoop:
         self.log.write(self.step, self.statistics, self.update.grad_norm, more, keep=between)
 
     def save(self) -> None:
-        """Write the checkpoint of this step, then remove what the policy does not keep; a
-        collective.
-
-        Raises:
-            ValueError: it cannot be written; what was there before is untouched. Or it would hold a
-                NaN.
-        """
+        """Write the checkpoint of this step; see RunState.save. A collective."""
         self.schedule_sampler.settle()
-        state = self.state.gather()
-        complaint = self._write(state) if dist_util.is_main() else ""
-        if complaint := dist_util.broadcast_object(complaint):
-            raise ValueError(complaint)
+        self.state.save(logger.get_dir(), self.settings.saving)
         self._saved_step = self.step
-        self._clock.saved()
-
-    def _write(self, state: dict) -> str:
-        """Returns what is wrong, '' if nothing."""
-        folder = logger.get_dir()
-        try:
-            path = self.state.write(folder, state)
-            removed = checkpoint.prune(folder, self.settings.saving, self.step)
-        except (OSError, ValueError) as error:
-            return (
-                f"the checkpoint of step {self.step} could not be saved in {folder}: "
-                f"{error}. The last complete one is {checkpoint.newest(folder) or 'none'}; with "
-                "the cause removed, the same command with --resume auto continues"
-            )
-        gone = f"; removed step {', '.join(map(str, removed))}" if removed else ""
-        logger.log(f"step {self.step}: saved {path}{gone}")
-        return ""
+        self._interruptions.saved()
 
     def _run_state(self) -> RunState:
         """Everything that a checkpoint holds."""
+        averages = {ema.name: ema for ema in self.emas}
+        optimizer = OptimizerState(self.opt, self.settings)
+        entries = {
+            "sampler": self.schedule_sampler,
+            "scaler": self.precision,
+            "statistics": self.statistics,
+            "ema_updates": UpdateCounts(self.emas),
+            "pending": self.log,
+        }
         return RunState(
-            parts={
-                "model": self.model,
-                **{ema.name: ema for ema in self.emas},
-                "opt": OptimizerState(self.opt, self.settings),
-            },
-            entries={
-                "sampler": self.schedule_sampler,
-                "scaler": self.precision,
-                "statistics": self.statistics,
-                "ema_updates": UpdateCounts(self.emas),
-                "pending": self.log,
-            },
-            progress=self.progress,
-            facts={
-                "seed": self.settings.seed,
-                "world": dist_util.get_world_size(),
-                "global_batch": self.global_batch,
-                "microbatch": self.settings.images_per_pass,
-                "precision": self.settings.precision,
-                "data": facts_of(self.data),
-                "sampler_type": type(self.schedule_sampler).__name__,
-                "settings": self.settings.record,
-                "versions": resume.versions(),
-            },
+            {"model": self.model, **averages, "opt": optimizer},
+            entries,
+            self.progress,
+            run_facts(self.settings, self.data, self.schedule_sampler),
         )
 
     def _resume(self, path: str) -> list[str]:

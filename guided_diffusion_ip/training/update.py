@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,8 @@ from .loss_statistics import LossStatistics
 from .precision import Precision
 from .protocols import Losses
 from .settings import TrainSettings
+from .stopping import Wishes
 from .timestep_samplers import ScheduleSampler
-
-
-class Wishes(NamedTuple):
-    """What a rank wants beside training; once the ranks have agreed, what one of them wants."""
-
-    stop: bool = False  # told to by a signal
-    over: bool = False  # out of time
-    save_due: bool = False
 
 
 @dataclass

@@ -1,8 +1,10 @@
 """Train a classifier of noised images, which then guides a diffusion model
 (scripts/classifier_sample.py).
 
-    python scripts/classifier_train.py --data_dir DIR --val_data_dir DIR2 --image_size 64 --num_classes 10 --anneal_lr True
-    mpiexec -n 4 python scripts/classifier_train.py ...        torchrun --nproc_per_node 4 scripts/classifier_train.py ...
+    python scripts/classifier_train.py --data_dir DIR --val_data_dir DIR2 --image_size 64 \\
+        --num_classes 10 --anneal_lr True
+    mpiexec -n 4 python scripts/classifier_train.py ...
+    torchrun --nproc_per_node 4 scripts/classifier_train.py ...
 
 The process (--noise_schedule, --diffusion_steps) must be that of the model to be guided: --config
 with its config.yaml takes over that and the size of the images. Checkpoints, logs (accuracy by
@@ -22,8 +24,8 @@ import torch
 from guided_diffusion_ip import dist_util, script_util
 from guided_diffusion_ip.data.image_datasets import ImageStream
 from guided_diffusion_ip.settings.config import Config, command, parse
+from guided_diffusion_ip.settings.train_prologue import begin
 from guided_diffusion_ip.settings.training import (
-    begin,
     make_loop,
     open_data,
     run,
@@ -61,10 +63,9 @@ def main() -> None:
         process,
         data,
         settings,
-        messages.append,
         objective=objective,
+        schedule_sampler=None if cfg.noised else CleanSampler(),
         hooks=[Hook(cfg.eval_interval, validation, averaged=False)] if validation else (),
-        **({} if cfg.noised else {"schedule_sampler": CleanSampler()}),
     )
     run(loop, cfg, out_dir, (cfg.in_channels, *size), messages)
 

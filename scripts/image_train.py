@@ -1,7 +1,8 @@
 """Train a diffusion model on images.
 
     python scripts/image_train.py --data_dir DIR --config configs/cifar10_ip.yaml
-    mpiexec -n 4 python scripts/image_train.py ...        torchrun --nproc_per_node 4 scripts/image_train.py ...
+    mpiexec -n 4 python scripts/image_train.py ...
+    torchrun --nproc_per_node 4 scripts/image_train.py ...
 
 Checkpoints, logs, sample grids and the merged settings (config.yaml) go to --out_dir. batch_size is
 per process.

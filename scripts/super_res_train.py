@@ -1,7 +1,9 @@
 """Train a diffusion model that enlarges images.
 
-    python scripts/super_res_train.py --data_dir DIR --large_size 256 --small_size 64 --batch_size 32
-    mpiexec -n 4 python scripts/super_res_train.py ...        torchrun --nproc_per_node 4 scripts/super_res_train.py ...
+    python scripts/super_res_train.py --data_dir DIR --large_size 256 --small_size 64 \\
+        --batch_size 32
+    mpiexec -n 4 python scripts/super_res_train.py ...
+    torchrun --nproc_per_node 4 scripts/super_res_train.py ...
 
 --data_dir holds large images only: the small ones are made from them by area averaging.
 Checkpoints, logs and the merged settings (config.yaml) go to --out_dir; so do sample grids, and
@@ -23,8 +25,8 @@ from guided_diffusion_ip.data.image_io import save_grid, to_uint8
 from guided_diffusion_ip.data.super_resolution import SuperResolutionStream, check_sizes
 from guided_diffusion_ip.runs.sample_batch import Sampler, process_sampler
 from guided_diffusion_ip.settings.config import Config, command, parse
+from guided_diffusion_ip.settings.train_prologue import begin
 from guided_diffusion_ip.settings.training import (
-    begin,
     diffusion_train_settings,
     make_loop,
     open_data,
@@ -54,7 +56,7 @@ def main() -> None:
     )
     start = where_to_start(cfg, out_dir, model, messages.append)
     settings = diffusion_train_settings(cfg, start)
-    loop = make_loop(cfg, model, process, data, settings, messages.append, hooks=hooks)
+    loop = make_loop(cfg, model, process, data, settings, hooks=hooks)
     if cfg.sample_interval and dist_util.is_main():
         for name, pictures in (("low_res", cond["low_res"]), ("large", images)):
             path = os.path.join(out_dir, f"{name}.png")

@@ -26,7 +26,7 @@ from guided_diffusion_ip.interop.adm_checkpoint import load_network
 from guided_diffusion_ip.runs.sample_batch import process_sampler
 from guided_diffusion_ip.script_util import create_model_and_diffusion
 from guided_diffusion_ip.settings.config import parse
-from guided_diffusion_ip.settings.training import add_null_class
+from guided_diffusion_ip.settings.train_prologue import add_null_class
 from guided_diffusion_ip.training.settings import TrainSettings
 from guided_diffusion_ip.training.train_loop import TrainLoop
 

@@ -7,7 +7,7 @@ import yaml
 
 from guided_diffusion_ip.settings.config import adopt_checkpoint_config, parse, read_yaml
 from guided_diffusion_ip.settings.flags import SECTIONS
-from guided_diffusion_ip.settings.training import settle_batch
+from guided_diffusion_ip.settings.train_prologue import settle_batch
 
 
 @pytest.fixture

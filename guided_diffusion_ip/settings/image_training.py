@@ -21,8 +21,8 @@ from ..runs.sample_batch import Sampler, process_sampler
 from ..training.preview import drawn_classes
 from .config import Config, parse
 from .edm import edm_denoiser, edm_process
+from .train_prologue import begin
 from .training import (
-    begin,
     diffusion_train_settings,
     make_loop,
     open_data,
@@ -67,7 +67,7 @@ def train_images(cfg: Config) -> str:
     )
     start = where_to_start(cfg, out_dir, model, messages.append)
     settings = diffusion_train_settings(cfg, start)
-    loop = make_loop(cfg, model, process, data, settings, messages.append, hooks=hooks)
+    loop = make_loop(cfg, model, process, data, settings, hooks=hooks)
     run(loop, cfg, out_dir, shape, messages)
     return out_dir
 

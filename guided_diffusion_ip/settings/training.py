@@ -1,8 +1,8 @@
 """From the flags of a training script to the values that training takes, and the run itself.
 
-The three scripts do the same in the same order: `begin`, a network and a process, `open_data`,
-hooks, `make_loop`, `run`. Whatever wrong input can break is tried before `run`, which is the first
-to write.
+The three scripts do the same in the same order: train_prologue.begin, a network and a process,
+`open_data`, hooks, `where_to_start`, `make_loop`, `run`. Whatever wrong input can break is tried
+before `run`, which is the first to write.
 """
 
 from __future__ import annotations
@@ -16,120 +16,25 @@ from torch import Tensor, nn
 
 from .. import dist_util, files, logger
 from ..data.image_datasets import ImageStream, load_data
-from ..data.sources import Source, open_source
+from ..data.sources import Source
 from ..diffusion.process import Process
 from ..runs.sample_batch import Sampler
 from ..training.banner import banner, warn_about_ema
-from ..training.checkpoint import SavePolicy, complete_steps, remove_leftovers, states_near
+from ..training.checkpoint import SavePolicy, complete_steps, remove_leftovers
 from ..training.ema import parse_rates
 from ..training.evaluation import make_evaluation
 from ..training.hooks import Hook
 from ..training.precision import resolve
 from ..training.preview import Preview
-from ..training.protocols import Batches
+from ..training.protocols import Batches, Objective
 from ..training.resume import find, init_from
 from ..training.run_state import CannotResume
 from ..training.settings import TrainSettings
 from ..training.stopping import Limits
-from ..training.timestep_samplers import create_named_schedule_sampler
+from ..training.timestep_samplers import ScheduleSampler, create_named_schedule_sampler
 from ..training.train_loop import TrainLoop
 from .config import Config
-from .run_folder import choose_out_dir
-
-
-def begin(cfg: Config) -> tuple[Config, str, Source | None]:
-    """Processes, the folder, and settings that depend on these and on the images. Returns the
-    settled settings, the folder's path, and the images where it took a look at them to settle the
-    number of classes. A collective.
-
-    Raises:
-        ValueError: flags that contradict each other, a folder in which another run would be
-            damaged, or images without classes where there should be some.
-    """
-    dist_util.setup_dist()
-    cfg = add_null_class(settle_batch(cfg))
-    out_dir = choose_out_dir(cfg)
-    cfg, source = settle_classes(cfg, out_dir)
-    return cfg, out_dir, source
-
-
-def add_null_class(cfg: Config) -> Config:
-    """--class_dropout brings a null class along; the saved config.yaml says so, for sampling.
-
-    Raises:
-        ValueError: the network has no labels to drop, or was to have none for "no class".
-    """
-    if not cfg.values.get("class_dropout"):
-        return cfg
-    if not cfg.class_cond:
-        raise ValueError(
-            f"--class_dropout {cfg.class_dropout:g} drops class labels, but this model has none: "
-            "add --class_cond True, or leave it out"
-        )
-    # A config file may say False because it was saved by a run without dropout; on the command line
-    # it is a contradiction.
-    if cfg.given.get("null_class") == "--null_class" and not cfg.null_class:
-        raise ValueError(
-            f"--class_dropout {cfg.class_dropout:g} needs a label for 'no class', and --null_class "
-            "False refuses it: leave one of them out"
-        )
-    return cfg.with_values(null_class=True)
-
-
-def settle_batch(cfg: Config) -> Config:
-    """--global_batch_size -> batch_size of each process; after setup_dist, before anything reads
-    batch_size.
-
-    A batch size on the command line wins over either in a config file.
-
-    Raises:
-        ValueError: both are given and contradict each other, or the processes cannot share the
-            images evenly.
-    """
-    on_command_line = {
-        name
-        for name in ("batch_size", "global_batch_size")
-        if cfg.given.get(name, "").startswith("--")
-    }
-    if on_command_line == {"batch_size"}:
-        cfg = cfg.with_values(global_batch_size=0)
-    if not cfg.global_batch_size:
-        return cfg
-    world = dist_util.get_world_size()
-    each, left = divmod(cfg.global_batch_size, world)
-    if left or not each:
-        raise ValueError(
-            f"--global_batch_size {cfg.global_batch_size} cannot be shared evenly by {world} "
-            f"processes: make it a multiple of {world}, or start another number of them"
-        )
-    if "batch_size" in on_command_line and cfg.batch_size != each:
-        raise ValueError(
-            f"--batch_size {cfg.batch_size} and --global_batch_size {cfg.global_batch_size} with "
-            f"{world} processes contradict each other ({each} per process): give one"
-        )
-    return cfg.with_values(batch_size=each)
-
-
-def settle_classes(cfg: Config, out_dir: str) -> tuple[Config, Source | None]:
-    """num_classes, where neither a flag nor a config says it: that of the run to be continued, else
-    as many as the images have; these are returned if they were opened for it. A collective.
-
-    Raises:
-        ValueError: no images, or none with classes; a folder to be continued without a checkpoint.
-    """
-    if "num_classes" in cfg.given or not _wants_classes(cfg) or not cfg.data_dir:
-        return cfg, None
-    path, _ = find(cfg.resume, cfg.resume_checkpoint, out_dir)
-    state = next((state for _, state in states_near(path)), None) if path else None
-    if state and (known := state.get("settings", {}).get("model", {}).get("num_classes")):
-        return cfg.with_values(num_classes=known), None
-    source = open_source(cfg.data_dir, class_cond=True)
-    return cfg.with_values(num_classes=len(source.classes)), source
-
-
-def _wants_classes(cfg: Config) -> bool:
-    """A classifier has no such flag: it always does."""
-    return cfg.values.get("class_cond", True)
+from .train_prologue import wants_classes
 
 
 def open_data(
@@ -143,7 +48,7 @@ def open_data(
     """
     if not cfg.data_dir:
         raise ValueError("no training images: give --data_dir, a folder, a zip or an npz of images")
-    class_cond = _wants_classes(cfg)
+    class_cond = wants_classes(cfg)
     data = load_data(
         data_dir=source or cfg.data_dir,
         batch_size=cfg.batch_size,
@@ -276,22 +181,28 @@ def make_loop(
     process: Process,
     data: Batches,
     settings: TrainSettings,
-    log: Callable[[str], None],
-    **collaborators: Any,
+    *,
+    objective: Objective | None = None,
+    schedule_sampler: ScheduleSampler | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> TrainLoop:
-    """The loop; t is drawn as --schedule_sampler says, unless the collaborators have a sampler. A
+    """The loop; unless there is a timestep sampler, t is drawn as --schedule_sampler says. A
     collective.
 
     Raises:
         ValueError: a checkpoint that cannot be continued.
     """
-    if cfg.keep_every and not cfg.keep_last:
-        log("note: --keep_every has no effect without --keep_last: all checkpoints stay")
-    if "schedule_sampler" not in collaborators:
-        sampler = create_named_schedule_sampler(cfg.schedule_sampler, process)
-        collaborators["schedule_sampler"] = sampler
     try:
-        return TrainLoop(model, process, data, settings, **collaborators)
+        return TrainLoop(
+            model,
+            process,
+            data,
+            settings,
+            objective=objective,
+            schedule_sampler=schedule_sampler
+            or create_named_schedule_sampler(cfg.schedule_sampler, process),
+            hooks=hooks,
+        )
     except CannotResume as error:
         flag = "resume" if cfg.resume else "resume_checkpoint"
         raise ValueError(f"--{flag} {cfg.values[flag]}: {error}") from None
@@ -337,7 +248,7 @@ def run(
                 "they stay until it comes to these steps, and --resume auto takes the highest: "
                 "move them away, or use another --out_dir"
             )
-    for message in filter(None, [*messages, warn_about_ema(loop.settings, loop.last_step)]):
+    for message in [*messages, *_notes(loop.settings, loop.last_step)]:
         logger.log(message)
     logger.log(
         banner(
@@ -353,6 +264,16 @@ def run(
     loop.run_loop()
     logger.log(f"training ended after {loop.step} steps; results are in {out_dir}")
     dist_util.cleanup()
+
+
+def _notes(settings: TrainSettings, last_step: int | None) -> list[str]:
+    """What in the settings may not be meant."""
+    notes = []
+    if settings.saving.keep_every and not settings.saving.keep_last:
+        notes.append("note: --keep_every has no effect without --keep_last: all checkpoints stay")
+    if hint := warn_about_ema(settings, last_step):
+        notes.append(hint)
+    return notes
 
 
 def _write_config(cfg: Config, out_dir: str, data: Batches) -> None:

@@ -80,7 +80,7 @@ def _end(settings: TrainSettings) -> str:
 
 
 def warn_about_ema(settings: TrainSettings, last_step: int | None) -> str:
-    """A hint if the first average will still remember its random start when training ends, or ''."""
+    """A hint if the first average will still remember its random start at the end, or ''."""
     if last_step is None or not settings.ema_rates or settings.ema_warmup:
         return ""
     rate = settings.ema_rates[0]

@@ -95,7 +95,10 @@ def none_in(folder: str) -> str:
         if exists(os.path.join(folder, "config.yaml"))
         else ""
     )
-    return f"--resume {folder}: there is no complete checkpoint (modelNNNNNN.pt with its stateNNNNNN.pt) in it{begun}"
+    return (
+        f"--resume {folder}: there is no complete checkpoint (modelNNNNNN.pt with its "
+        f"stateNNNNNN.pt) in it{begun}"
+    )
 
 
 def save_set(

@@ -1,8 +1,8 @@
 """What a classifier for guidance learns: log p(y | x_t), by cross entropy on noised images
 (Dhariwal & Nichol 2021, Sec. 4).
 
-The objective goes into TrainLoop, the validation among its hooks; both report accuracy by quartile of t
-too, since a classifier sees a clean digit in q0 and little but noise in q3.
+The objective goes into TrainLoop, the validation among its hooks; both report accuracy by quartile
+of t too, since a classifier sees a clean digit in q0 and little but noise in q3.
 """
 
 from __future__ import annotations

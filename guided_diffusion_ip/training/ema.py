@@ -91,7 +91,7 @@ def parse_rates(text: str | float) -> list[float]:
 
 @dataclass(frozen=True)
 class UpdateCounts:
-    """How many updates each average has had: what a checkpoint holds of them beside their weights."""
+    """How many updates each average has had: a checkpoint holds it beside their weights."""
 
     emas: Sequence[EMA]
 

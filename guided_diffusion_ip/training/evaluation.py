@@ -25,8 +25,8 @@ _MOST_REFERENCE_IMAGES = 50_000  # as in published tables
 
 
 class Evaluation:
-    """A hook, called as evaluation(network, step): {"fid@1000": ...}, the same on all ranks; {} if samples
-    have a NaN. A collective.
+    """A hook, called as evaluation(network, step): {"fid@1000": ...}, the same on all ranks; {} if
+    samples have a NaN. A collective.
 
     The reference is measured once, in the first call.
 
@@ -114,8 +114,8 @@ def make_evaluation(
     batch_size: int,
     inception_weights: str = "",
 ) -> Evaluation:
-    """An Evaluation whose features are named (inception, pixels, or a FILE.onnx) and that reports to
-    the log; the other arguments are Evaluation's.
+    """An Evaluation whose features are named (inception, pixels, or a FILE.onnx) and that reports
+    to the log; the other arguments are Evaluation's.
     """
     space = open_features(
         features, device=dist_util.dev(), inception_weights=inception_weights, log=logger.log

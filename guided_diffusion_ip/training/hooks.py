@@ -1,4 +1,4 @@
-"""What is called every so many steps: previews, validation, evaluation, or a function of one's own."""
+"""What is called every so many steps: previews, validation, evaluation, functions of one's own."""
 
 from __future__ import annotations
 

@@ -121,7 +121,10 @@ class Precision:
         self.scaler.load_state_dict({**self.scaler.state_dict(), "_growth_tracker": 0})
         if after == before:
             return f"loss scale stays at its least, {after:g}"
-        return f"loss scale {before:g} -> {after:g} (usual in the first steps of fp16, and now and then later)"
+        return (
+            f"loss scale {before:g} -> {after:g} (usual in the first steps of fp16, and now and "
+            "then later)"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return self.scaler.state_dict()

@@ -1,4 +1,4 @@
-"""Everything of a run that a checkpoint holds: objects with a state_dict, saved and loaded as one."""
+"""All of a run that a checkpoint holds: objects with a state_dict, saved and loaded as one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows the gradients of a step: ranks agree that they are finite, then AdamW and averages."""
+"""What follows the gradients of a step: are they finite on all ranks? Then AdamW, and averages."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-from guided_diffusion_ip import dist_util, script_util
+from guided_diffusion_ip import script_util
 from guided_diffusion_ip.data.image_datasets import ImageStream
 from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.settings.train_prologue import begin
@@ -29,6 +29,7 @@ from guided_diffusion_ip.settings.training import (
     make_loop,
     open_data,
     run,
+    to_device,
     train_settings,
     where_to_start,
 )
@@ -51,7 +52,7 @@ def main() -> None:
     size = script_util.parse_image_size(cfg.image_size)
     data = open_data(cfg, source, size, messages.append)
     val_data = open_validation_data(cfg, size, data, messages.append)
-    classifier.to(device=dist_util.dev(), memory_format=torch.channels_last)
+    to_device(classifier)
     objective = ClassifierObjective(process, cfg.noised)
     settings = settings_of(cfg, where_to_start(cfg, out_dir, classifier, messages.append))
     validation = val_data and Validation(

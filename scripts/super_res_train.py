@@ -32,6 +32,7 @@ from guided_diffusion_ip.settings.training import (
     open_data,
     run,
     sampling_hooks,
+    to_device,
     where_to_start,
 )
 
@@ -45,7 +46,7 @@ def main() -> None:
     shape = (cfg.in_channels, *large)
     data = SuperResolutionStream(open_data(cfg, source, large, messages.append), large, small)
     messages.append(f"low-resolution images: {small[0]} x {small[1]}, by area averaging")
-    model.to(device=dist_util.dev(), memory_format=torch.channels_last)
+    to_device(model)
     images, cond = examples(cfg, data)
     hooks = sampling_hooks(
         cfg,
@@ -66,12 +67,14 @@ def main() -> None:
 
 def examples(
     cfg: Config, data: SuperResolutionStream
-) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    """The large images, and the conditions, of pictures and evaluations on the way."""
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The large images, and the conditions, of pictures and evaluations on the way; nothing if
+    there are none.
+    """
     count = max(
         cfg.sample_count if cfg.sample_interval else 0, cfg.eval_samples if cfg.eval_interval else 0
     )
-    return data.examples(count) if count else (None, {})
+    return data.examples(count) if count else (torch.empty(0), {})
 
 
 def sampler_on_the_way(cfg: Config, shape: tuple[int, int, int], respacing: str) -> Sampler:

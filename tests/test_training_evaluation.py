@@ -231,10 +231,10 @@ def test_what_cannot_be_measured_is_said_before_anything_is_written(more, words,
 
 def test_samples_with_a_nan_are_told_and_training_goes_on(images, tmp_path):
     """From half-precision sampling, say: weights and losses are fine."""
-    draw = Sampler.__call__
+    sample = Sampler.__call__
 
     def spoil(*args, **kwargs):
-        images = draw(*args, **kwargs)
+        images = sample(*args, **kwargs)
         images[1:2] = float("nan")
         return images
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import operator
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -64,6 +63,19 @@ def log_loss_dict(diffusion: Any, ts: Tensor, losses: Mapping[str, Tensor]) -> N
         logger.logkv_mean(name, values.mean())
         for quarter, value in zip(quarters, values.detach().tolist()):
             logger.logkv_mean(f"{name}_q{quarter}", value)
+
+
+def _setting(name: str) -> property:
+    """A number of the settings as an attribute of the loop, which may also be set."""
+
+    def get(loop: TrainLoop) -> Any:
+        return getattr(loop.settings, name)
+
+    def change(loop: TrainLoop, value: Any) -> None:
+        loop.settings = dataclasses.replace(loop.settings, **{name: value})
+        loop.gradients.settings = loop.update.settings = loop.settings
+
+    return property(get, change)
 
 
 class TrainLoop(train_loop.TrainLoop):
@@ -128,7 +140,7 @@ class TrainLoop(train_loop.TrainLoop):
             data,
             TrainSettings(
                 batch_size=batch_size,
-                microbatch=microbatch,
+                microbatch=microbatch if microbatch > 0 else batch_size,
                 lr=lr,
                 weight_decay=weight_decay,
                 lr_warmup_steps=lr_warmup_steps,
@@ -152,6 +164,11 @@ class TrainLoop(train_loop.TrainLoop):
             hooks=_hooks(eval_interval, validate, evaluate) + _previews(sample_interval, preview),
         )
 
+    # What subclasses of guided-diffusion's loop read, and may change.
+    batch_size, microbatch = _setting("batch_size"), _setting("microbatch")
+    lr, weight_decay = _setting("lr"), _setting("weight_decay")
+    lr_anneal_steps, log_interval = _setting("lr_anneal_steps"), _setting("log_interval")
+
     @property
     def diffusion(self) -> Process:
         """The process."""
@@ -170,11 +187,12 @@ class TrainLoop(train_loop.TrainLoop):
     @property
     def save_interval(self) -> int:
         """Steps between checkpoints."""
-        return self.saving.interval
+        return self.settings.saving.interval
 
     @save_interval.setter
     def save_interval(self, steps: int) -> None:
-        self.saving = dataclasses.replace(self.saving, interval=steps)
+        saving = dataclasses.replace(self.settings.saving, interval=steps)
+        self.settings = dataclasses.replace(self.settings, saving=saving)
 
     def _resume(self, path: str) -> list[str]:
         """Continue from a whole set of ours exactly; from other checkpoints, with as much as lies
@@ -217,22 +235,6 @@ class TrainLoop(train_loop.TrainLoop):
         return True
 
 
-def _setting(name: str, get: Callable[[TrainSettings], Any] | None = None) -> property:
-    """A number of the settings as an attribute of the loop, which may also be set."""
-
-    def change(loop: TrainLoop, value: Any) -> None:
-        loop.settings = dataclasses.replace(loop.settings, **{name: value})
-        loop.gradients.settings = loop.update.settings = loop.settings
-
-    return property(lambda loop: (get or operator.attrgetter(name))(loop.settings), change)
-
-
-# What subclasses of guided-diffusion's loop read, and may change.
-for _name in ("batch_size", "lr", "log_interval", "lr_anneal_steps", "weight_decay", "saving"):
-    setattr(TrainLoop, _name, _setting(_name))
-TrainLoop.microbatch = _setting("microbatch", operator.attrgetter("images_per_pass"))
-
-
 def losses_of(process: Process) -> Objective:
     """The process's losses, given as much of the loop's noise as its training_losses takes."""
 
@@ -246,11 +248,8 @@ def losses_of(process: Process) -> Objective:
     ) -> Losses:
         known = inspect.signature(process.training_losses).parameters
         anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
-        noise = {
-            name: value
-            for name, value in (("noise", epsilon), ("randn_like", xi))
-            if anything or name in known
-        }
+        offered: dict[str, Any] = {"noise": epsilon, "randn_like": xi}
+        noise = {name: value for name, value in offered.items() if anything or name in known}
         return process.training_losses(model, images, t, model_kwargs=cond, **noise)
 
     return objective
@@ -262,9 +261,12 @@ def _hooks(interval: int, validate: HookCall | None, evaluate: HookCall | None) 
 
 
 def _previews(interval: int, preview: HookCall | None) -> list[Hook]:
+    if not interval or preview is None:
+        return []
+
     def call(network: Network, step: int) -> dict[str, float]:
         if path := preview(network, step):
             logger.log(f"step {step}: samples in {path}")
         return {}
 
-    return [Hook(interval, call)] if interval and preview else []
+    return [Hook(interval, call)]

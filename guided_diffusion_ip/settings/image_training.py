@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import dist_util, logger, script_util
+from .. import logger, script_util
 from ..diffusion.denoiser import BoundDenoiser
+from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.process import Process
 from ..diffusion.solvers.sigma_path import AlongSigma, SigmaGrid
 from ..runs.sample_batch import Sampler, process_sampler
@@ -28,6 +29,7 @@ from .training import (
     open_data,
     run,
     sampling_hooks,
+    to_device,
     where_to_start,
 )
 
@@ -57,12 +59,12 @@ def train_images(cfg: Config) -> str:
     size = script_util.parse_image_size(cfg.image_size)
     shape = (cfg.in_channels, *size)
     data = open_data(cfg, source, size, messages.append)
-    model.to(device=dist_util.dev(), memory_format=torch.channels_last)
+    to_device(model)
     hooks = sampling_hooks(
         cfg,
         out_dir,
         lambda respacing: sampler_on_the_way(cfg, model, shape, respacing),
-        drawn_classes(cfg.seed, len(data.classes) if cfg.class_cond else 0),
+        drawn_classes(cfg.seed, len(data.classes or ())),
         data.classes or (),
     )
     start = where_to_start(cfg, out_dir, model, messages.append)
@@ -72,14 +74,18 @@ def train_images(cfg: Config) -> str:
     return out_dir
 
 
-def create(cfg: Config, **process: Any) -> tuple[nn.Module, Process]:
-    """The network, in float32 (half precision is the loop's business), and the process, whose
-    settings `process` may replace.
-    """
+def create(cfg: Config) -> tuple[nn.Module, Process]:
+    """The network, in float32 (half precision is the loop's business), and the process."""
+    if cfg.framework != "edm":
+        return _create_with_steps(cfg)
     torch.manual_seed(cfg.seed)
-    if cfg.framework == "edm":
-        losses = edm_process(cfg)
-        return edm_denoiser(cfg, use_fp16=False), losses
+    process = edm_process(cfg)
+    return edm_denoiser(cfg, use_fp16=False), process
+
+
+def _create_with_steps(cfg: Config, **process: Any) -> tuple[nn.Module, GaussianDiffusion]:
+    """The same for networks whose process has T steps; `process` replaces settings of it."""
+    torch.manual_seed(cfg.seed)
     flags = {
         **cfg.section("model"),
         **cfg.section("diffusion"),
@@ -102,5 +108,5 @@ def sampler_on_the_way(
             )
         along = AlongSigma(lambda network, _: BoundDenoiser(network, model), SigmaGrid(int(steps)))
         return Sampler(along, shape, cfg.seed, "heun", rounded=True)
-    respaced = create(cfg, timestep_respacing=cfg.values[respacing], loss_weighting="uniform")[1]
-    return process_sampler(respaced, shape, cfg.seed)
+    changed = {"timestep_respacing": cfg.values[respacing], "loss_weighting": "uniform"}
+    return process_sampler(_create_with_steps(cfg, **changed)[1], shape, cfg.seed)

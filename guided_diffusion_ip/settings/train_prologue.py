@@ -104,7 +104,7 @@ def settle_classes(cfg: Config, out_dir: str) -> tuple[Config, Source | None]:
     if state and (known := state.get("settings", {}).get("model", {}).get("num_classes")):
         return cfg.with_values(num_classes=known), None
     source = open_source(cfg.data_dir, class_cond=True)
-    return cfg.with_values(num_classes=len(source.classes)), source
+    return cfg.with_values(num_classes=len(source.classes or ())), source
 
 
 def wants_classes(cfg: Config) -> bool:

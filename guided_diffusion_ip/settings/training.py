@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import dist_util, files, logger
@@ -64,13 +65,19 @@ def open_data(
         num_classes=cfg.num_classes if class_cond else None,
         class_dropout=cfg.values.get("class_dropout", 0.0),
     )
-    if class_cond and len(data.classes) < cfg.num_classes:
+    known = len(data.classes or ())
+    if class_cond and known < cfg.num_classes:
         log(
-            f"note: the images have {len(data.classes)} classes, the network {cfg.num_classes}: "
-            f"sampling draws only those {len(data.classes)} (--num_classes {len(data.classes)} "
-            "makes a network for them alone)"
+            f"note: the images have {known} classes, the network {cfg.num_classes}: sampling draws "
+            f"only those {known} (--num_classes {known} makes a network for them alone)"
         )
     return data
+
+
+def to_device(model: nn.Module) -> None:
+    """Bring a network to this process's device, in the memory layout that suits convolutions."""
+    layout: Any = {"memory_format": torch.channels_last}  # unknown to PyTorch's own annotations
+    model.to(device=dist_util.dev(), **layout)
 
 
 def where_to_start(cfg: Config, out_dir: str, model: nn.Module, log: Callable[[str], None]) -> str:

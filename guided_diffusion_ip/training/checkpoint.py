@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -345,7 +345,7 @@ def content_hash(content: Any) -> str:
             flat = torch.cat(
                 [x.detach().cpu().reshape(-1)]
             )  # a copy: one element may have a stride that forbids the view
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().data)
         elif isinstance(x, (dict, list, tuple)):
             digest.update(f"{type(x).__name__} {len(x)}".encode())
             for item in x.items() if isinstance(x, dict) else x:
@@ -376,5 +376,5 @@ def _write(path: str, content: dict[str, Any]) -> str:
     """Returns the SHA-256 of what was written."""
     with atomic_file(path) as file:
         hashing = _Hashing(file)
-        torch.save(content, hashing)
+        torch.save(content, cast("IO[bytes]", hashing))
     return hashing.digest.hexdigest()

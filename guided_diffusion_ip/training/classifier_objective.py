@@ -86,8 +86,9 @@ def require_same_classes(data: ImageStream, val_data: ImageStream) -> None:
     Raises:
         ValueError: it does not; names the first class that differs.
     """
-    for k, name in enumerate(val_data.classes):
-        there = data.classes[k] if k < len(data.classes) else "absent"
+    classes = data.classes or []
+    for k, name in enumerate(val_data.classes or []):
+        there = classes[k] if k < len(classes) else "absent"
         if name != there:
             raise ValueError(
                 f"--val_data_dir has other classes than --data_dir: class {k} is {name!r} in "

@@ -12,6 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,20 +37,21 @@ _BUFFERS = (
 )
 
 
-def trained_network(model: nn.Module, compiled: bool) -> nn.Module:
+def trained_network(model: nn.Module, compiled: bool) -> Network:
     """The network as training calls it: compiled if asked for, and averaging gradients over ranks.
 
     DDP averages while the backward pass is still running; after it, if that is compiled, for then
     it is one node of the graph. (Compiling DDP itself would split it, which older PyTorch refuses
     under use_checkpoint.)
     """
-    network = torch.compile(model) if compiled else model
+    network: Any = torch.compile(model) if compiled else model
     if dist_util.get_world_size() == 1:
         return network
+    options: dict[str, Any] = {_BUFFERS: False}
     device = next(model.parameters()).device
-    return DistributedDataParallel(
-        network, device_ids=[device] if device.type == "cuda" else None, **{_BUFFERS: False}
-    )
+    if device.type == "cuda":
+        options["device_ids"] = [device]
+    return DistributedDataParallel(network, **options)
 
 
 def process_losses(process: Process) -> Objective:
@@ -90,7 +92,7 @@ class Gradients:
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
-        self._rank, self._world = dist_util.get_rank(), dist_util.get_world_size()
+        self._rank = dist_util.get_rank()
 
     def __call__(self, batch: Tensor, cond: Cond, step: int) -> tuple[Tensor, Losses, Tensor]:
         """Forward and backward from this rank's images [N, C, H, W], after `step` completed steps.
@@ -105,8 +107,7 @@ class Gradients:
         for number, part in enumerate(self._microbatches(n)):
             # Forward and backward: DDP decides in the former whether the latter is to average over
             # ranks.
-            last = part.stop >= n or self._world == 1
-            with contextlib.nullcontext() if last else self.network.no_sync():
+            with self._without_averaging() if part.stop < n else contextlib.nullcontext():
                 losses = self._losses(self.network, batch, cond, t, step, part, number)
                 self.precision.backward((losses["loss"] * weights[part]).sum() / n)
             parts.append({name: values.detach() for name, values in losses.items()})
@@ -128,6 +129,12 @@ class Gradients:
             for number, part in enumerate(self._microbatches(len(batch)))
         ]
         return diagnose(self.model, batch, t, again, self.process, self.settings.precision)
+
+    def _without_averaging(self) -> contextlib.AbstractContextManager:
+        """Gradients of this rank are added up, and stay here."""
+        if isinstance(self.network, DistributedDataParallel):
+            return self.network.no_sync()
+        return contextlib.nullcontext()
 
     def _positions(self, n: int) -> range:
         """Of this rank's images in the global batch."""

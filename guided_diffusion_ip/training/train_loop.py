@@ -30,7 +30,7 @@ from .hooks import Hook, run_hooks
 from .loss_statistics import LossStatistics
 from .optimizer import OptimizerState, make_optimizer, set_learning_rate
 from .precision import Precision
-from .protocols import Batches, Cond, Losses, Objective, SeekableBatches
+from .protocols import Batches, Cond, Losses, Objective, SeekableBatches, Stateful
 from .run_state import RunState, run_facts
 from .settings import TrainSettings
 from .step_log import StepLog
@@ -253,21 +253,18 @@ class TrainLoop:
 
     def _run_state(self) -> RunState:
         """Everything that a checkpoint holds."""
-        averages = {ema.name: ema for ema in self.emas}
-        optimizer = OptimizerState(self.opt, self.settings)
-        entries = {
+        parts: dict[str, Stateful] = {"model": self.model}
+        parts |= {ema.name: ema for ema in self.emas}
+        parts["opt"] = OptimizerState(self.opt, self.settings)
+        entries: dict[str, Stateful] = {
             "sampler": self.schedule_sampler,
             "scaler": self.precision,
             "statistics": self.statistics,
             "ema_updates": UpdateCounts(self.emas),
             "pending": self.log,
         }
-        return RunState(
-            {"model": self.model, **averages, "opt": optimizer},
-            entries,
-            self.progress,
-            run_facts(self.settings, self.data, self.schedule_sampler),
-        )
+        facts = run_facts(self.settings, self.data, self.schedule_sampler)
+        return RunState(parts, entries, self.progress, facts)
 
     def _resume(self, path: str) -> list[str]:
         """Take over the whole set of a checkpoint; returns what the user should know. (Drop-in

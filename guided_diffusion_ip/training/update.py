@@ -82,13 +82,12 @@ class Update:
                 were left out.
         """
         self.precision.unscale(self.opt)
-        self.grad_norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.model.parameters() if p.grad is not None]
-        )
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         # The one place in a step where the host waits for what the device has been given to do in
         # it.
         good_loss, good_gradient = torch.stack(
-            [torch.isfinite(losses["loss"]).all(), torch.isfinite(self.grad_norm)]
+            [torch.isfinite(losses["loss"]).all(), torch.isfinite(norm)]
         ).tolist()
         bad_loss, bad_gradient, *agreed = dist_util.any_rank(
             not good_loss, not good_gradient, *wishes()
@@ -96,17 +95,17 @@ class Update:
         if bad_loss or bad_gradient:
             self._leave_out(bad_loss, diagnose)
         else:
-            self._take(t, losses, weights)
+            self._take(t, losses, weights, norm)
         self.progress.step += 1
         return Wishes(*agreed)
 
-    def _take(self, t: Tensor, losses: Losses, weights: Tensor) -> None:
+    def _take(self, t: Tensor, losses: Losses, weights: Tensor, norm: Tensor) -> None:
         self.progress.skipped_in_a_row = 0
         self.statistics.add(t, losses, weights)
         self.schedule_sampler.update(t, losses["loss"])
         if self.settings.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(
-                self.model.parameters(), self.settings.grad_clip, self.grad_norm
+                self.model.parameters(), self.settings.grad_clip, norm
             )
         self.precision.step(self.opt)
         for ema in self.emas:

@@ -28,6 +28,7 @@ from .runs.likelihood import LikelihoodRun
 from .runs.sample_batch import compiled, draw_labels
 from .runs.samples import SampleRun
 from .settings.factories import create_classifier
+from .settings.image_training import train
 from .settings.likelihood import LikelihoodRequest, likelihood_request
 from .settings.make_sampler import make_sampler
 from .settings.models import create_for_sampling, register_network
@@ -41,6 +42,7 @@ __all__ = [
     "register_network",
     "sample",
     "sampling_request",
+    "train",
 ]
 
 

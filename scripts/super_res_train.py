@@ -1,7 +1,9 @@
 """Train a diffusion model that enlarges images.
 
-    python scripts/super_res_train.py --data_dir DIR --large_size 256 --small_size 64 --batch_size 32
-    mpiexec -n 4 python scripts/super_res_train.py ...        torchrun --nproc_per_node 4 scripts/super_res_train.py ...
+    python scripts/super_res_train.py --data_dir DIR --large_size 256 --small_size 64 \\
+        --batch_size 32
+    mpiexec -n 4 python scripts/super_res_train.py ...
+    torchrun --nproc_per_node 4 scripts/super_res_train.py ...
 
 --data_dir holds large images only: the small ones are made from them by area averaging.
 Checkpoints, logs and the merged settings (config.yaml) go to --out_dir; so do sample grids, and
@@ -23,78 +25,64 @@ from guided_diffusion_ip.data.image_io import save_grid, to_uint8
 from guided_diffusion_ip.data.super_resolution import SuperResolutionStream, check_sizes
 from guided_diffusion_ip.runs.sample_batch import Sampler, process_sampler
 from guided_diffusion_ip.settings.config import Config, command, parse
+from guided_diffusion_ip.settings.train_prologue import begin
 from guided_diffusion_ip.settings.training import (
-    add_null_class,
-    choose_out_dir,
+    diffusion_train_settings,
     make_loop,
     open_data,
     run,
-    settle_batch,
-    settle_classes,
+    sampling_hooks,
+    to_device,
+    where_to_start,
 )
-from guided_diffusion_ip.training.evaluation import make_evaluation
-from guided_diffusion_ip.training.preview import Preview
 
 
 def main() -> None:
-    cfg = parse("super_res_train", __doc__)
-    dist_util.setup_dist()
-    settle_batch(cfg)
-    # Everything that wrong input can break comes before anything is written.
-    add_null_class(cfg)
+    cfg, out_dir, source = begin(parse("super_res_train", __doc__))
+    messages: list[str] = []
     large, small = (script_util.parse_image_size(size) for size in (cfg.large_size, cfg.small_size))
     check_sizes(large, small)
-    out_dir = choose_out_dir(cfg)
-    settle_classes(cfg, out_dir)
-    model, diffusion = create(cfg)
-    messages: list[str] = []
-    data = SuperResolutionStream(
-        open_data(
-            cfg,
-            large,
-            class_cond=cfg.class_cond,
-            log=messages.append,
-            class_dropout=cfg.class_dropout,
-        ),
-        large,
-        small,
-    )
+    model, process = create(cfg)
+    shape = (cfg.in_channels, *large)
+    data = SuperResolutionStream(open_data(cfg, source, large, messages.append), large, small)
     messages.append(f"low-resolution images: {small[0]} x {small[1]}, by area averaging")
+    to_device(model)
+    images, cond = examples(cfg, data)
+    hooks = sampling_hooks(
+        cfg,
+        out_dir,
+        lambda respacing: sampler_on_the_way(cfg, shape, respacing),
+        lambda index: {name: value[index] for name, value in cond.items()},
+        data.classes or (),
+    )
+    start = where_to_start(cfg, out_dir, model, messages.append)
+    settings = diffusion_train_settings(cfg, start)
+    loop = make_loop(cfg, model, process, data, settings, hooks=hooks)
+    if cfg.sample_interval and dist_util.is_main():
+        for name, pictures in (("low_res", cond["low_res"]), ("large", images)):
+            path = os.path.join(out_dir, f"{name}.png")
+            save_grid(to_uint8(pictures[: cfg.sample_count]), path)
+    run(loop, cfg, out_dir, shape, messages)
+
+
+def examples(
+    cfg: Config, data: SuperResolutionStream
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The large images, and the conditions, of pictures and evaluations on the way; nothing if
+    there are none.
+    """
     count = max(
         cfg.sample_count if cfg.sample_interval else 0, cfg.eval_samples if cfg.eval_interval else 0
     )
-    examples = data.examples(count) if count else None
-    shape = (cfg.in_channels, *large)
-    model.to(device=dist_util.dev(), memory_format=torch.channels_last)
+    return data.examples(count) if count else (torch.empty(0), {})
 
-    def conditions(index: list[int]) -> dict[str, torch.Tensor]:
-        return {name: value[index] for name, value in examples[1].items()}
 
-    def sampler(timestep_respacing: str) -> Sampler:
-        """Of pictures and evaluations on the way; its process knows no losses."""
-        return process_sampler(
-            create(cfg, timestep_respacing=timestep_respacing, loss_weighting="uniform")[1],
-            shape,
-            cfg.seed,
-        )
-
-    preview = cfg.sample_interval and Preview(
-        sampler(cfg.sample_respacing),
-        cfg.sample_count,
-        out_dir,
-        cfg.batch_size,
-        conditions,
-        data.classes or (),
-    )
-    evaluation = cfg.eval_interval and make_evaluation(cfg, sampler(cfg.eval_respacing), conditions)
-    loop = make_loop(cfg, model, diffusion, data, preview, out_dir, messages, evaluation)
-    if cfg.sample_interval and dist_util.is_main():
-        save_grid(
-            to_uint8(examples[1]["low_res"][: cfg.sample_count]),
-            os.path.join(out_dir, "low_res.png"),
-        )
-        save_grid(to_uint8(examples[0][: cfg.sample_count]), os.path.join(out_dir, "large.png"))
-    run(loop, cfg, out_dir, shape, messages)
+def sampler_on_the_way(cfg: Config, shape: tuple[int, int, int], respacing: str) -> Sampler:
+    """How pictures and evaluations are made: in the steps that the flag says, by a process that
+    knows no losses.
+    """
+    respaced = create(cfg, timestep_respacing=cfg.values[respacing], loss_weighting="uniform")[1]
+    return process_sampler(respaced, shape, cfg.seed)
 
 
 def create(cfg: Config, **process):

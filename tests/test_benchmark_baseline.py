@@ -12,6 +12,7 @@ from torch import nn
 from guided_diffusion_ip import noise, script_util
 from guided_diffusion_ip.networks import AttentionBlock, GroupNorm32
 from guided_diffusion_ip.networks.layers import Dropout
+from guided_diffusion_ip.training.settings import TrainSettings
 from guided_diffusion_ip.training.timestep_samplers import UniformSampler
 from guided_diffusion_ip.training.train_loop import TrainLoop
 from tools.benchmark.baseline import (
@@ -81,19 +82,10 @@ def both_ways(double=False, half=False, **more):
     """(the training loop, the published step, images, labels) from the same weights."""
     (ours, process), (theirs, other) = small(double, **more), small(double, **more)
     ours.to(memory_format=torch.channels_last)
-    loop = TrainLoop(
-        model=ours,
-        diffusion=process,
-        data=iter(()),
-        batch_size=6,
-        microbatch=4,
-        lr=1e-2,
-        ema_rate="0.9",
-        log_interval=10**9,
-        save_interval=10**9,
-        resume_checkpoint="",
-        weight_decay=0.1,
+    settings = TrainSettings(
+        batch_size=6, microbatch=4, lr=1e-2, weight_decay=0.1, ema_rates=(0.9,)
     )
+    loop = TrainLoop(ours, process, iter(()), settings)
     step = Addressed(
         published_network(theirs).train(),
         published_process(other),

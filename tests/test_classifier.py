@@ -31,6 +31,9 @@ from guided_diffusion_ip.training.classifier_objective import (
     in_top_k,
     require_same_classes,
 )
+from guided_diffusion_ip.training.hooks import Hook
+from guided_diffusion_ip.training.settings import TrainSettings
+from guided_diffusion_ip.training.stopping import Limits
 from guided_diffusion_ip.training.train_loop import TrainLoop
 
 # Attention needs widths that are multiples of 64: only the lower levels (64, 64) have it.
@@ -139,14 +142,14 @@ def tiny_loop(images, out_dir, *, noised=True, validated=False, **options):
     logger.configure(str(out_dir), format_strs=["csv"])
     classifier, process = tiny()
     objective = ClassifierObjective(process, noised)
-    options = {
-        "batch_size": 6,
-        "microbatch": -1,
-        "lr": 1e-3,
-        "max_steps": 4,
-        "resume_checkpoint": "",
-        **options,
-    }
+    hooks = options.pop("hooks", [])
+    settings = TrainSettings(
+        batch_size=6,
+        ema_rates=(),
+        log_interval=2,
+        limits=Limits(options.pop("max_steps", 4)),
+        **{"lr": 1e-3, **options},
+    )
     if validated:
         val_data = load_data(
             data_dir=images,
@@ -156,17 +159,15 @@ def tiny_loop(images, out_dir, *, noised=True, validated=False, **options):
             class_cond=True,
             deterministic=True,
         )
-        options.update(eval_interval=2, validate=Validation(objective, val_data, 2, 4))
+        hooks = [Hook(2, Validation(objective, val_data, 2, 4), averaged=False)]
     return TrainLoop(
-        model=classifier,
-        diffusion=process,
-        ema_rate="",
-        log_interval=2,
-        save_interval=10**6,
-        data=load_data(data_dir=images, batch_size=6, image_size=8, channels=1, class_cond=True),
+        classifier,
+        process,
+        load_data(data_dir=images, batch_size=6, image_size=8, channels=1, class_cond=True),
+        settings,
         objective=objective,
         schedule_sampler=None if noised else CleanSampler(),
-        **options,
+        hooks=hooks,
     )
 
 
@@ -197,7 +198,7 @@ def test_the_loop_minimises_the_mean_cross_entropy(images, tmp_path):
     x, cond = next(loop.data)
     loop.forward_backward(x, cond)
     t = (noise.uniform(0, Stream.TIMESTEP, torch.arange(6), 0).double() * 1000).long()
-    x_t = loop.diffusion.q_sample(
+    x_t = loop.process.q_sample(
         x, t, noise.normal(0, Stream.EPSILON, torch.arange(6), 0, x.shape[1:])
     )
     loss = torch.nn.functional.cross_entropy(loop.model(x_t, t), cond["y"])
@@ -214,10 +215,7 @@ def test_validation_changes_nothing_and_a_continued_run_repeats_it(images, tmp_p
     assert torch.equal(weights_of(plain), weights_of(straight))
     tiny_loop(images, tmp_path / "b", validated=True, max_steps=2).run_loop()
     rest = tiny_loop(
-        images,
-        tmp_path / "b",
-        validated=True,
-        resume_checkpoint=str(tmp_path / "b" / "model000002.pt"),
+        images, tmp_path / "b", validated=True, resume=str(tmp_path / "b" / "model000002.pt")
     )
     rest.run_loop()
     assert torch.equal(weights_of(straight), weights_of(rest))
@@ -236,7 +234,7 @@ def test_validation_is_called_in_eval_mode_without_gradients_and_its_numbers_are
         seen.append((step, loop.model.training, torch.is_grad_enabled()))
         return {"val_loss": float(step)}
 
-    loop = tiny_loop(images, tmp_path, eval_interval=1, validate=validate)
+    loop = tiny_loop(images, tmp_path, hooks=[Hook(1, validate, averaged=False)])
     loop.run_loop()
     assert seen == [(step, False, False) for step in (1, 2, 3, 4)] and loop.model.training
     assert [row["val_loss"] for row in csv_rows(tmp_path)] == ["1.0", "2.0", "3.5"], (

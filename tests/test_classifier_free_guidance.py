@@ -26,7 +26,8 @@ from guided_diffusion_ip.interop.adm_checkpoint import load_network
 from guided_diffusion_ip.runs.sample_batch import process_sampler
 from guided_diffusion_ip.script_util import create_model_and_diffusion
 from guided_diffusion_ip.settings.config import parse
-from guided_diffusion_ip.settings.training import add_null_class
+from guided_diffusion_ip.settings.train_prologue import add_null_class
+from guided_diffusion_ip.training.settings import TrainSettings
 from guided_diffusion_ip.training.train_loop import TrainLoop
 
 CLASSES = 3
@@ -281,19 +282,8 @@ def test_microbatches_see_the_same_labels(images, microbatch):
         return {"loss": model(x, t, **cond).flatten(1).mean(1)}
 
     model, diffusion = create_model_and_diffusion(**FLAGS, null_class=True)
-    loop = TrainLoop(
-        model=model,
-        diffusion=diffusion,
-        data=stream(images),
-        batch_size=8,
-        microbatch=microbatch,
-        lr=0.0,
-        ema_rate="0.5",
-        log_interval=1,
-        save_interval=1,
-        resume_checkpoint="",
-        objective=objective,
-    )
+    settings = TrainSettings(batch_size=8, microbatch=microbatch, lr=0.0)
+    loop = TrainLoop(model, diffusion, stream(images), settings, objective=objective)
     loop.forward_backward(*next(loop.data))
     expected = next(stream(images))[1]["y"]
     assert torch.equal(torch.cat(seen), expected) and (expected == CLASSES).any()
@@ -401,8 +391,7 @@ def test_dropout_can_be_added_to_the_settings_of_a_run_without(trained):
         ["--config", str(trained["plain"] / "config.yaml"), "--class_dropout", "0.1"],
     )
     assert cfg.null_class is False
-    add_null_class(cfg)
-    assert cfg.null_class is True
+    assert add_null_class(cfg).null_class is True and cfg.null_class is False
 
 
 def test_a_super_resolution_model_can_be_guided(images, tmp_path):

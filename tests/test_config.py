@@ -8,7 +8,7 @@ import yaml
 from guided_diffusion_ip.settings.adopt import adopt_checkpoint_config
 from guided_diffusion_ip.settings.config import parse
 from guided_diffusion_ip.settings.flags import SECTIONS
-from guided_diffusion_ip.settings.training import settle_batch
+from guided_diffusion_ip.settings.train_prologue import settle_batch
 from guided_diffusion_ip.settings.yaml_file import read_yaml
 
 
@@ -172,8 +172,7 @@ def test_published_settings_of_the_papers():
 def test_a_batch_size_on_the_command_line_wins_over_either_in_the_file(argv, expected, tmp_path):
     (tmp_path / "c.yaml").write_text("train: {global_batch_size: 64}\n")
     cfg = parse("image_train", "", ["--config", str(tmp_path / "c.yaml"), *argv])
-    settle_batch(cfg)
-    assert cfg.batch_size == expected
+    assert settle_batch(cfg).batch_size == expected
 
 
 def test_two_batch_sizes_that_contradict_each_other():

@@ -28,6 +28,8 @@ from guided_diffusion_ip.script_util import (  # noqa: E402
     parameter_count,
 )
 from guided_diffusion_ip.settings.config import parse  # noqa: E402
+from guided_diffusion_ip.training.settings import TrainSettings  # noqa: E402
+from guided_diffusion_ip.training.stopping import Limits  # noqa: E402
 from guided_diffusion_ip.training.train_loop import TrainLoop  # noqa: E402
 
 diffusers = import_diffusers()
@@ -339,19 +341,15 @@ def test_the_loop_learns(tmp_path, labels):
         while True:
             yield images, {"y": y} if labels else {}
 
-    loop = TrainLoop(
-        model=model,
-        diffusion=diffusion,
-        data=data(),
+    settings = TrainSettings(
         batch_size=8,
         microbatch=4,
         lr=2e-3,
-        ema_rate="0.9",
+        ema_rates=(0.9,),
         log_interval=20,
-        save_interval=10**6,
-        resume_checkpoint="",
-        max_steps=60,
+        limits=Limits(max_steps=60),
     )
+    loop = TrainLoop(model, diffusion, data(), settings)
     loop.run_loop()
     rows = (tmp_path / "progress.csv").read_text().splitlines()
     column = rows[0].split(",").index("mse")

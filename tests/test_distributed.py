@@ -44,10 +44,11 @@ from guided_diffusion_ip import dist_util, logger
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.script_util import create_model_and_diffusion
 from guided_diffusion_ip.training.timestep_samplers import create_named_schedule_sampler
-if os.environ.get("DROP_IN"):
-    from guided_diffusion_ip.compat.train_util import TrainLoop
-else:
-    from guided_diffusion_ip.training.train_loop import TrainLoop
+from guided_diffusion_ip.compat import train_util
+from guided_diffusion_ip.training.hooks import Hook
+from guided_diffusion_ip.training.settings import TrainSettings
+from guided_diffusion_ip.training.stopping import Limits
+from guided_diffusion_ip.training.train_loop import TrainLoop
 
 images, out, batch, microbatch = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(1)
@@ -62,11 +63,16 @@ model, diffusion = create_model_and_diffusion(
 with torch.no_grad():
     for p in model.parameters():
         p.add_(0.02 * torch.randn(p.shape))
-loop = TrainLoop(
-    model=model, diffusion=diffusion, data=load_data(data_dir=images, batch_size=batch, image_size=8, channels=1),
-    batch_size=batch, microbatch=microbatch, lr=1e-4, ema_rate="0.9", log_interval=1, save_interval=10**6,
-    resume_checkpoint=os.environ.get(f"RESUME{rank}", ""), max_steps=%d,
-    schedule_sampler=create_named_schedule_sampler("loss-second-moment", diffusion))
+data = load_data(data_dir=images, batch_size=batch, image_size=8, channels=1)
+resume, sampler = os.environ.get(f"RESUME{rank}", ""), create_named_schedule_sampler("loss-second-moment", diffusion)
+if os.environ.get("DROP_IN"):
+    loop = train_util.TrainLoop(
+        model=model, diffusion=diffusion, data=data, batch_size=batch, microbatch=microbatch, lr=1e-4, ema_rate="0.9",
+        log_interval=1, save_interval=10**6, resume_checkpoint=resume, schedule_sampler=sampler)
+else:
+    settings = TrainSettings(batch_size=batch, microbatch=microbatch, lr=1e-4, ema_rates=(0.9,), log_interval=1,
+                             resume=resume, limits=Limits(%d))
+    loop = TrainLoop(model, diffusion, data, settings, schedule_sampler=sampler)
 """
     % STEPS
 )
@@ -77,8 +83,8 @@ gradients, reduced = [], [[]]
 step = loop.precision.step
 loop.precision.step = lambda opt: (gradients.append([p.grad.clone() for p in model.parameters()]), reduced.append([]), step(opt))
 if sys.argv[5:] == ["count"]:
-    assert loop.ddp_model.broadcast_buffers is False
-    loop.ddp_model.register_comm_hook(None, lambda group, bucket: (reduced[-1].append(bucket.index()),
+    assert loop.gradients.network.broadcast_buffers is False
+    loop.gradients.network.register_comm_hook(None, lambda group, bucket: (reduced[-1].append(bucket.index()),
                                                                    allreduce_hook(group, bucket))[1])
 loop.run_loop()
 torch.save({"weights": [p.detach() for p in model.parameters()], "first_gradient": gradients[0],
@@ -101,7 +107,7 @@ def preview(model, step):
     return Preview(Sampler(), 6, out if step != 2 else f"{out}/rank0.txt/x", 2)(model, step)
 
 open(f"{out}/rank0.txt", "w").close()
-loop.preview, loop.sample_interval, loop.limits = preview, 1, type(loop.limits)(3)
+loop.hooks, loop.last_step = [Hook(1, preview)], 3
 """
 RESUMED = (
     LOOP

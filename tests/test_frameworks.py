@@ -23,6 +23,8 @@ from guided_diffusion_ip.settings.lambdas import settle_lambda
 from guided_diffusion_ip.settings.make_sampler import make_sampler
 from guided_diffusion_ip.settings.models import create_for_sampling, network_flags, process_flags
 from guided_diffusion_ip.settings.solver import sampling_precision, settle_sampler
+from guided_diffusion_ip.training.optimizer import set_learning_rate
+from guided_diffusion_ip.training.settings import TrainSettings
 from guided_diffusion_ip.training.train_loop import TrainLoop
 
 EDM = dict(
@@ -456,23 +458,12 @@ def test_training_refuses_what_edm_has_not(argv, words, images, tmp_path, capsys
 def test_learning_rate_warms_up_linearly():
     model = torch.nn.Conv2d(1, 1, 1)
     process = script_util.create_gaussian_diffusion(steps=100)
-    loop = TrainLoop(
-        model=model,
-        diffusion=process,
-        data=iter([]),
-        batch_size=1,
-        microbatch=1,
-        lr=0.4,
-        ema_rate="",
-        log_interval=1,
-        save_interval=10,
-        resume_checkpoint="",
-        lr_warmup_steps=4,
-    )
+    settings = TrainSettings(batch_size=1, lr=0.4, ema_rates=(), lr_warmup_steps=4)
+    opt = TrainLoop(model, process, iter([]), settings).opt
     rates = []
-    for loop.step in range(6):
-        loop._set_lr()
-        rates.append(loop.opt.param_groups[0]["lr"])
+    for step in range(6):
+        set_learning_rate(opt, settings, step)
+        rates.append(opt.param_groups[0]["lr"])
     np.testing.assert_allclose(rates, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
@@ -505,23 +496,13 @@ def test_gradients_are_clipped_to_their_norm(limit, clipped):
     model, process = script_util.create_model_and_diffusion(**TINY)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    loop = TrainLoop(
-        model=model,
-        diffusion=process,
-        data=iter([]),
-        batch_size=2,
-        microbatch=2,
-        lr=1e-3,
-        ema_rate="",
-        log_interval=1,
-        save_interval=10,
-        resume_checkpoint="",
-        grad_clip=limit,
-    )
+    settings = TrainSettings(batch_size=2, lr=1e-3, ema_rates=(), grad_clip=limit)
+    loop = TrainLoop(model, process, iter([]), settings)
     loop.run_step(torch.rand(2, 1, 8, 8) * 2 - 1, {})
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    assert float(loop.grad_norm) > 1e-2, "what is logged is the norm before clipping"
-    np.testing.assert_allclose(float(norm), limit if clipped else float(loop.grad_norm), rtol=1e-3)
+    before = float(loop.update.grad_norm)
+    assert before > 1e-2, "what is logged is the norm before clipping"
+    np.testing.assert_allclose(float(norm), limit if clipped else before, rtol=1e-3)
 
 
 @pytest.mark.parametrize("sampler, steps", [("heun", 2), ("euler", 3)])

@@ -2,6 +2,7 @@
 averages, history or files.
 """
 
+import dataclasses
 import math
 import os
 import re
@@ -19,15 +20,17 @@ from test_resume import TRAIN, command, make_loop, rows, same
 
 from guided_diffusion_ip import logger
 from guided_diffusion_ip.training.banner import warn_about_ema
-from guided_diffusion_ip.training.checkpoint import complete_steps
+from guided_diffusion_ip.training.checkpoint import SavePolicy, complete_steps
 from guided_diffusion_ip.training.ema import EMA
 from guided_diffusion_ip.training.guards import (
     Diverged,
+    cheaper,
     check_batch,
     is_out_of_memory,
     memory_advice,
 )
-from guided_diffusion_ip.training.stopping import Limits
+from guided_diffusion_ip.training.settings import TrainSettings
+from guided_diffusion_ip.training.stopping import Limits, Wishes
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
@@ -109,8 +112,7 @@ def copied(x):
 
 
 def test_nan_in_the_data_ends_the_run_at_once_and_says_where(images, tmp_path):
-    loop = make_loop(images, tmp_path, 10, sampler="loss-second-moment")
-    loop.save_interval = 2
+    loop = make_loop(images, tmp_path, 10, sampler="loss-second-moment", saving=SavePolicy(2))
     loop.data = Spoiled(loop.data, [4])
     with pytest.raises(Diverged) as error:
         loop.run_loop()
@@ -127,14 +129,13 @@ def test_the_named_timestep_is_that_of_the_bad_image(images, tmp_path):
     loop.data = Spoiled(loop.data, [2])
     with pytest.raises(Diverged) as error:
         loop.run_loop()
-    t = int(loop._draw_t(4)[0][1])
+    t = int(loop.gradients.draw_t(4, loop.step)[0][1])
     assert f"at t = {t} (quartile q{4 * t // 1000};" in str(error.value)
 
 
 @pytest.mark.parametrize("precision, steps", [("fp32", 1), ("bf16", 1), ("fp16", 5)])
 def test_nan_in_the_weights_ends_the_run_and_is_never_saved(precision, steps, images, tmp_path):
     loop = make_loop(images, tmp_path, 20, precision=precision, max_skipped=5)
-    loop.save_interval = 1
     loop.run_step(*next(loop.data))
     loop.save()
     with torch.no_grad():
@@ -185,19 +186,23 @@ def test_a_step_that_is_left_out_changes_nothing(precision, images, tmp_path):
     loop = make_loop(images, tmp_path, 20, precision=precision, sampler="loss-second-moment")
     for _ in range(2):
         loop.run_step(*next(loop.data))
-    before, drawn = snapshot(loop), loop._draw_t(4)[0]
+    before, drawn = snapshot(loop), loop.gradients.draw_t(4, loop.step)[0]
     hook = next(loop.model.parameters()).register_hook(lambda gradient: gradient * math.inf)
     loop.run_step(*next(loop.data))
     hook.remove()
-    assert same(before, snapshot(loop)) and (loop.step, loop.skipped, loop.skipped_in_a_row) == (
-        3,
-        1,
-        1,
-    )
+    assert same(before, snapshot(loop)) and (
+        loop.step,
+        loop.progress.skipped,
+        loop.progress.skipped_in_a_row,
+    ) == (3, 1, 1)
     assert "step 3 left out: its gradients are not finite" in said(tmp_path)
-    assert not torch.equal(drawn, loop._draw_t(4)[0]), "the same batch of t again"
+    assert not torch.equal(drawn, loop.gradients.draw_t(4, loop.step)[0]), (
+        "the same batch of t again"
+    )
     loop.run_step(*next(loop.data))
-    assert loop.skipped_in_a_row == 0 and not same(before["model"], loop.model.state_dict())
+    assert loop.progress.skipped_in_a_row == 0 and not same(
+        before["model"], loop.model.state_dict()
+    )
 
 
 def test_gradients_that_stay_bad_end_the_run_after_so_many(images, tmp_path):
@@ -222,13 +227,13 @@ def test_an_overflow_halves_the_scale_and_the_message_does_not_frighten(images, 
     loop = make_loop(images, tmp_path, 4, precision="fp16")
     set_scale(loop, 2.0**30)
     before, scales = snapshot(loop), []
-    while loop.skipped_in_a_row or not loop.step:
-        assert loop.skipped < 24
+    while loop.progress.skipped_in_a_row or not loop.step:
+        assert loop.progress.skipped < 24
         scales.append(loop.precision.scaler.get_scale())
         loop.run_step(*next(loop.data))
-        if loop.skipped_in_a_row:
+        if loop.progress.skipped_in_a_row:
             assert same(before, snapshot(loop))
-    assert scales == [2.0 ** (30 - n) for n in range(len(scales))] and loop.skipped > 3
+    assert scales == [2.0 ** (30 - n) for n in range(len(scales))] and loop.progress.skipped > 3
     text = said(tmp_path)
     assert (
         "step 1 left out" in text
@@ -276,6 +281,7 @@ DRIVER = """
 import math, sys, torch
 from guided_diffusion_ip import dist_util, logger
 from guided_diffusion_ip.settings.config import command
+from guided_diffusion_ip.training.checkpoint import SavePolicy
 from test_guards import Spoiled
 from test_resume import make_loop
 
@@ -283,9 +289,9 @@ def main():
     torch.set_num_threads(1)
     images, out, precision, what = sys.argv[1:]
     dist_util.setup_dist()
-    loop = make_loop(images, out, 30, precision=precision, sampler="loss-second-moment", max_skipped=4)
+    loop = make_loop(images, out, 30, precision=precision, sampler="loss-second-moment", max_skipped=4,
+                     saving=SavePolicy(2))
     logger.configure(out, ["log", "stdout"], rank=dist_util.get_rank())
-    loop.save_interval = 2
     if dist_util.get_rank() == 1 and what == "data":
         loop.data = Spoiled(loop.data, range(6, 100))
     if dist_util.get_rank() == 1 and what == "first batch":
@@ -392,16 +398,17 @@ def test_the_loop_looks_before_the_first_step_and_hints_at_another_range(images,
 
 MEMORY = """
 import resource, sys, torch
+from dataclasses import replace
 from guided_diffusion_ip.settings.config import command
 from guided_diffusion_ip import logger
 from test_resume import make_loop
 
 def main():
     images, out, batch, microbatch = sys.argv[1:]
-    loop = make_loop(images, out, 5, microbatch=int(microbatch))
-    loop.batch_size, loop.data = int(batch), iter([(torch.zeros(int(batch), 1, 8, 8), {})] * 5)
-    if int(microbatch) < 0:
-        loop.microbatch = int(batch)
+    loop = make_loop(images, out, 5)
+    loop.data = iter([(torch.zeros(int(batch), 1, 8, 8), {})] * 5)
+    loop.settings = replace(loop.settings, batch_size=int(batch), microbatch=int(microbatch))
+    loop.gradients.settings = loop.settings
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2)
     loop.run_loop()
@@ -440,10 +447,10 @@ def test_out_of_memory_names_what_to_try(microbatch, option, images, tmp_path):
     ],
 )
 def test_the_next_option_is_one_that_is_left(microbatch, precision, checkpointing, device, option):
-    text = memory_advice(microbatch, 8, precision, checkpointing, torch.device(device))
-    assert (
-        option in text and f"batch_size 8, microbatch {microbatch}, precision {precision}" in text
-    )
+    assert option in cheaper(microbatch, precision, checkpointing, torch.device(device)) + " "
+    settings = TrainSettings(batch_size=8, microbatch=microbatch, precision=precision)
+    text = f"batch_size 8, microbatch {microbatch}, precision {precision}"
+    assert text in memory_advice(settings, NETWORK)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
@@ -488,7 +495,7 @@ def test_a_run_without_an_end_says_so(limits, told, images, tmp_path):
 
     def stop_after_two(*batch):
         step(*batch)
-        loop._told = [loop.step == 2, False, False]
+        loop._agreed = Wishes(stop=loop.step == 2)
 
     loop.run_step = stop_after_two
     loop.run_loop()
@@ -530,16 +537,13 @@ def test_minutes_between_saves(images, tmp_path):
     ],
 )
 def test_an_average_that_remembers_its_start_is_told_with_a_better_rate(steps, rate, words):
-    class Loop:
-        last_step, emas = steps, [EMA(torch.nn.Linear(1, 1), float(rate))]
-
-    text = warn_about_ema(Loop)
+    settings = TrainSettings(batch_size=1, ema_rates=(float(rate),))
+    text = warn_about_ema(settings, steps)
     assert re.search(words, text) if words else not text, text
     if words:
         better = float(re.search(r"--ema_rate (\S+)", text)[1])
         assert 0 <= better < 1 and better**steps < 0.05, "the advice does not help"
-    Loop.emas = [EMA(torch.nn.Linear(1, 1), float(rate), warmup=True)]
-    assert not warn_about_ema(Loop)
+    assert not warn_about_ema(dataclasses.replace(settings, ema_warmup=True), steps)
 
 
 def test_the_first_averages_with_warmup():

@@ -13,6 +13,7 @@ from guided_diffusion_ip.settings import likelihood, measuring, sampling
 from guided_diffusion_ip.settings.config import from_values, parse
 from guided_diffusion_ip.settings.flag import Flag, Role
 from guided_diffusion_ip.settings.flags import DESCRIBING, SCRIPTS, SECTIONS, names
+from guided_diffusion_ip.training import resume
 
 # settings.yaml and folder of requests as they were before flags had roles.
 EARLIER = json.loads((Path(__file__).parent / "identities.json").read_text())
@@ -187,3 +188,21 @@ def test_lists_of_flags_follow_from_roles():
     assert "edm_steps" in solvers and "solver" not in solvers and "eta" not in solvers
     every = [flag.name for flag in SECTIONS["sample"]]
     assert sorted(names("sample")) == sorted(every)
+
+
+# Which flags a run keeps when it is continued is written down in training/, below this room; it
+# follows from roles all the same. Batch sizes count by the global batch.
+BY_GLOBAL_BATCH = ("batch_size", "global_batch_size")
+
+
+@pytest.mark.parametrize("script", ["image_train", "super_res_train", "classifier_train"])
+def test_what_a_continued_run_keeps_follows_from_roles(script):
+    kept = (Role.ARCHITECTURE, Role.PROCESS, Role.LOSS)
+    noted = (Role.TRAINING, Role.INPUT)
+    for flag in SCRIPTS[script].flags():
+        if flag.name in BY_GLOBAL_BATCH:
+            continue
+        fixed = flag.name in names(resume._FIXED_SECTIONS) or flag.name in resume._FIXED
+        kind = "free" if flag.name in resume._FREE else "fixed" if fixed else "noted"
+        wanted = "fixed" if flag.role in kept else "noted" if flag.role in noted else "free"
+        assert kind == wanted, flag.name

@@ -25,6 +25,7 @@ from guided_diffusion_ip.script_util import (
     parameter_count,
 )
 from guided_diffusion_ip.settings.config import parse
+from guided_diffusion_ip.training.settings import TrainSettings
 from guided_diffusion_ip.training.timestep_samplers import UniformSampler
 from guided_diffusion_ip.training.train_loop import TrainLoop
 
@@ -196,19 +197,8 @@ def test_the_timestep_sampler_sees_the_weighted_total():
         create_gaussian_diffusion(learn_sigma=True, loss_weighting="debias"),
         X0.clamp(-1, 1),
     )
-    loop = TrainLoop(
-        model=Network(),
-        diffusion=process,
-        data=iter(()),
-        batch_size=6,
-        microbatch=4,
-        lr=0.0,
-        ema_rate="0.5",
-        log_interval=1,
-        save_interval=1,
-        resume_checkpoint="",
-        schedule_sampler=Spy(process),
-    )
+    settings = TrainSettings(batch_size=6, microbatch=4, lr=0.0)
+    loop = TrainLoop(Network(), process, iter(()), settings, schedule_sampler=Spy(process))
     loop.run_step(images, {})
     t, seen = loop.schedule_sampler.seen
     noise = normal(0, Stream.EPSILON, range(6), 0, X0.shape[1:])

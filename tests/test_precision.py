@@ -79,10 +79,9 @@ def test_all_formats_learn_alike(images, tmp_path):  # noqa: F811
     """
     losses = {}
     for mode in ("fp32", "fp16", "bf16"):
-        loop = make_loop(images, tmp_path / mode, 20, precision=mode)
-        loop.log_interval = 5
+        loop = make_loop(images, tmp_path / mode, 20, precision=mode, log_interval=5)
         loop.run_loop()
-        assert not loop.skipped
+        assert not loop.progress.skipped
         losses[mode] = [
             float(row["mse"]) for row in rows(tmp_path / mode) if row["step"] in ("5", "20")
         ]

@@ -20,6 +20,8 @@ from guided_diffusion_ip.data import image_datasets, prefetch
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.data.prefetch import Prefetcher
 from guided_diffusion_ip.script_util import create_model_and_diffusion
+from guided_diffusion_ip.training.settings import TrainSettings
+from guided_diffusion_ip.training.stopping import Limits
 from guided_diffusion_ip.training.train_loop import TrainLoop
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -190,19 +192,10 @@ def test_training_is_the_same_and_can_be_resumed(folder, tmp_path_factory):
             attention_resolutions="4",
             num_head_channels=32,
         )
-        loop = TrainLoop(
-            model=model,
-            diffusion=diffusion,
-            data=stream(folder, prefetch=prefetch),
-            batch_size=4,
-            microbatch=-1,
-            lr=1e-3,
-            ema_rate="0.9",
-            log_interval=9,
-            save_interval=99,
-            resume_checkpoint=resume,
-            max_steps=max_steps,
+        settings = TrainSettings(
+            batch_size=4, lr=1e-3, ema_rates=(0.9,), limits=Limits(max_steps), resume=resume
         )
+        loop = TrainLoop(model, diffusion, stream(folder, prefetch=prefetch), settings)
         loop.run_loop()
         assert not threads()
         return model.state_dict()

@@ -77,12 +77,14 @@ def test_a_request_says_what_was_settled_and_stays_so(checkpoint):
     assert "DDPM, steps 5, lambda 1.0" in request.text
     with pytest.raises(dataclasses.FrozenInstanceError):
         request.seed = 1
+    with pytest.raises(TypeError):
+        request.settled.values["seed"] = 1
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (dict(num_sample=3), "Did you mean num_samples"),
+        (dict(num_sample=3), "Did you mean --num_samples"),
         (dict(eta=0.5), "use_ddim"),
         (dict(num_samples=0), "at least 1"),
         (dict(solver="heun", sampler="euler"), "one flag"),

@@ -23,6 +23,8 @@ from guided_diffusion_ip.script_util import create_model_and_diffusion
 from guided_diffusion_ip.settings.flags import SCRIPTS
 from guided_diffusion_ip.training import resume
 from guided_diffusion_ip.training.checkpoint import SavePolicy, complete_steps, newest
+from guided_diffusion_ip.training.settings import TrainSettings
+from guided_diffusion_ip.training.stopping import Limits
 from guided_diffusion_ip.training.timestep_samplers import create_named_schedule_sampler
 from guided_diffusion_ip.training.train_loop import TrainLoop
 
@@ -60,13 +62,11 @@ def make_loop(
     out,
     steps,
     *,
-    resume="",
     sampler="uniform",
-    precision="fp32",
-    microbatch=-1,
     workers=0,
     random_crop=True,
     layout=torch.contiguous_format,
+    hooks=(),
     **options,
 ):
     logger.configure(str(out), format_strs=["log", "csv"], resume_step=None)
@@ -86,22 +86,10 @@ def make_loop(
         random_crop=random_crop,
         num_workers=workers,
     )
-    return TrainLoop(
-        model=model,
-        diffusion=diffusion,
-        data=data,
-        batch_size=4,
-        microbatch=microbatch,
-        lr=1e-3,
-        ema_rate="0.9,0.99",
-        log_interval=4,
-        save_interval=10**6,
-        resume_checkpoint=resume,
-        max_steps=steps,
-        precision=precision,
-        schedule_sampler=create_named_schedule_sampler(sampler, diffusion),
-        **options,
-    )
+    options = {"limits": Limits(steps), "log_interval": 4, "saving": SavePolicy(10**6), **options}
+    settings = TrainSettings(batch_size=4, lr=1e-3, ema_rates=(0.9, 0.99), **options)
+    sampler = create_named_schedule_sampler(sampler, diffusion)
+    return TrainLoop(model, diffusion, data, settings, schedule_sampler=sampler, hooks=hooks)
 
 
 def same(a, b):
@@ -621,12 +609,5 @@ def test_resume_auto_needs_a_folder_and_starts_where_there_is_nothing(images, tm
 
 
 def test_images_limit_the_run(images, tmp_path):
-    make_loop(
-        images,
-        tmp_path,
-        0,
-        limits=__import__("guided_diffusion_ip.training.stopping", fromlist=["Limits"]).Limits(
-            max_images=10
-        ),
-    ).run_loop()
+    make_loop(images, tmp_path, 0, limits=Limits(max_images=10)).run_loop()
     assert complete_steps(str(tmp_path)) == [3]  # 4 images a step

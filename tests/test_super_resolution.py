@@ -209,9 +209,10 @@ def test_the_preview_hands_on_what_belongs_to_each_picture(tmp_path):
     )
     expected = ((low + 1) * 127.5).to(torch.uint8).repeat(1, 1, 2, 2).permute(0, 2, 3, 1)
     save_grid(expected.numpy(), tmp_path / "expected.png")
+    assert preview(network, 7) == {}
     got, want = (
-        np.asarray(Image.open(path)).astype(int)
-        for path in (preview(network, 7), tmp_path / "expected.png")
+        np.asarray(Image.open(tmp_path / name)).astype(int)
+        for name in ("samples_000007.png", "expected.png")
     )
     assert np.abs(got - want).max() <= 1
 

@@ -12,9 +12,14 @@ from guided_diffusion_ip import logger
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.diffusion.edm_losses import EDMLoss, EDMProcess
 from guided_diffusion_ip.script_util import create_model_and_diffusion
+from guided_diffusion_ip.training.checkpoint import SavePolicy
 from guided_diffusion_ip.training.ema import EMA, parse_rates, update_ema
+from guided_diffusion_ip.training.gradients import process_losses
+from guided_diffusion_ip.training.hooks import Hook
 from guided_diffusion_ip.training.loss_statistics import LossStatistics
+from guided_diffusion_ip.training.settings import TrainSettings
 from guided_diffusion_ip.training.step_log import duration
+from guided_diffusion_ip.training.stopping import Limits
 from guided_diffusion_ip.training.timestep_samplers import (
     LossSecondMomentResampler,
     create_named_schedule_sampler,
@@ -51,13 +56,12 @@ def tiny_loop(
     *,
     max_steps,
     batch_size=8,
-    microbatch=-1,
     sampler="uniform",
     dropout=0.0,
     seed=0,
-    resume="",
-    ema_rate="0.9",
-    **kwargs,
+    ema_rates=(0.9,),
+    hooks=(),
+    **options,
 ):
     logger.configure(str(out_dir), format_strs=["log", "csv"])
     torch.manual_seed(0)
@@ -67,22 +71,17 @@ def tiny_loop(
         for p in model.parameters():
             p.add_(0.02 * torch.randn(p.shape))
     data = load_data(data_dir=images, batch_size=batch_size, image_size=8, channels=1, seed=seed)
-    return TrainLoop(
-        model=model,
-        diffusion=diffusion,
-        data=data,
+    options = {"log_interval": 2, "saving": SavePolicy(10**6), **options}
+    settings = TrainSettings(
         batch_size=batch_size,
-        microbatch=microbatch,
         lr=1e-3,
-        ema_rate=ema_rate,
-        log_interval=2,
-        save_interval=10**6,
-        resume_checkpoint=resume,
-        max_steps=max_steps,
+        limits=Limits(max_steps),
         seed=seed,
-        schedule_sampler=create_named_schedule_sampler(sampler, diffusion),
-        **kwargs,
+        ema_rates=ema_rates,
+        **options,
     )
+    sampler = create_named_schedule_sampler(sampler, diffusion)
+    return TrainLoop(model, diffusion, data, settings, schedule_sampler=sampler, hooks=hooks)
 
 
 def relative(a, b):
@@ -106,7 +105,7 @@ def test_microbatches_give_the_gradient_of_the_batch(images, tmp_path, microbatc
 
 @pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
 def test_continued_training_equals_uninterrupted_bitwise(images, tmp_path, sampler):
-    options = dict(sampler=sampler, dropout=0.2, microbatch=3, ema_rate="0.5,0.9")
+    options = dict(sampler=sampler, dropout=0.2, microbatch=3, ema_rates=(0.5, 0.9))
     straight = tiny_loop(images, tmp_path / "a", max_steps=6, **options)
     straight.run_loop()
     tiny_loop(images, tmp_path / "b", max_steps=3, **options).run_loop()
@@ -134,15 +133,11 @@ def test_resuming_needs_the_whole_set(images, tmp_path):
 
 
 def test_a_checkpoint_is_named_after_its_completed_updates(images, tmp_path):
-    loop = tiny_loop(
-        images,
-        tmp_path,
-        max_steps=4,
-        sample_interval=2,
-        preview=lambda model, step: f"picture {step}",
-    )
-    loop.save_interval = 2
+    called = []
+    hooks = [Hook(2, lambda model, step: called.append(step) or {})]
+    loop = tiny_loop(images, tmp_path, max_steps=4, hooks=hooks, saving=SavePolicy(2))
     loop.run_loop()
+    assert called == [2, 4]
     assert sorted(n for n in os.listdir(tmp_path) if n.endswith(".pt")) == [
         "ema_0.9_000002.pt",
         "ema_0.9_000004.pt",
@@ -167,8 +162,7 @@ def test_annealing_lowers_the_rate_and_stops(images, tmp_path):
 
 
 def test_learning_lowers_the_loss(images, tmp_path):
-    loop = tiny_loop(images, tmp_path, max_steps=60, batch_size=8)
-    loop.log_interval = 20
+    loop = tiny_loop(images, tmp_path, max_steps=60, batch_size=8, log_interval=20)
     loop.run_loop()
     rows = (tmp_path / "progress.csv").read_text().splitlines()
     column = rows[0].split(",").index("mse")
@@ -178,7 +172,7 @@ def test_learning_lowers_the_loss(images, tmp_path):
 
 def test_fp16_and_fp32_gradients_agree(images, tmp_path):
     def gradient(fp16):
-        loop = tiny_loop(images, tmp_path, max_steps=1, use_fp16=fp16)
+        loop = tiny_loop(images, tmp_path, max_steps=1, precision="fp16" if fp16 else "fp32")
         loop.forward_backward(*next(loop.data))
         loop.precision.unscale(loop.opt)
         return [p.grad for p in loop.model.parameters()]
@@ -237,12 +231,13 @@ def test_a_step_uploads_nothing_from_the_host(case, images, tmp_path):
         images, tmp_path, max_steps=1, microbatch=3, sampler="uniform" if case == "edm" else case
     )
     if case == "edm":
-        loop.diffusion = EDMProcess(EDMLoss(), input_perturbation=0.1, augment=Dimmed())
-        loop.schedule_sampler = create_named_schedule_sampler("uniform", loop.diffusion)
+        process = EDMProcess(EDMLoss(), input_perturbation=0.1, augment=Dimmed())
+        loop.gradients.process, loop.gradients.objective = process, process_losses(process)
+        loop.gradients.schedule_sampler = create_named_schedule_sampler("uniform", process)
         scale = torch.nn.Parameter(torch.ones((), device="meta"))
-        loop.ddp_model = lambda x, sigma, labels, augment_labels: scale * x
+        loop.gradients.network = lambda x, sigma, labels, augment_labels: scale * x
     loop.model.to("meta")
-    loop.device = torch.device("meta")
+    loop.gradients.device = torch.device("meta")
     batch = next(loop.data)[0].to("meta")
     for _ in range(2):  # tables are brought to the device once
         with Uploads() as uploads:

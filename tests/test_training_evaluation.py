@@ -20,9 +20,10 @@ from test_guards import close_logs  # noqa: F401 (a fixture)
 from test_resume import FLAGS, TRAIN, make_loop, rows
 
 from guided_diffusion_ip import logger
-from guided_diffusion_ip.diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion_ip.metrics.manifold import precision_recall
+from guided_diffusion_ip.runs.sample_batch import Sampler
 from guided_diffusion_ip.training.checkpoint import complete_steps
+from guided_diffusion_ip.training.hooks import Hook
 from guided_diffusion_ip.training.precision import DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,14 +231,14 @@ def test_what_cannot_be_measured_is_said_before_anything_is_written(more, words,
 
 def test_samples_with_a_nan_are_told_and_training_goes_on(images, tmp_path):
     """From half-precision sampling, say: weights and losses are fine."""
-    forward = GaussianDiffusion.p_sample
+    sample = Sampler.__call__
 
     def spoil(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        out["sample"][1:2] = float("nan")
-        return out
+        images = sample(*args, **kwargs)
+        images[1:2] = float("nan")
+        return images
 
-    with mock.patch.object(GaussianDiffusion, "p_sample", spoil):
+    with mock.patch.object(Sampler, "__call__", spoil):
         done = here(
             *command(
                 images,
@@ -264,17 +265,15 @@ def test_samples_with_a_nan_are_told_and_training_goes_on(images, tmp_path):
 
 
 def settled(images, folder, steps, resume=""):
-    loop = make_loop(
+    return make_loop(
         images,
         folder,
         steps,
         resume=resume,
         random_crop=False,
-        eval_interval=3,
-        evaluate=lambda model, step: {"score": step / 7},
+        log_interval=10,
+        hooks=[Hook(3, lambda model, step: {"score": step / 7})],
     )
-    loop.log_interval = 10
-    return loop
 
 
 @pytest.mark.parametrize("stop", [3, 7, 8])
@@ -496,11 +495,7 @@ def test_only_the_network_computes_in_half_precision(mode, images, tmp_path):
         1,
         random_crop=False,
         precision=mode,
-        eval_interval=1,
-        evaluate=use,
-        validate=use,
-        sample_interval=1,
-        preview=use,
+        hooks=[Hook(1, use, averaged=False), Hook(1, use), Hook(1, use)],
     )
     loop.run_loop()
     assert outside == [(False, True)] * 3 and inside == [DTYPES[mode]] * 3

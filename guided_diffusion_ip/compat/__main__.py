@@ -1,5 +1,6 @@
-"""Run a script that was written for guided_diffusion:  python -m guided_diffusion_ip.compat
-SCRIPT.py [its arguments]
+"""Run a script that was written for guided_diffusion.
+
+python -m guided_diffusion_ip.compat SCRIPT.py [its arguments]
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def main() -> None:
         print(__doc__)
         return
     if not words:
-        _refuse(f"no script given. {__doc__}")
+        _refuse(f"no script given. {' '.join(__doc__.split())}")
     script = words[0]
     if not os.path.isfile(script):
         _refuse(f"script {script}: {'it is a folder' if os.path.isdir(script) else 'no such file'}")

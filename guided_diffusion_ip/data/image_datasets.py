@@ -28,7 +28,7 @@ from .image_io import center_crop_arr, pil_mode, random_crop_arr, to_model_range
 from .image_set import ImageSet
 from .prefetch import Prefetcher, uses_gpu
 from .preprocessing import of_loader
-from .sources import open_source, read_image
+from .sources import Source, open_source, read_image
 
 __all__ = ["ImageDataset", "ImageStream", "center_crop_arr", "load_data", "random_crop_arr"]
 
@@ -37,7 +37,7 @@ _MAX_WORKERS = 8
 
 def load_data(
     *,
-    data_dir: str | os.PathLike,
+    data_dir: str | os.PathLike | Source,
     batch_size: int,
     image_size: int | Sequence[int],
     class_cond: bool = False,
@@ -60,7 +60,7 @@ def load_data(
 
     Args:
         data_dir: a folder of images (sub-folders too), a .zip of images, a .npz with arr_0 uint8
-            [N, H, W, C], or a remote folder gs:// or az://.
+            [N, H, W, C], or a remote folder gs:// or az://; or a source that is open.
         batch_size: images per rank and step.
         image_size: one number, or (height, width).
         class_cond: also yield labels; sources.classes_of says where they come from.
@@ -98,7 +98,7 @@ def load_data(
         raise ValueError("class_dropout needs labels: give class_cond and num_classes")
     size = parse_size(image_size)
     pil_mode(channels)
-    source = open_source(data_dir, class_cond)
+    source = data_dir if isinstance(data_dir, Source) else open_source(data_dir, class_cond)
     if source.classes is not None and num_classes is not None and len(source.classes) > num_classes:
         raise ValueError(
             f"{source.text}: {len(source.classes)} classes, but the model has "

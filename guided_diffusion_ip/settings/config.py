@@ -15,6 +15,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -52,6 +53,9 @@ class Config:
     class_names: tuple[str, ...] = ()
     adopted: str = ""
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", MappingProxyType(dict(self.values)))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -238,11 +242,12 @@ def from_values(script: str, values: Mapping[str, Any], config: str = "") -> Con
     given: dict[str, tuple[str, Any]] = {}
     for name, raw in values.items():
         if name not in flags:
-            raise ValueError(f"{script} has no flag {name!r}." + nearest(name, flags))
+            known = [f"--{other}" for other in flags]
+            raise ValueError(f"unknown argument --{name}." + nearest(f"--{name}", known))
         try:
             value = flags[name].convert(raw)
         except argparse.ArgumentTypeError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"argument --{name}: {error}") from None
         other = given.setdefault(flags[name].name, (f"--{name}", value))
         if other[1] != value:
             raise ValueError(f"{other[0]} and --{name} are one flag, with two values: give one")

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -37,12 +37,21 @@ class SavePolicy:
         minutes: also after so much time since the last one; 0: no.
         keep_last: the newest so many stay; 0: all.
         keep_every: those at multiples of this step stay in any case; 0: none.
+
+    Raises:
+        ValueError: an interval below 1, or another number below 0.
     """
 
-    interval: int
+    interval: int = 10_000
     minutes: float = 0
     keep_last: int = 0
     keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("interval", 1), ("minutes", 0), ("keep_last", 0), ("keep_every", 0)):
+            value = getattr(self, name)
+            if not value >= least:
+                raise ValueError(f"SavePolicy: {name} must be at least {least}, got {value}")
 
 
 def checkpoint_name(part: str, step: int) -> str:
@@ -86,7 +95,10 @@ def none_in(folder: str) -> str:
         if exists(os.path.join(folder, "config.yaml"))
         else ""
     )
-    return f"--resume {folder}: there is no complete checkpoint (modelNNNNNN.pt with its stateNNNNNN.pt) in it{begun}"
+    return (
+        f"--resume {folder}: there is no complete checkpoint (modelNNNNNN.pt with its "
+        f"stateNNNNNN.pt) in it{begun}"
+    )
 
 
 def save_set(
@@ -333,7 +345,7 @@ def content_hash(content: Any) -> str:
             flat = torch.cat(
                 [x.detach().cpu().reshape(-1)]
             )  # a copy: one element may have a stride that forbids the view
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().data)
         elif isinstance(x, (dict, list, tuple)):
             digest.update(f"{type(x).__name__} {len(x)}".encode())
             for item in x.items() if isinstance(x, dict) else x:
@@ -364,5 +376,5 @@ def _write(path: str, content: dict[str, Any]) -> str:
     """Returns the SHA-256 of what was written."""
     with atomic_file(path) as file:
         hashing = _Hashing(file)
-        torch.save(content, hashing)
+        torch.save(content, cast("IO[bytes]", hashing))
     return hashing.digest.hexdigest()

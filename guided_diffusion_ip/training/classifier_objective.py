@@ -1,15 +1,14 @@
 """What a classifier for guidance learns: log p(y | x_t), by cross entropy on noised images
 (Dhariwal & Nichol 2021, Sec. 4).
 
-The objective goes into TrainLoop, the validation beside it; both report accuracy by quartile of t
-too, since a classifier sees a clean digit in q0 and little but noise in q3.
+The objective goes into TrainLoop, the validation among its hooks; both report accuracy by quartile
+of t too, since a classifier sees a clean digit in q0 and little but noise in q3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .. import dist_util, noise
 from ..data.image_datasets import ImageStream
+from ..diffusion.process import NoisingProcess
 from ..noise import Stream
 from .loss_statistics import LossStatistics
 from .timestep_samplers import ScheduleSampler, UniformSampler
@@ -28,14 +28,14 @@ _VALIDATION_POSITION = 1 << 31
 
 @dataclass(frozen=True)
 class ClassifierObjective:
-    """Called by TrainLoop; see its Objective.
+    """Called by TrainLoop; see Objective.
 
     Args:
-        diffusion: gives x_t, and tells the classifier t in the form in which guidance will.
+        diffusion: gives x_t, and t in the form in which guidance will hand it to the classifier.
         noised: train on x_t; otherwise on clean images, for which CleanSampler draws t = 0.
     """
 
-    diffusion: Any
+    diffusion: NoisingProcess
     noised: bool = True
 
     def __call__(
@@ -86,8 +86,9 @@ def require_same_classes(data: ImageStream, val_data: ImageStream) -> None:
     Raises:
         ValueError: it does not; names the first class that differs.
     """
-    for k, name in enumerate(val_data.classes):
-        there = data.classes[k] if k < len(data.classes) else "absent"
+    classes = data.classes or []
+    for k, name in enumerate(val_data.classes or []):
+        there = classes[k] if k < len(classes) else "absent"
         if name != there:
             raise ValueError(
                 f"--val_data_dir has other classes than --data_dir: class {k} is {name!r} in "
@@ -98,7 +99,7 @@ def require_same_classes(data: ImageStream, val_data: ImageStream) -> None:
 
 @dataclass(frozen=True)
 class Validation:
-    """Called as validation(network, step): means over the next batch of other images, as
+    """A hook, called as validation(network, step): means over the next batch of other images, as
     {"val_loss", "val_acc@1", ...}.
 
     t is uniform (0 if the objective takes clean images), whatever training prefers; t and epsilon

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -18,11 +21,7 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, rate: float, warmup: bool = False) -> None:
-        if not 0 <= rate < 1:
-            raise ValueError(
-                f"ema_rate must be at least 0 and below 1, got {rate}: 0.9999 is usual"
-            )
-        self.rate = float(rate)
+        self.rate = check_rate(rate)
         self.warmup = warmup
         self.updates = 0
         self.weights = {name: p.detach().clone().float() for name, p in model.named_parameters()}
@@ -68,6 +67,17 @@ class EMA:
             weight.copy_(state[name])
 
 
+def check_rate(rate: float) -> float:
+    """The rate of an average.
+
+    Raises:
+        ValueError: it lies outside [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"ema_rate must be at least 0 and below 1, got {rate}: 0.9999 is usual")
+    return float(rate)
+
+
 def parse_rates(text: str | float) -> list[float]:
     """[0.99, 0.9999] from "0.99,0.9999" or a number."""
     try:
@@ -77,6 +87,20 @@ def parse_rates(text: str | float) -> list[float]:
             "ema_rate must be numbers separated by commas, such as 0.9999 or 0.99,0.9999, got "
             f"{text!r}"
         ) from None
+
+
+@dataclass(frozen=True)
+class UpdateCounts:
+    """How many updates each average has had: a checkpoint holds it beside their weights."""
+
+    emas: Sequence[EMA]
+
+    def state_dict(self) -> list[int]:
+        return [ema.updates for ema in self.emas]
+
+    def load_state_dict(self, state: Sequence[int]) -> None:
+        for ema, updates in zip(self.emas, state):
+            ema.updates = updates
 
 
 def update_ema(

@@ -25,8 +25,8 @@ _MOST_REFERENCE_IMAGES = 50_000  # as in published tables
 
 
 class Evaluation:
-    """Called as evaluation(network, step): {"fid@1000": ...}, the same on all ranks; {} if samples
-    have a NaN. A collective.
+    """A hook, called as evaluation(network, step): {"fid@1000": ...}, the same on all ranks; {} if
+    samples have a NaN. A collective.
 
     The reference is measured once, in the first call.
 
@@ -104,24 +104,31 @@ def _open_reference(path: str, space: FeatureSpace, image_shape: tuple[int, int,
 
 
 def make_evaluation(
-    cfg: Any, sampler: Sampler, kwargs_for: Callable[[list[int]], dict[str, Tensor]]
+    sampler: Sampler,
+    kwargs_for: Callable[[list[int]], dict[str, Tensor]],
+    *,
+    count: int,
+    reference: str,
+    features: str,
+    metrics: str,
+    batch_size: int,
+    inception_weights: str = "",
 ) -> Evaluation:
-    """What the --eval_... flags describe."""
+    """An Evaluation whose features are named (inception, pixels, or a FILE.onnx) and that reports
+    to the log; the other arguments are Evaluation's.
+    """
     space = open_features(
-        cfg.eval_features,
-        device=dist_util.dev(),
-        inception_weights=cfg.inception_weights,
-        log=logger.log,
+        features, device=dist_util.dev(), inception_weights=inception_weights, log=logger.log
     )
     channels, height, width = sampler.image_shape
     return Evaluation(
         sampler,
-        cfg.eval_samples,
-        cfg.eval_ref or cfg.data_dir,
+        count,
+        reference,
         space,
-        cfg.eval_metrics,
+        metrics,
         image_shape=(height, width, channels),
-        batch_size=cfg.batch_size,
+        batch_size=batch_size,
         kwargs_for=kwargs_for,
         say=logger.log,
     )

@@ -5,13 +5,15 @@ advice when memory ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import dist_util, logger
+from ..diffusion.process import HasTimesteps
 from . import checkpoint
+from .protocols import Losses
+from .settings import TrainSettings
 
 
 class Diverged(ValueError):
@@ -55,33 +57,30 @@ def range_note(images: Tensor) -> str:
     return ""
 
 
-def first_bad_module(model: nn.Module, run: Callable[[], Any]) -> str:
+def first_bad_module(model: nn.Module, run: Callable[[], Losses]) -> tuple[str, Losses]:
     """The first module, in the order of computation, whose output is not finite while `run` calls
-    the model; '' if none.
+    the model ('' if none), and what `run` returns.
     """
     names = {module: name for name, module in model.named_modules() if not any(module.children())}
     bad: list[str] = []
 
-    def look(module: nn.Module, _: Any, output: Any) -> None:
-        if (
-            not bad
-            and isinstance(output, Tensor)
-            and output.is_floating_point()
-            and not torch.isfinite(output).all()
-        ):
+    def look(module: nn.Module, _: object, output: object) -> None:
+        if bad or not isinstance(output, Tensor) or not output.is_floating_point():
+            return
+        if not torch.isfinite(output).all():
             bad.append(f"{names[module]} ({type(module).__name__})")
 
     hooks = [module.register_forward_hook(look) for module in names]
     try:
         with torch.no_grad():
-            run()
+            losses = run()
     finally:
         for hook in hooks:
             hook.remove()
-    return bad[0] if bad else ""
+    return (bad[0] if bad else ""), losses
 
 
-def bad_losses(losses: dict[str, Tensor], t: Tensor, num_timesteps: int) -> str:
+def bad_losses(losses: Losses, t: Tensor, num_timesteps: int) -> str:
     """Which terms [N] are not finite, and at which t: 'mse, loss at t = 912 (quartile q3)'; '' if
     all are.
     """
@@ -99,31 +98,32 @@ def bad_losses(losses: dict[str, Tensor], t: Tensor, num_timesteps: int) -> str:
     )
 
 
-def diagnose(loop: Any, batch: Tensor, cond: dict[str, Tensor], t: Tensor) -> str:
+def diagnose(
+    model: nn.Module,
+    batch: Tensor,
+    t: Tensor,
+    microbatches: Iterable[tuple[Callable[[], Losses], slice]],
+    process: HasTimesteps,
+    precision: str,
+) -> str:
     """Which term of the losses is not finite, on which rank, at which t, from which module on, and
     what to do. A collective: all ranks say the same, whichever of them ends first.
 
-    Computed again from this rank's images [N, C, H, W] and t [N]: everything drawn in a step can be
-    drawn again.
+    Computed again: everything drawn in a step can be drawn again.
 
     Args:
-        loop: the TrainLoop.
+        batch, t: this rank's images [N, C, H, W] and timesteps [N].
+        microbatches: what computes the losses of each again, by calling `model`, and its images.
+        precision: fp32, fp16 or bf16.
     """
     found = []
-    if name := first_not_finite(loop.model.named_parameters()):
+    if name := first_not_finite(model.named_parameters()):
         found.append(f"the weights {name} are not finite")
     if not torch.isfinite(batch).all():
         found.append("the images are not finite")
-    for number, part in enumerate(loop.microbatches(len(batch))):
-        losses: dict[str, Tensor] = {}
-
-        def again() -> None:
-            losses.update(  # noqa: B023
-                loop.microbatch_losses(batch, cond, t, part, number, loop.model)  # noqa: B023
-            )
-
-        module = first_bad_module(loop.model, again)
-        if terms := bad_losses(losses, t[part], loop.diffusion.num_timesteps):
+    for compute, part in microbatches:
+        module, losses = first_bad_module(model, compute)
+        if terms := bad_losses(losses, t[part], process.num_timesteps):
             found += [
                 terms,
                 f"first output that is not finite: {module}"
@@ -140,7 +140,7 @@ def diagnose(loop: Any, batch: Tensor, cond: dict[str, Tensor], t: Tensor) -> st
     return (
         f"{where}. Nothing of this step has been kept; the last checkpoint is {saved or 'none'}. "
         "Try a lower --lr"
-        + (", --precision fp32" if loop.precision.mode != "fp32" else "")
+        + (", --precision fp32" if precision != "fp32" else "")
         + ", or look at the images"
     )
 
@@ -159,21 +159,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def memory_advice(
-    microbatch: int, batch_size: int, precision: str, checkpointing: bool, device: torch.device
-) -> str:
+def memory_advice(settings: TrainSettings, model: nn.Module) -> str:
     """The present values and what to try next, in the order of what costs least."""
-    if precision == "fp32" and device.type == "cuda":
-        option = "--precision bf16 (or fp16 on a V100)"
-    elif microbatch > 1:
-        option = (
-            f"--microbatch {max(1, microbatch // 2)} (the gradient stays that of the whole batch)"
-        )
-    elif not checkpointing:
-        option = "--use_checkpoint True (about a third slower)"
-    else:
-        option = "a smaller network, or a device with more memory"
+    microbatch, device = settings.images_per_pass, next(model.parameters()).device
+    checkpointing = bool(getattr(model, "use_checkpoint", False))
     return (
-        f"out of memory on {device} with batch_size {batch_size}, microbatch {microbatch}, "
-        f"precision {precision}, use_checkpoint {checkpointing}: try {option}"
+        f"out of memory on {device} with batch_size {settings.batch_size}, microbatch "
+        f"{microbatch}, precision {settings.precision}, use_checkpoint {checkpointing}: try "
+        + cheaper(microbatch, settings.precision, checkpointing, device)
     )
+
+
+def cheaper(microbatch: int, precision: str, checkpointing: bool, device: torch.device) -> str:
+    """The flag that saves memory at the least cost, among those that are left."""
+    if precision == "fp32" and device.type == "cuda":
+        return "--precision bf16 (or fp16 on a V100)"
+    if microbatch > 1:
+        half = max(1, microbatch // 2)
+        return f"--microbatch {half} (the gradient stays that of the whole batch)"
+    if not checkpointing:
+        return "--use_checkpoint True (about a third slower)"
+    return "a smaller network, or a device with more memory"

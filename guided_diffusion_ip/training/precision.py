@@ -18,6 +18,18 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LEAST_SCALE = 1.0  # below it, gradients that overflow do so by themselves
 
 
+def check_mode(mode: str, scale_growth: float) -> None:
+    """Is there such a number format?
+
+    Raises:
+        ValueError: an unknown mode, or for fp16 a growth of the loss scale that is not positive.
+    """
+    if mode not in DTYPES:
+        raise ValueError(f"unknown precision {mode!r}: use one of {', '.join(DTYPES)}")
+    if mode == "fp16" and not scale_growth > 0:
+        raise ValueError(f"fp16_scale_growth must be positive, got {scale_growth}: 0.001 is usual")
+
+
 def check_device(mode: str, device: torch.device) -> None:
     """Can this device do it, with this build of PyTorch?
 
@@ -68,12 +80,7 @@ class Precision:
     """
 
     def __init__(self, mode: str, device: torch.device, scale_growth: float = 1e-3) -> None:
-        if mode not in DTYPES:
-            raise ValueError(f"unknown precision {mode!r}: use one of {', '.join(DTYPES)}")
-        if mode == "fp16" and not scale_growth > 0:
-            raise ValueError(
-                f"fp16_scale_growth must be positive, got {scale_growth}: 0.001 is usual"
-            )
+        check_mode(mode, scale_growth)
         check_device(mode, device)
         self.mode = mode
         self.device_type = device.type
@@ -114,7 +121,10 @@ class Precision:
         self.scaler.load_state_dict({**self.scaler.state_dict(), "_growth_tracker": 0})
         if after == before:
             return f"loss scale stays at its least, {after:g}"
-        return f"loss scale {before:g} -> {after:g} (usual in the first steps of fp16, and now and then later)"
+        return (
+            f"loss scale {before:g} -> {after:g} (usual in the first steps of fp16, and now and "
+            "then later)"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return self.scaler.state_dict()
@@ -132,7 +142,7 @@ class Precision:
 
 
 def resolve(precision: str, use_fp16: bool) -> str:
-    """The mode that --precision and the published --use_fp16 mean together.
+    """The mode that --precision and guided-diffusion's --use_fp16 mean together.
 
     Raises:
         ValueError: they contradict each other.

@@ -15,8 +15,8 @@ from ..runs.sample_batch import ImagesWithNaN, Sampler, captions, draw_images, d
 
 @dataclass(frozen=True)
 class Preview:
-    """Called as preview(network, step): writes out_dir/samples_NNNNNN.png. A collective: the ranks
-    share the work.
+    """A hook, called as preview(network, step): writes out_dir/samples_NNNNNN.png, and the path to
+    the log. A collective: the ranks share the work.
 
     Args:
         sampler: its process is respaced, or this takes long.
@@ -31,9 +31,9 @@ class Preview:
     kwargs_for: Callable[[list[int]], dict[str, Tensor]] = lambda index: {}
     class_names: Sequence[str] = ()
 
-    def __call__(self, model: Callable[..., Tensor], step: int) -> str:
-        """Returns the path of the picture; '' if there is none, which is no reason for training to
-        end: the log says why.
+    def __call__(self, model: Callable[..., Tensor], step: int) -> dict[str, float]:
+        """Returns {}. If there is no picture, that is no reason for training to end: the log says
+        why.
         """
         path = os.path.join(self.out_dir, f"samples_{step:06d}.png")
         try:
@@ -47,12 +47,13 @@ class Preview:
                 save_grid(images, path, captions=names)
         except OSError as error:  # on rank 0; nobody waits for it
             return _no_picture(step, error)
-        return path
+        logger.log(f"step {step}: samples in {path}")
+        return {}
 
 
-def _no_picture(step: int, why: Exception) -> str:
+def _no_picture(step: int, why: Exception) -> dict[str, float]:
     logger.log(f"warning: step {step}: no picture of samples: {why}; training goes on")
-    return ""
+    return {}
 
 
 def drawn_classes(seed: int, classes: int) -> Callable[[list[int]], dict[str, Tensor]]:

@@ -109,67 +109,76 @@ def compare_settings(saved: Sections, now: Sections) -> list[str]:
     return notes
 
 
-def compare_run(
-    state: Mapping[str, Any],
-    *,
-    seed: int,
-    global_batch: int,
-    world: int,
-    micro: int,
-    sampler: str,
-    data: Any,
-) -> list[str]:
-    """The same for what the loop knows by itself; `state` is the checkpoint's."""
-    for name, before, after in (
-        ("seed", state["seed"], seed),
-        ("the global batch", state.get("global_batch"), global_batch),
-        ("the timestep sampler", state.get("sampler_type"), sampler),
+def compare_run(state: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """The same for what the loop knows by itself.
+
+    Args:
+        state: the checkpoint's.
+        facts: the run's own values of the same names: seed, global_batch, sampler_type, world,
+            microbatch, data.
+    """
+    for name, text in (
+        ("seed", "seed"),
+        ("global_batch", "the global batch"),
+        ("sampler_type", "the timestep sampler"),
     ):
+        before, after = state.get(name), facts[name]
         if before is not None and before != after:
             raise ValueError(
-                f"{name} is {after}, but the run to be continued has {before}: leave it as it was"
+                f"{text} is {after}, but the run to be continued has {before}: leave it as it was"
                 + (
                     " (--global_batch_size keeps it for any number of processes)"
-                    if "batch" in name
+                    if name == "global_batch"
                     else ""
                 )
             )
+    return [
+        *_notes_on_processes(state, facts),
+        *_notes_on_data(state.get("data") or {}, facts["data"]),
+        *_notes_on_versions(state.get("versions") or {}),
+    ]
+
+
+def _notes_on_processes(state: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    if state["world"] != facts["world"]:
+        return [
+            f"note: {state['world']} processes before, {facts['world']} now, with the same global "
+            "batch: images, t and noise stay what they would have been; no longer exact are "
+            "dropout, which depends on the process, and the order of sums"
+        ]
+    if state.get("microbatch", facts["microbatch"]) != facts["microbatch"]:
+        return [
+            f"note: microbatches of {state['microbatch']} before, {facts['microbatch']} now: "
+            "dropout and the order of sums change"
+        ]
+    return []
+
+
+def _notes_on_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     notes = []
-    if state["world"] != world:
-        notes.append(
-            f"note: {state['world']} processes before, {world} now, with the same global batch: "
-            "images, t and noise stay what they would have been; no longer exact are dropout, "
-            "which depends on the process, and the order of sums"
-        )
-    elif state.get("microbatch", micro) != micro:
-        notes.append(
-            f"note: microbatches of {state['microbatch']} before, {micro} now: dropout and the "
-            "order of sums change"
-        )
-    known = state.get("data") or {}
     for name in ("num_images", "preprocessing"):
-        before, after = known.get(name), getattr(data, name, None)
+        before, after = saved.get(name), now.get(name)
         if before is not None and after is not None and before != after:
             notes.append(
                 f"warning: the training data have {name} {after!r}, before it was {before!r}: "
                 "other images"
             )
-    before, after = known.get("classes") or (), getattr(data, "classes", None) or ()
+    before, after = saved.get("classes") or (), now.get("classes") or ()
     if odd := [k for k, (a, b) in enumerate(zip(before, after)) if a != b]:
         notes.append(
             f"warning: label {odd[0]} is class {after[odd[0]]!r} of the training data, before it "
             f"was {before[odd[0]]!r}: the network has learned it as that"
         )
-    odd = {
-        name: (before, versions()[name])
-        for name, before in (state.get("versions") or {}).items()
-        if versions().get(name, before) != before
-    }
-    notes += [
-        f"note: {name} {before} before, {after} now: sums may round differently"
-        for name, (before, after) in odd.items()
-    ]
     return notes
+
+
+def _notes_on_versions(saved: Mapping[str, str]) -> list[str]:
+    now = versions()
+    return [
+        f"note: {name} {before} before, {now[name]} now: sums may round differently"
+        for name, before in saved.items()
+        if now.get(name, before) != before
+    ]
 
 
 def find(resume: str, resume_checkpoint: str, out_dir: str) -> tuple[str, str]:

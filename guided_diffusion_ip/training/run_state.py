@@ -1,154 +1,129 @@
-"""Everything of a run that a checkpoint holds: from a TrainLoop and back."""
+"""All of a run that a checkpoint holds: objects with a state_dict, saved and loaded as one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import dist_util, logger
 from . import checkpoint, resume
+from .checkpoint import SavePolicy
 from .guards import first_not_finite
+from .protocols import Batches, Stateful, facts_of
+from .settings import TrainSettings
+from .timestep_samplers import ScheduleSampler
+from .update import Progress
 
 
-def gather(
-    loop: Any, statistics: dict[str, Tensor]
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The parts (model, averages, optimizer) and the state of a checkpoint.
+class CannotResume(ValueError):
+    """A checkpoint that should be continued is not whole."""
 
-    Args:
-        loop: the TrainLoop.
-        statistics: its unfinished means, gathered over ranks.
 
-    Raises:
-        ValueError: weights or averages are not finite: such a checkpoint would be of no use to
-            anybody.
-    """
-    loop.schedule_sampler.settle()
-    parts = {
-        "model": loop.model.state_dict(),
-        **{ema.name: ema.state_dict() for ema in loop.emas},
-        "opt": loop.opt.state_dict(),
-    }
-    for part, content in parts.items():
-        if part != "opt" and (name := first_not_finite(content.items())):
-            raise ValueError(f"{part} has values that are not finite in {name}")
-    return parts, {
-        "step": loop.step,
-        "images_seen": loop.step * loop.global_batch,
-        "skipped": loop.skipped,
-        "skipped_in_a_row": loop.skipped_in_a_row,
-        "seed": loop.seed,
-        "world": loop.world,
-        "global_batch": loop.global_batch,
-        "microbatch": loop.microbatch,
-        "precision": loop.precision.mode,
-        "data": {
-            name: getattr(loop.data, name)
-            for name in ("num_images", "preprocessing", "classes")
-            if hasattr(loop.data, name)
-        },
-        "sampler_type": type(loop.schedule_sampler).__name__,
-        "sampler": loop.schedule_sampler.state_dict(),
-        "scaler": loop.precision.state_dict(),
-        "statistics": statistics,
-        "ema_updates": [ema.updates for ema in loop.emas],
-        "pending": logger.get_current().state_dict(),
-        "settings": loop.settings,
+def run_facts(
+    settings: TrainSettings, data: Batches, schedule_sampler: ScheduleSampler
+) -> dict[str, Any]:
+    """What describes a run to whoever continues it."""
+    world = dist_util.get_world_size()
+    return {
+        "seed": settings.seed,
+        "world": world,
+        "global_batch": settings.batch_size * world,
+        "microbatch": settings.images_per_pass,
+        "precision": settings.precision,
+        "data": facts_of(data),
+        "sampler_type": type(schedule_sampler).__name__,
+        "settings": settings.record,
         "versions": resume.versions(),
     }
 
 
-def restore(loop: Any, path: str) -> list[str]:
-    """Continue where a checkpoint ended: weights, averages, optimizer, timestep sampler, loss
-    scale, data, unfinished means.
+@dataclass(frozen=True)
+class RunState:
+    """What makes up a run.
 
-    A collective: rank 0 reads the files, one part after the other, and the other ranks receive them
-    on their devices.
-
-    Returns: what to tell.
-
-    Raises:
-        ValueError: a part is missing or damaged, or something has changed that may not.
+    Args:
+        parts: have a file each: "model", "opt", and the averages by name.
+        entries: have an entry of the state file each. Their state_dict() may be a collective.
+        progress: its numbers stand in the state file.
+        facts: see run_facts; saved, and compared on resume.
     """
-    try:
-        paths, state = dist_util.from_main(
-            lambda: checkpoint.check_set(path, [ema.name for ema in loop.emas])
-        )
-    except ValueError as error:
-        asked = loop.settings.get("train", {})  # none if the loop was made in Python
-        flag = next(
-            (
-                f"--{name} {asked[name]}: "
-                for name in ("resume", "resume_checkpoint")
-                if asked.get(name)
-            ),
-            "",
-        )
-        raise ValueError(f"{flag}{error}") from None
-    notes = resume.compare_settings(state.get("settings") or {}, loop.settings)
-    notes += resume.compare_run(
-        state,
-        seed=loop.seed,
-        global_batch=loop.global_batch,
-        world=loop.world,
-        micro=loop.microbatch,
-        sampler=type(loop.schedule_sampler).__name__,
-        data=loop.data,
-    )
-    loop.model.load_state_dict(dist_util.load_state_dict_once(paths["model"], loop.device))
-    for ema, updates in zip(
-        loop.emas, state.get("ema_updates") or [state["step"]] * len(loop.emas)
-    ):
-        ema.load_state_dict(dist_util.load_state_dict_once(paths[ema.name], loop.device), updates)
-    weight_decay = loop.opt.param_groups[0]["weight_decay"]
-    restore_optimizer(loop.opt, dist_util.load_state_dict_once(paths["opt"], loop.device))
-    for group in loop.opt.param_groups:  # what the command line says now
-        group["lr"], group["weight_decay"] = loop.lr, weight_decay
-    loop.schedule_sampler.load_state_dict(state["sampler"])
-    loop.precision.load_state_dict(state["scaler"])
-    loop.statistics.load_state_dict(state.get("statistics") or {})
-    loop.step = state["step"]
-    loop.skipped, loop.skipped_in_a_row = state.get("skipped", 0), state.get("skipped_in_a_row", 0)
-    loop.pending = state.get("pending") or {}
-    told = [f"continuing from {path}: {loop.step} steps done", *notes]
-    if hasattr(loop.data, "seek"):
-        loop.data.seek(loop.step)
-    else:
-        told.append(
-            "note: the data iterator cannot be moved, so its images start again from the beginning"
-        )
-    return told
 
+    parts: Mapping[str, Stateful]
+    entries: Mapping[str, Stateful]
+    progress: Progress
+    facts: Mapping[str, Any]
 
-def restore_optimizer(opt: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Take over a state_dict, also one of guided-diffusion's or of weights in another layout.
+    def save(self, folder: str, policy: SavePolicy) -> None:
+        """Write the checkpoint of this step, then remove what the policy does not keep; a
+        collective: rank 0 writes.
 
-    Raises:
-        ValueError: it is of other parameters.
-    """
-    for group in saved[
-        "param_groups"
-    ]:  # how it is computed is this program's business, not the checkpoint's
-        group.update(fused=opt.defaults["fused"], foreach=opt.defaults["foreach"])
-    opt.load_state_dict(saved)
-    _take_layout_of_parameters(opt)
+        Raises:
+            ValueError: it cannot be written; what was there before is untouched. Or it would hold a
+                NaN.
+        """
+        entries = {name: entry.state_dict() for name, entry in self.entries.items()}
+        complaint = self._write(folder, policy, entries) if dist_util.is_main() else ""
+        if complaint := dist_util.broadcast_object(complaint):
+            raise ValueError(complaint)
 
+    def _write(self, folder: str, policy: SavePolicy, entries: Mapping[str, Any]) -> str:
+        """Returns what is wrong, '' if nothing."""
+        step = self.progress.step
+        state = {
+            **self.progress.state_dict(),
+            "images_seen": step * self.facts["global_batch"],
+            **self.facts,
+            **entries,
+        }
+        try:
+            path = checkpoint.save_set(folder, step, self._finite_parts(), state)
+            removed = checkpoint.prune(folder, policy, step)
+        except (OSError, ValueError) as error:
+            return (
+                f"the checkpoint of step {step} could not be saved in {folder}: {error}. The last "
+                f"complete one is {checkpoint.newest(folder) or 'none'}; with the cause removed, "
+                "the same command with --resume auto continues"
+            )
+        gone = f"; removed step {', '.join(map(str, removed))}" if removed else ""
+        logger.log(f"step {step}: saved {path}{gone}")
+        return ""
 
-def _take_layout_of_parameters(opt: torch.optim.Optimizer) -> None:
-    """Moments in the strides of their parameters, whatever those of the run that saved them were.
+    def _finite_parts(self) -> dict[str, Any]:
+        """What goes into a file each. Weights or averages that are not finite would be of no use to
+        anybody.
+        """
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        for name, content in parts.items():
+            if name != "opt" and (bad := first_not_finite(content.items())):
+                raise ValueError(f"{name} has values that are not finite in {bad}")
+        return parts
 
-    Fused AdamW walks through memory: on a CPU it silently mixes elements up where strides differ
-    (seen in PyTorch 2.13).
-    """
-    for p, state in opt.state.items():
-        for name, value in state.items():
-            if (
-                isinstance(value, Tensor)
-                and value.shape == p.shape
-                and value.stride() != p.stride()
-            ):
-                state[name] = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(
-                    value
-                )
+    def restore(self, path: str, device: torch.device) -> list[str]:
+        """Continue where the checkpoint with the weights at `path` ended; returns what the user
+        should know.
+
+        A collective: rank 0 reads the files, one part after the other, and the other ranks receive
+        them on their devices.
+
+        Raises:
+            CannotResume: a part is missing or damaged.
+            ValueError: something has changed that may not.
+        """
+        averages = [name for name in self.parts if name not in ("model", "opt")]
+        try:
+            paths, state = dist_util.from_main(lambda: checkpoint.check_set(path, averages))
+        except ValueError as error:
+            raise CannotResume(str(error)) from None
+        notes = resume.compare_settings(state.get("settings") or {}, self.facts["settings"])
+        notes += resume.compare_run(state, self.facts)
+        if not state.get("ema_updates"):  # as in the first checkpoints of this library
+            state["ema_updates"] = [state["step"]] * len(averages)
+        for name, part in self.parts.items():
+            part.load_state_dict(dist_util.load_state_dict_once(paths[name], device))
+        for name, entry in self.entries.items():
+            entry.load_state_dict(state.get(name) or {})
+        self.progress.load_state_dict(state)
+        return [f"continuing from {path}: {self.progress.step} steps done", *notes]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from .. import logger
+from .loss_statistics import LossStatistics
 
 _TOLERABLE_WAIT = 0.2  # of the time; beyond it the loader is too slow
 
@@ -14,43 +18,64 @@ _TOLERABLE_WAIT = 0.2  # of the time; beyond it the loader is too slow
 class StepLog:
     """What happened since the last line: losses, speed, time spent waiting for images.
 
+    Its state is the logger's: numbers that had been logged, but not written, at a checkpoint.
+
     Args:
-        step: where the run starts.
+        global_batch: images per step, over all processes.
+        last_step: where the run stops, if it does.
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, global_batch: int, last_step: int | None) -> None:
         self.waited = 0.0  # seconds, for images
-        self._last = (step, time.perf_counter())
+        self._global_batch, self._last_step = global_batch, last_step
+        self._last = (0, time.perf_counter())
         self._wait_told = False
+        self._pending: dict[str, Any] = {}
 
-    def write(self, loop: Any) -> None:
+    def start(self, step: int) -> None:
+        """Begin at `step`, with the numbers that a checkpoint brought along."""
+        logger.get_current().load_state_dict(self._pending)
+        self.restart_clock(step)
+
+    def restart_clock(self, step: int) -> None:
+        """Count steps and seconds from here."""
+        self._last, self.waited = (step, time.perf_counter()), 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return logger.get_current().state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._pending = state  # the logger of the run may not be open yet
+
+    def write(
+        self,
+        step: int,
+        statistics: LossStatistics,
+        grad_norm: Tensor | None,
+        more: Mapping[str, float],
+        keep: bool = False,
+    ) -> None:
         """One line: losses since the last line, by quartile of t too, speed, share of time spent
-        waiting for data, ETA.
+        waiting for data, ETA, and `more`. A collective.
 
         Args:
-            loop: the TrainLoop.
+            keep: this line comes between two regular ones, at the end of a run that may be
+                continued: it must not break the means of the next.
         """
-        step, now = loop.step, time.perf_counter()
+        now = time.perf_counter()
         since, then = self._last
         seconds = now - then
-        # The last line of a run that may be continued must not break the means of the next one.
-        keep = step == loop.last_step and step % loop.log_interval != 0
-        losses, others = loop.statistics.reduce(keep), logger.get_current().state_dict()
+        losses, others = statistics.reduce(keep), logger.get_current().state_dict()
         logger.logkv("step", step)
         logger.logkv("loss", losses.pop("loss", math.nan))
-        if loop.grad_norm is not None:
-            logger.logkv("grad_norm", loop.grad_norm)
-        logger.logkv("images/s", (step - since) * loop.global_batch / seconds)
+        if grad_norm is not None:
+            logger.logkv("grad_norm", grad_norm)
+        logger.logkv("images/s", (step - since) * self._global_batch / seconds)
         logger.logkv("data_wait_%", 100 * self.waited / seconds)
-        if loop.last_step is not None and step > since:
-            logger.logkv("eta", duration((loop.last_step - step) * seconds / (step - since)))
-        logger.logkv("samples", step * loop.global_batch)
-        logger.logkv("lr", loop.opt.param_groups[0]["lr"])
-        if loop.precision.mode == "fp16":
-            logger.logkv("loss_scale", loop.precision.scaler.get_scale())
-        if loop.skipped:
-            logger.logkv("skipped", loop.skipped)
-        logger.logkvs(losses)
+        if self._last_step is not None and step > since:
+            logger.logkv("eta", duration((self._last_step - step) * seconds / (step - since)))
+        logger.logkv("samples", step * self._global_batch)
+        logger.logkvs({**more, **losses})
         logger.dumpkvs()
         if keep:
             logger.get_current().load_state_dict(others)

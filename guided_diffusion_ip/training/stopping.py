@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import early_signals
 
@@ -18,11 +18,20 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 class Limits:
     """0 means none. Steps, images (over all processes), and hours of this process, not counting
     those before a resume.
+
+    Raises:
+        ValueError: one of them is below 0.
     """
 
     max_steps: int = 0
     max_images: int = 0
     max_hours: float = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "max_images", "max_hours"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0 (no limit), got {value}")
 
     def last_step(self, global_batch: int) -> int | None:
         """The step at which one of the first two is reached; None without them."""
@@ -63,22 +72,48 @@ class Signals:
         self._before.clear()
 
 
-class Clock:
-    """Is it over, or due, by the clock? Ranks differ by moments: they have to agree on
-    the answers.
+class Wishes(NamedTuple):
+    """What a rank wants beside training; once the ranks have agreed, what one of them wants."""
+
+    stop: bool = False  # told to by a signal
+    over: bool = False  # out of time
+    save_due: bool = False
+
+
+class Interruptions:
+    """What comes up while a run goes on: signals (in its block), the end of its hours, a checkpoint
+    that is due by the clock. Ranks differ by moments, so they have to agree on the wishes.
     """
 
     def __init__(self, max_hours: float, save_minutes: float) -> None:
         self._start = self._saved = time.monotonic()
         self._max_hours, self._save_minutes = max_hours, save_minutes
+        self._signals = Signals()
+
+    def __enter__(self) -> Interruptions:
+        self._signals = Signals().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._signals.__exit__(*error)
 
     def saved(self) -> None:
+        """A checkpoint has been written just now."""
         self._saved = time.monotonic()
 
-    @property
-    def over(self) -> bool:
-        return 0 < self._max_hours <= (time.monotonic() - self._start) / 3600
+    def wishes(self) -> Wishes:
+        """This rank's, at this moment."""
+        now = time.monotonic()
+        return Wishes(
+            stop=bool(self._signals.received),
+            over=0 < self._max_hours <= (now - self._start) / 3600,
+            save_due=0 < self._save_minutes <= (now - self._saved) / 60,
+        )
 
-    @property
-    def save_due(self) -> bool:
-        return 0 < self._save_minutes <= (time.monotonic() - self._saved) / 60
+    def why_ended(self, agreed: Wishes) -> str:
+        """What the ranks' agreement to end is about; '' if they have not agreed to."""
+        if agreed.stop:
+            return f"{self._signals.received or 'another process was told to stop'}: stopped"
+        if agreed.over:
+            return f"--max_hours {self._max_hours:g} are over: stopped"
+        return ""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import dist_util
+from ..diffusion.process import HasTimesteps, is_continuous
 
 
 class ScheduleSampler:
@@ -58,8 +59,8 @@ class ScheduleSampler:
         return self._known[2]
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Told the timesteps [N] and losses [N] of this rank's batch, once per step, on every rank.
-        Nothing to learn here.
+        """Receives the timesteps [N] and losses [N] of this rank's batch, once per step, on every
+        rank. Nothing to learn here.
 
         What is learned may count from the next settle() on.
         """
@@ -79,7 +80,7 @@ class ScheduleSampler:
 class UniformSampler(ScheduleSampler):
     """Each t equally often."""
 
-    def __init__(self, diffusion) -> None:
+    def __init__(self, diffusion: HasTimesteps) -> None:
         self._weights = np.ones(diffusion.num_timesteps)
 
     def weights(self) -> np.ndarray:
@@ -91,7 +92,7 @@ class ContinuousSampler(ScheduleSampler):
     (EDM).
     """
 
-    def __init__(self, diffusion) -> None:
+    def __init__(self, diffusion: HasTimesteps) -> None:
         self.num_timesteps = diffusion.num_timesteps
 
     def sample(
@@ -143,7 +144,9 @@ class LossSecondMomentResampler(LossAwareSampler):
     good.
     """
 
-    def __init__(self, diffusion, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
+    def __init__(
+        self, diffusion: HasTimesteps, history_per_term: int = 10, uniform_prob: float = 0.001
+    ) -> None:
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
         self._history = np.zeros((diffusion.num_timesteps, history_per_term))
@@ -186,7 +189,7 @@ class LossSecondMomentResampler(LossAwareSampler):
 SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
 
 
-def create_named_schedule_sampler(name: str, diffusion) -> ScheduleSampler:
+def create_named_schedule_sampler(name: str, diffusion: HasTimesteps) -> ScheduleSampler:
     """A sampler for the T of `diffusion`.
 
     Raises:
@@ -197,7 +200,7 @@ def create_named_schedule_sampler(name: str, diffusion) -> ScheduleSampler:
         raise ValueError(
             f"unknown schedule_sampler {name!r}: use one of {', '.join(SCHEDULE_SAMPLERS)}"
         )
-    if getattr(diffusion, "continuous", False):
+    if is_continuous(diffusion):
         if name != "uniform":
             raise ValueError(
                 f"--schedule_sampler {name} keeps a history for each t, but EDM's noise levels are "

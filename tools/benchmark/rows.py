@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from guided_diffusion_ip.allocator import keep_freed_memory
 from guided_diffusion_ip.noise import NormalStream, Stream
 from guided_diffusion_ip.training.ema import parse_rates
-from guided_diffusion_ip.training.precision import DTYPES, Precision
+from guided_diffusion_ip.training.precision import DTYPES
+from guided_diffusion_ip.training.protocols import Losses
+from guided_diffusion_ip.training.settings import TrainSettings
 from guided_diffusion_ip.training.timestep_samplers import create_named_schedule_sampler
-from guided_diffusion_ip.training.train_loop import Losses, TrainLoop
+from guided_diffusion_ip.training.train_loop import TrainLoop
 
 from .baseline import PublishedStep, published_chain, published_network, published_process
 from .limits import Work, optimizer_work, sampling_work, training_work
@@ -255,22 +257,17 @@ def _our_loop(
 ) -> TrainLoop:
     network, process = plan.make()
     network.to(memory_format=torch.channels_last)
-    loop = kind(
-        model=network,
-        diffusion=process,
-        data=iter(()),
+    settings = TrainSettings(
         batch_size=plan.batch_size,
         microbatch=microbatch,
-        ema_rate=ema_rate,
-        log_interval=10**9,
-        save_interval=10**9,
-        resume_checkpoint="",
+        ema_rates=tuple(parse_rates(ema_rate)),
+        precision=plan.precision,
         seed=plan.seed,
-        schedule_sampler=create_named_schedule_sampler(schedule_sampler, process),
         **options,
     )
-    loop.ddp_model = plan.callable(network)
-    loop.precision = Precision(plan.precision, plan.device)
+    sampler = create_named_schedule_sampler(schedule_sampler, process)
+    loop = kind(network, process, iter(()), settings, schedule_sampler=sampler)
+    loop.gradients.network = plan.callable(network)
     return loop
 
 

@@ -86,7 +86,7 @@ def check_solver(cfg: Config) -> None:
     solver = SOLVERS[sampler_kind(cfg)]
     if solver.along == "sigma" and "edm_steps" not in cfg.values:
         raise ValueError(
-            f"--sampler {solver.name} is for image_sample: {cfg.script} steers each step of DDPM "
+            f"--solver {solver.name} is for image_sample: {cfg.script} steers each step of DDPM "
             "or DDIM (by a classifier or a low-resolution image), which EDM's samplers do not have"
         )
     _check_flags_of(solver.name, cfg)
@@ -112,7 +112,7 @@ def _check_flags_of(kind: str, cfg: Config) -> None:
     for name in _SIGMA:
         if cfg.on_command_line(name):
             raise ValueError(
-                f"--{name} {cfg.values[name]} belongs to --sampler heun and euler, and means "
+                f"--{name} {cfg.values[name]} belongs to --solver heun and euler, and means "
                 f"nothing for {kind.upper()}"
                 + (": use --timestep_respacing" if name == "edm_steps" else ": leave it out")
             )

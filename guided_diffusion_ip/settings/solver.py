@@ -38,7 +38,7 @@ def settle_sampler(cfg: Config) -> Config:
 
 
 def sampler_kind(cfg: Config) -> str:
-    """ddpm, ddim, heun or euler; for scripts without --sampler, by --use_ddim.
+    """ddpm, ddim, heun or euler; for scripts without --solver, by --use_ddim.
 
     Raises:
         ValueError: an EDM model is to be sampled by DDPM or DDIM.
@@ -48,7 +48,7 @@ def sampler_kind(cfg: Config) -> str:
     if edm and kind in ("ddpm", "ddim"):
         raise ValueError(
             f"{kind.upper()} steps along the alpha_bar of a process, and EDM's models have none: "
-            "use --sampler heun or euler"
+            "use --solver heun or euler"
         )
     return kind
 

@@ -3,7 +3,6 @@ sigma, and what is refused.
 """
 
 import os
-import runpy
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 from guided_diffusion_ip.runs.sample_batch import draw_images
 from guided_diffusion_ip.runs.samples import SampleRun
 from guided_diffusion_ip.settings.config import parse
+from guided_diffusion_ip.settings.image_training import sampler_on_the_way
 from guided_diffusion_ip.settings.sampling import (
     make_sampler,
     sampling_precision,
@@ -284,17 +284,15 @@ def test_pixels_of_adm_models_are_truncated_by_every_sampler(tmp_path):
 
 
 def test_pictures_and_evaluations_during_training_have_the_pixels_of_their_framework():
-    on_the_way = runpy.run_path(str(ROOT / "scripts" / "image_train.py"))["sampler_on_the_way"]
     model = ConstantDenoiser()
     cfg = parse("image_train", "", EDM_8)
     for respacing in ("sample_respacing", "eval_respacing"):
         pixels = draw_images(
-            on_the_way(cfg, model, (1, 8, 8), respacing), model, 3, 2, lambda index: {}
+            sampler_on_the_way(cfg, model, (1, 8, 8), respacing), model, 3, 2, lambda index: {}
         )
         assert np.unique(pixels).tolist() == [101]
-    assert not on_the_way(
-        parse("image_train", "", flags(**TINY)), None, (1, 8, 8), "sample_respacing"
-    ).rounded
+    adm = parse("image_train", "", flags(**TINY))
+    assert not sampler_on_the_way(adm, None, (1, 8, 8), "sample_respacing").rounded
 
 
 def test_rounded_images_are_not_mixed_with_truncated_ones(edm, tmp_path, capsys, monkeypatch):

@@ -58,13 +58,18 @@ SPEED_ONLY = names(DESCRIBING, Role.SPEED, Role.ARITHMETIC)
 OF_A_START = names("train", Role.START, Role.PLACE)
 # What neither names nor shapes of weights tell, by framework: where nothing lies beside a
 # checkpoint, flags or defaults say it.
-_UNTOLD = {
-    section: tuple(flag.name for flag in SECTIONS[section] if not flag.in_weights)
-    for section in DESCRIBING
-}
+_UNTOLD = sorted(
+    (
+        flag.name
+        for name in ("model", "super_res")
+        for flag in SECTIONS[name]
+        if not flag.in_weights
+    ),
+    key=lambda name: (not name.endswith("_size"), name),  # sizes first
+)
 _OF_PROCESS = ("image_size", *names("diffusion", Role.PROCESS))
 NOT_IN_WEIGHTS = {
-    "adm": (*_UNTOLD["model"], *_UNTOLD["super_res"], *_OF_PROCESS[1:]),
+    "adm": (*_UNTOLD, *_OF_PROCESS[1:]),
     "edm": ("image_size", *names("edm", Role.PROCESS)),
     "": _OF_PROCESS,  # any other
 }

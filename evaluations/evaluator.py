@@ -14,11 +14,11 @@ beside ours. What each number means: evaluations/README.md.
 from __future__ import annotations
 
 from guided_diffusion_ip import dist_util, files
+from guided_diffusion_ip.dist_util import say
 from guided_diffusion_ip.evaluation.evaluate import evaluate
 from guided_diffusion_ip.evaluation.report import as_json, published_lines, table
 from guided_diffusion_ip.settings.config import command, parse
 from guided_diffusion_ip.settings.evaluation import evaluation_request
-from guided_diffusion_ip.settings.sampling import say
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ are; with it they are scaled and cropped exactly as training does, and the file 
 from __future__ import annotations
 
 from guided_diffusion_ip import dist_util
+from guided_diffusion_ip.dist_util import say
 from guided_diffusion_ip.evaluation.reference_file import make_reference
 from guided_diffusion_ip.settings.config import command, parse
 from guided_diffusion_ip.settings.evaluation import reference_request
-from guided_diffusion_ip.settings.sampling import say
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import os
 
 import numpy as np
 
-from guided_diffusion_ip import dist_util, files, script_util
+from guided_diffusion_ip import dist_util, files
 from guided_diffusion_ip.exposure_bias.calibrate import (
     BRACKET,
     CLIPPED,
@@ -29,19 +29,21 @@ from guided_diffusion_ip.exposure_bias.calibrate import (
 )
 from guided_diffusion_ip.settings.config import command, parse
 from guided_diffusion_ip.settings.lambda_file import write_schedule
+from guided_diffusion_ip.settings.make_sampler import make_sampler
 from guided_diffusion_ip.settings.measuring import open_real_images, what_decides
-from guided_diffusion_ip.settings.sampling import make_sampler, say
+from guided_diffusion_ip.settings.models import load_model_and_diffusion
+from guided_diffusion_ip.settings.sampling import complete_settings
+from guided_diffusion_ip.sizes import parse_size
 
 COMMENT = """lambda(t) for --eps_schedule, from scripts/calibrate_eps.py. Index 0 = last, clean step. `use`: lambda, b, or kb.
 It contains the discretisation error of this sampler at this number of steps: calibrate again for another."""
 
 
 def main() -> None:
-    cfg = parse("calibrate_eps", __doc__)
-    script_util.complete_settings(cfg)
+    cfg = complete_settings(parse("calibrate_eps", __doc__))
     dist_util.setup_dist()
-    model, diffusion = script_util.load_model_and_diffusion(cfg)
-    size = script_util.parse_image_size(cfg.image_size)
+    model, diffusion = load_model_and_diffusion(cfg)
+    size = parse_size(cfg.image_size)
     sampler, real = make_sampler(cfg, diffusion, size), open_real_images(cfg, size)
     kind = f"ddim{cfg.eta:g}" if cfg.use_ddim else "ddpm"
     out = cfg.out or os.path.join(
@@ -53,15 +55,15 @@ def main() -> None:
         )
     settings = {"by": cfg.by, **what_decides(cfg, real)}
     for note in cfg.notes_on_origin():
-        say(note)
-    say(
+        dist_util.say(note)
+    dist_util.say(
         f"images: {len(real.chosen)} spread over {real.images.text}\n"
         f"calibrating {kind} at {diffusion.num_timesteps} steps with {cfg.model_path}, by {cfg.by}"
     )
     found = calibrate(
         sampler, model, real, len(real.chosen), cfg.batch_size, dist_util.dev(), cfg.by
     )
-    say(table(found))
+    dist_util.say(table(found))
     require_some_solved(found, out)
     if dist_util.is_main():
         write_schedule(out, describe(found, settings), COMMENT)
@@ -86,7 +88,7 @@ def require_some_solved(found: Calibration, out: str) -> None:
             "data, and enough steps?"
         )
     if edge:
-        say(
+        dist_util.say(
             f"warning: {edge} of {tried} lambdas are at the edge of {low} to {high}, where they do "
             "not meet the target: the chain's norm (or variance) is off by more than lambda can "
             "make up for; compare FIDs before using them"

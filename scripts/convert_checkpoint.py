@@ -31,15 +31,11 @@ from guided_diffusion_ip.interop.adm_checkpoint import (
 from guided_diffusion_ip.interop.ddim_checkpoint import convert_ddim_state, is_ddim_state
 from guided_diffusion_ip.interop.edm_pickle import edm_flags, read_edm_pickle
 from guided_diffusion_ip.interop.safetensors_file import read_safetensors, write_safetensors
-from guided_diffusion_ip.settings.config import (
-    Config,
-    command,
-    config_beside,
-    parse,
-    read_yaml,
-    values_from_yaml,
-)
+from guided_diffusion_ip.settings.beside import config_beside
+from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.settings.flags import SCRIPTS
+from guided_diffusion_ip.settings.models import create_for_sampling, network_flags, process_flags
+from guided_diffusion_ip.settings.yaml_file import read_yaml, values_from_yaml
 
 State = dict[str, Tensor]
 
@@ -225,7 +221,7 @@ def build(found: Found, path: str) -> tuple[nn.Module, str]:
             script = "image_sample"
             cfg = settings(script, found.content, path)
             flags = cfg.section("model")
-            network = script_util.create_for_sampling(cfg)[0]
+            network = create_for_sampling(network_flags(cfg), process_flags(cfg))[0]
     require_fit(network, found.state, path, flags)
     return network, script
 

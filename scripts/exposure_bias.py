@@ -15,29 +15,32 @@ interrupted run.
 import os
 from typing import Any
 
-from guided_diffusion_ip import dist_util, files, script_util
+from guided_diffusion_ip import dist_util, files
 from guided_diffusion_ip.exposure_bias import plots
 from guided_diffusion_ip.exposure_bias.measure_run import MeasureRun
 from guided_diffusion_ip.exposure_bias.measures import Accumulation, create_measures
 from guided_diffusion_ip.features.spaces import open_features
 from guided_diffusion_ip.settings.config import Config, command, parse
+from guided_diffusion_ip.settings.make_sampler import make_sampler
 from guided_diffusion_ip.settings.measuring import (
     open_real_images,
     parse_numbers,
     place_beside,
     what_decides,
 )
-from guided_diffusion_ip.settings.sampling import make_sampler, sampler_text, say
+from guided_diffusion_ip.settings.models import load_model_and_diffusion
+from guided_diffusion_ip.settings.sampling import complete_settings
+from guided_diffusion_ip.settings.solver import sampler_text
+from guided_diffusion_ip.sizes import parse_size
 
 
 def main() -> None:
-    cfg = parse("exposure_bias", __doc__)
-    script_util.complete_settings(cfg)
+    cfg = complete_settings(parse("exposure_bias", __doc__))
     if cfg.plots:
         plots.require_matplotlib()
     dist_util.setup_dist()
-    model, diffusion = script_util.load_model_and_diffusion(cfg)
-    size = script_util.parse_image_size(cfg.image_size)
+    model, diffusion = load_model_and_diffusion(cfg)
+    size = parse_size(cfg.image_size)
     sampler, real = make_sampler(cfg, diffusion, size), open_real_images(cfg, size)
     measures = asked_for(cfg, diffusion.num_timesteps)
     settings = what_decides(
@@ -54,8 +57,8 @@ def main() -> None:
     )
     run = MeasureRun(measures, sampler, len(real.chosen), real, out_dir, settings)
     for note in cfg.notes_on_origin():
-        say(note)
-    say(
+        dist_util.say(note)
+    dist_util.say(
         f"images: {len(real.chosen)} spread over {real.images.text}\n"
         f"measuring {cfg.measures} with {cfg.model_path}, {sampler_text(cfg)}, into {out_dir}"
     )
@@ -80,7 +83,10 @@ def asked_for(cfg: Config, steps: int) -> list[Any]:
         quarters = sorted({max(1, round(steps * share)) for share in (0.25, 0.5, 0.75, 1)})
         lengths = parse_numbers(cfg.accumulation_steps, "accumulation_steps") or quarters
         space = open_features(
-            cfg.features, device=dist_util.dev(), inception_weights=cfg.inception_weights, log=say
+            cfg.features,
+            device=dist_util.dev(),
+            inception_weights=cfg.inception_weights,
+            log=dist_util.say,
         )
     measures = create_measures(names, lengths, space)
     for measure in measures:

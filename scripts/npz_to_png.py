@@ -48,7 +48,7 @@ def main() -> None:
         raise ValueError(
             f"{cfg.out} is there already: choose another name, or --overwrite True for a file"
         )
-    by_class = cfg.values["classes"]  # the flag; cfg.classes are the names of a model's classes
+    by_class = cfg.classes
     size = parse_image_size(cfg.image_size) if cfg.image_size else None
     images = open_images(cfg.data, "images", size)
     count, shape = min(cfg.count or images.n, images.n), images.shape

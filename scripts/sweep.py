@@ -19,10 +19,10 @@ import sys
 
 import torch
 
-from guided_diffusion_ip import script_util
 from guided_diffusion_ip.files import atomic_file, results_folder
 from guided_diffusion_ip.metrics.registry import parse_metrics
 from guided_diffusion_ip.settings.config import command, parse
+from guided_diffusion_ip.settings.sampling import complete_settings
 from guided_diffusion_ip.studies.sweep import Sweep, read_sweep
 from guided_diffusion_ip.studies.sweep_run import How, Outcome, run_sweep
 from guided_diffusion_ip.studies.sweep_table import as_csv, as_markdown, make_table
@@ -78,7 +78,7 @@ def check(sweep: Sweep) -> None:
     try:
         parse_metrics(",".join(sweep.metrics))
         for cell in sweep.cells:
-            script_util.complete_settings(parse("image_sample", "", list(cell.sample_args)))
+            complete_settings(parse("image_sample", "", list(cell.sample_args)))
             parse("evaluator", "", list(cell.evaluate_args))
     except ValueError as error:
         raise ValueError(f"{sweep.path}: {error}") from None

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from guided_diffusion_ip.settings.config import adopt_checkpoint_config, parse, read_yaml
+from guided_diffusion_ip.settings.adopt import adopt_checkpoint_config
+from guided_diffusion_ip.settings.config import parse
 from guided_diffusion_ip.settings.flags import SECTIONS
 from guided_diffusion_ip.settings.train_prologue import settle_batch
+from guided_diffusion_ip.settings.yaml_file import read_yaml
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def test_a_checkpoint_brings_its_architecture(config, tmp_path, argv, message):
     (tmp_path / "config.yaml").write_text(parse("image_train", "", ["--config", config]).as_yaml())
     cfg = parse("image_sample", "", argv)
     if message is None:
-        adopt_checkpoint_config(cfg, str(tmp_path / "config.yaml"))
+        cfg = adopt_checkpoint_config(cfg, str(tmp_path / "config.yaml"))
         assert cfg.num_channels == 64 and cfg.image_size == "32x48" and cfg.batch_size == 16
     else:
         with pytest.raises(ValueError, match=message):

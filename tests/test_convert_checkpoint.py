@@ -23,6 +23,10 @@ from guided_diffusion_ip.interop.edm_networks import create_edm_denoiser
 from guided_diffusion_ip.interop.edm_pickle import edm_flags, read_edm_pickle
 from guided_diffusion_ip.interop.safetensors_file import read_safetensors, write_safetensors
 from guided_diffusion_ip.settings import config
+from guided_diffusion_ip.settings.adopt import adopt_checkpoint_config
+from guided_diffusion_ip.settings.beside import config_beside
+from guided_diffusion_ip.settings.models import create_for_sampling, network_flags, process_flags
+from guided_diffusion_ip.settings.yaml_file import read_yaml
 
 MODEL = dict(
     image_size=16,
@@ -153,11 +157,9 @@ def test_the_config_in_the_header_plays_the_part_of_the_one_beside(tmp_path):
     path = tmp_path / "model.safetensors"
     source, model = adm_folder(tmp_path)
     write_safetensors(path, torch.load(source), CONFIG)
-    assert config.config_beside(str(path)) == str(path) and config.read_yaml(
-        str(path)
-    ) == yaml.safe_load(CONFIG)
+    assert config_beside(str(path)) == str(path) and read_yaml(str(path)) == yaml.safe_load(CONFIG)
     cfg = config.parse("image_sample", "", [])
-    config.adopt_checkpoint_config(cfg, config.config_beside(str(path)))
+    cfg = adopt_checkpoint_config(cfg, config_beside(str(path)))
     assert {name: cfg.values[name] for name in MODEL} == MODEL and cfg.diffusion_steps == 20
     again = script_util.create_model_and_diffusion(**cfg.section("model"))[0]
     load_network(again, str(path), cfg.section("model"))
@@ -165,9 +167,9 @@ def test_the_config_in_the_header_plays_the_part_of_the_one_beside(tmp_path):
         torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items()
     )
     write_safetensors(path, torch.load(source), "")
-    assert config.config_beside(str(path)) == ""
+    assert config_beside(str(path)) == ""
     (tmp_path / "config.yaml").write_text(CONFIG)
-    assert config.config_beside(str(path)) == str(tmp_path / "config.yaml")
+    assert config_beside(str(path)) == str(tmp_path / "config.yaml")
 
 
 # ---- the documents ----
@@ -265,7 +267,7 @@ def test_edm_pickle_to_a_folder_that_makes_the_same_denoiser(tmp_path, convert_h
     )
     want.load_state_dict(denoiser.state_dict())
     cfg = config.parse("image_sample", "", ["--config", str(tmp_path / "out" / "config.yaml")])
-    found = script_util.create_for_sampling(cfg)[0].eval()
+    found = create_for_sampling(network_flags(cfg), process_flags(cfg))[0].eval()
     load_network(found, str(written), cfg.section("model"))
     x, sigma = seeded_normal("convert x", (2, 3, 16, 16)), torch.tensor([0.3, 4.0])
     assert torch.equal(found(x, sigma), want(x, sigma))
@@ -333,7 +335,7 @@ def test_flags_build_what_the_arguments_build(tmp_path, precond, kwargs):
     checkpoint = read_edm_pickle(path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(edm_flags(checkpoint)))
     cfg = config.parse("image_sample", "", ["--config", str(tmp_path / "config.yaml")])
-    found = script_util.create_for_sampling(cfg)[0]
+    found = create_for_sampling(network_flags(cfg), process_flags(cfg))[0]
     assert type(found) is type(want) and found.label_dim == want.label_dim
     found.load_state_dict(checkpoint.state)
     x, sigma = (
@@ -398,7 +400,7 @@ def test_ddim_checkpoint_to_a_folder_that_image_sample_takes(tmp_path, convert_h
     cfg = config.parse("image_sample", "", ["--config", str(out / "config.yaml")])
     assert cfg.framework == "ddpm" and cfg.image_size == 32
     load_network(
-        script_util.create_for_sampling(cfg)[0],
+        create_for_sampling(network_flags(cfg), process_flags(cfg))[0],
         str(out / "ddim_model-790000.pt"),
         cfg.section("model"),
     )

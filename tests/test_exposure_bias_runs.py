@@ -22,10 +22,11 @@ from guided_diffusion_ip.exposure_bias.measure_run import MeasureRun, spread_ove
 from guided_diffusion_ip.exposure_bias.measures import NAMES, create_measures
 from guided_diffusion_ip.features.spaces import PixelSpace
 from guided_diffusion_ip.runs.sample_batch import process_sampler
-from guided_diffusion_ip.script_util import create_model_and_diffusion, settle_lambda
+from guided_diffusion_ip.script_util import create_model_and_diffusion
 from guided_diffusion_ip.settings.config import parse
+from guided_diffusion_ip.settings.lambdas import settle_lambda
 from guided_diffusion_ip.settings.measuring import RealImages
-from guided_diffusion_ip.settings.sampling import settle_sampler
+from guided_diffusion_ip.settings.solver import settle_sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNT, SET = 7, 15
@@ -459,8 +460,7 @@ def settle(checkpoint, schedule, *more):
     cfg = parse(
         "image_sample", "", [*flags(**LARGER, model_path=checkpoint, eps_schedule=schedule), *more]
     )
-    settle_sampler(cfg)
-    settle_lambda(cfg)
+    cfg = settle_lambda(settle_sampler(cfg))
     assert cfg.eps_scaler != 1
 
 

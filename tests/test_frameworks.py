@@ -17,13 +17,12 @@ from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 from guided_diffusion_ip.runs.sample_batch import draw_images
 from guided_diffusion_ip.runs.samples import SampleRun
 from guided_diffusion_ip.settings.config import parse
+from guided_diffusion_ip.settings.identity import what_decides_the_images
 from guided_diffusion_ip.settings.image_training import sampler_on_the_way
-from guided_diffusion_ip.settings.sampling import (
-    make_sampler,
-    sampling_precision,
-    settle_sampler,
-    what_decides_the_images,
-)
+from guided_diffusion_ip.settings.lambdas import settle_lambda
+from guided_diffusion_ip.settings.make_sampler import make_sampler
+from guided_diffusion_ip.settings.models import create_for_sampling, network_flags, process_flags
+from guided_diffusion_ip.settings.solver import sampling_precision, settle_sampler
 from guided_diffusion_ip.training.optimizer import set_learning_rate
 from guided_diffusion_ip.training.settings import TrainSettings
 from guided_diffusion_ip.training.train_loop import TrainLoop
@@ -291,8 +290,9 @@ def test_pictures_and_evaluations_during_training_have_the_pixels_of_their_frame
             sampler_on_the_way(cfg, model, (1, 8, 8), respacing), model, 3, 2, lambda index: {}
         )
         assert np.unique(pixels).tolist() == [101]
-    adm = parse("image_train", "", flags(**TINY))
-    assert not sampler_on_the_way(adm, None, (1, 8, 8), "sample_respacing").rounded
+    assert not sampler_on_the_way(
+        parse("image_train", "", flags(**TINY)), None, (1, 8, 8), "sample_respacing"
+    ).rounded
 
 
 def test_rounded_images_are_not_mixed_with_truncated_ones(edm, tmp_path, capsys, monkeypatch):
@@ -339,10 +339,10 @@ def test_precision_wins_over_the_use_fp16_of_an_edm_checkpoint(edm, tmp_path, ha
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     path = str(edm[0] / "ema_0.5_000004.pt")
     cfg = settled("--config", str(tmp_path / "config.yaml"), "--model_path", path, *argv)
-    model, denoiser = script_util.create_for_sampling(cfg)
+    model, denoiser = create_for_sampling(network_flags(cfg), process_flags(cfg))
     load_for_sampling(model, path, cfg.section("model"), sampling_precision(cfg))
     assert (denoiser.use_fp16, denoiser.use_bf16) == (halves == "fp16", halves == "bf16")
-    settings = what_decides_the_images(cfg, ("model", "edm"))
+    settings = what_decides_the_images(cfg)
     assert (settings["precision"], settings["use_fp16"]) == (halves, halves == "fp16")
 
 
@@ -355,18 +355,17 @@ def settled(*argv, config=""):
         "",
         [*argv, *(["--config", str(ROOT / "configs" / config)] if config else [])],
     )
-    settle_sampler(cfg)
-    return cfg
+    return settle_sampler(cfg)
 
 
 def test_the_command_line_wins_over_a_config_about_the_sampler():
-    assert settled(config="edm_cifar10.yaml").sampler == "heun"
-    assert settled("--sampler", "euler", config="edm_cifar10.yaml").sampler == "euler"
+    assert settled(config="edm_cifar10.yaml").solver == "heun"
+    assert settled("--sampler", "euler", config="edm_cifar10.yaml").solver == "euler"
     cfg = settled("--use_ddim", "True")
-    assert (cfg.sampler, cfg.use_ddim) == ("ddim", True)
+    assert (cfg.solver, cfg.use_ddim) == ("ddim", True)
     cfg = settled("--sampler", "ddim")
-    assert (cfg.sampler, cfg.use_ddim) == ("ddim", True)
-    assert settled().sampler == "ddpm"
+    assert (cfg.solver, cfg.use_ddim) == ("ddim", True)
+    assert settled().solver == "ddpm"
 
 
 def test_edm_models_are_clipped_only_if_asked_for_and_the_settings_tell():
@@ -388,7 +387,7 @@ def test_published_lambdas_of_heun_and_euler(config, sampler, steps, b):
     cfg = settled(
         "--sampler", sampler, "--edm_steps", str(steps), "--eps_scaler", "published", config=config
     )
-    script_util.settle_lambda(cfg)
+    cfg = settle_lambda(cfg)
     assert (cfg.eps_scaler, cfg.eps_scaler_k) == (b, 0.0)
 
 

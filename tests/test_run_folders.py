@@ -18,7 +18,9 @@ from test_training_evaluation import CLASSIFY, SAMPLE, here
 
 from guided_diffusion_ip.data.image_io import save_grid
 from guided_diffusion_ip.runs.sample_batch import draw_labels
-from guided_diffusion_ip.settings.config import adopt_checkpoint_config, config_beside, parse
+from guided_diffusion_ip.settings.adopt import adopt_checkpoint_config
+from guided_diffusion_ip.settings.beside import config_beside
+from guided_diffusion_ip.settings.config import parse
 from guided_diffusion_ip.training.checkpoint import complete_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -300,7 +302,7 @@ def test_a_converted_checkpoint_takes_its_own_settings_along(images, run, tmp_pa
         str(tmp_path / "one.safetensors"),
     )
     cfg = parse("image_sample", "", [])
-    adopt_checkpoint_config(cfg, config_beside(str(tmp_path / "one.safetensors")))
+    cfg = adopt_checkpoint_config(cfg, config_beside(str(tmp_path / "one.safetensors")))
     assert cfg.noise_schedule == "cosine"
 
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ..noise import Stream, permutation
+from ..sizes import parse_size
 from .batches import BatchMaker, Failure, Order, render, stop_workers, worker_batches
-from .image_io import center_crop_arr, pil_mode, random_crop_arr, size_pair, to_model_range
+from .image_io import center_crop_arr, pil_mode, random_crop_arr, to_model_range
 from .image_set import ImageSet
 from .prefetch import Prefetcher, uses_gpu
 from .preprocessing import of_loader
@@ -95,7 +96,7 @@ def load_data(
         raise ValueError(f"class_dropout={class_dropout} must lie in [0, 1): usual is 0.1")
     if class_dropout and not (class_cond and num_classes):
         raise ValueError("class_dropout needs labels: give class_cond and num_classes")
-    size = size_pair(image_size)
+    size = parse_size(image_size)
     pil_mode(channels)
     source = data_dir if isinstance(data_dir, Source) else open_source(data_dir, class_cond)
     if source.classes is not None and num_classes is not None and len(source.classes) > num_classes:
@@ -260,7 +261,7 @@ class ImageDataset(torch.utils.data.Dataset):
             raise ValueError(f"shard={shard} must lie in [0, num_shards={num_shards})")
         if classes is not None and len(classes) != len(image_paths):
             raise ValueError(f"{len(classes)} classes for {len(image_paths)} images: one each")
-        self.resolution = size_pair(resolution)
+        self.resolution = parse_size(resolution)
         self.local_images = list(image_paths[shard::num_shards])
         self.local_classes = None if classes is None else list(classes[shard::num_shards])
         self.random_crop = random_crop

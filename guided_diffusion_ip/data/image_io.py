@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..files import atomic_file
+from ..sizes import parse_size
 from .npz_io import NpzReader, NpzWriter, merge_npz, read_npz_rows, write_npz
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
     "read_npz_rows",
     "save_grid",
     "save_png",
-    "size_pair",
     "to_model_range",
     "to_uint8",
     "write_npz",
@@ -89,18 +89,6 @@ def to_uint8(x: Tensor, rounded: bool = False) -> Tensor:
     return pixels.permute(0, 2, 3, 1).contiguous()
 
 
-def size_pair(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) from one number or a pair.
-
-    Raises:
-        ValueError: not positive, or not one or two numbers.
-    """
-    pair = (image_size,) * 2 if isinstance(image_size, int) else tuple(int(s) for s in image_size)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"image_size={image_size} must be one positive number or (height, width)")
-    return pair
-
-
 def pil_mode(channels: int) -> str:
     """Pillow's name for images of 1, 3 or 4 channels.
 
@@ -134,7 +122,7 @@ def center_crop_arr(pil_image: Image.Image, image_size: int | Sequence[int]) -> 
     `image_size` is one number or (H, W); smaller images are enlarged. Images that already have the
     size come back unchanged.
     """
-    height, width = size_pair(image_size)
+    height, width = parse_size(image_size)
     image = _cover(pil_image, height, width)
     top, left = (image.height - height) // 2, (image.width - width) // 2
     return np.array(image)[top : top + height, left : left + width]
@@ -162,7 +150,7 @@ def random_crop_arr(
         raise ValueError(
             f"crop fractions {min_crop_frac} .. {max_crop_frac} must be in (0, 1] and in order"
         )
-    height, width = size_pair(image_size)
+    height, width = parse_size(image_size)
     if uniforms is None:
         uniforms = [random.random() for _ in range(3)]
     scale, row, column = (float(u) for u in uniforms)

@@ -26,7 +26,7 @@ from .collectives import (
 from .endings import end_process
 from .launcher import LaunchInfo, env_rank, launch_info
 from .loading import load_state_dict, load_state_dict_once
-from .rendezvous import cleanup, dev, get_rank, get_world_size, is_main, setup_dist
+from .rendezvous import cleanup, dev, get_rank, get_world_size, is_main, say, setup_dist
 from .watchdog import absent_ranks, report_failure
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "load_state_dict",
     "load_state_dict_once",
     "report_failure",
+    "say",
     "setup_dist",
     "start_gather",
     "sync_params",

@@ -173,6 +173,12 @@ def is_main() -> bool:
     return get_rank() == 0
 
 
+def say(text: str) -> None:
+    """Print on one rank."""
+    if is_main():
+        print(text, flush=True)
+
+
 def dev() -> torch.device:
     """This process's device: `cuda:{local_rank}`, or the CPU where CUDA is not available.
 

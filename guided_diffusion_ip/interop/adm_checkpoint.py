@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import dist_util
 from ..allocator import keep_freed_memory
 from ..networks.unet import CHANNEL_MULTS, default_channel_mult, parse_channel_mult
+from ..sizes import parse_size
 from .safetensors_file import read_safetensors
 
 State = dict[str, Tensor]
@@ -88,7 +89,13 @@ def load_for_sampling(
     model.to(device=dist_util.dev(), memory_format=torch.channels_last)
     keep_freed_memory(dist_util.dev())
     if precision != "fp32":
-        getattr(model, f"convert_to_{precision}")()
+        convert = getattr(model, f"convert_to_{precision}", None)
+        if convert is None:
+            raise ValueError(
+                f"{type(model).__name__} has no method convert_to_{precision}, which --precision "
+                f"{precision} calls: sample it with --precision fp32"
+            )
+        convert()
     model.eval().requires_grad_(False)
 
 
@@ -102,7 +109,7 @@ def explain_mismatch(
     offered, each with the attention_resolutions that belong to it.
     """
     ours, theirs = flags.get("framework", "adm"), framework_of(state)
-    if theirs not in ("", ours):
+    if theirs not in ("", ours) and ":" not in ours:
         return f"it needs --framework {theirs} (now {ours})"
     if ours != "adm":
         odd = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
@@ -182,11 +189,11 @@ def _classes(rows: int, flags: dict[str, Any]) -> dict[str, Any]:
     return {"num_classes": rows - null_class}
 
 
-def _sides(flags: dict[str, Any]) -> list[int]:
-    """One or two sides of the images that the network makes; large_size among the flags marks a
-    super-resolution model.
+def _sides(flags: dict[str, Any]) -> tuple[int, int]:
+    """Of the images that the network makes; large_size among the flags marks a super-resolution
+    model.
     """
-    return [int(side) for side in str(flags.get("large_size") or flags["image_size"]).split("x")]
+    return parse_size(flags.get("large_size") or flags["image_size"])
 
 
 def _same(name: str, value: Any, flags: dict[str, Any]) -> bool:
@@ -205,8 +212,7 @@ def _channel_mult(flags: dict[str, Any]) -> tuple[float, ...]:
     """Of the network that the flags describe; a classifier always has that of its image size."""
     if flags.get("channel_mult"):
         return parse_channel_mult(flags["channel_mult"])
-    sides = _sides(flags)
-    return default_channel_mult((sides[0], sides[-1]), super_resolution="large_size" in flags)
+    return default_channel_mult(_sides(flags), super_resolution="large_size" in flags)
 
 
 def _numbers(text: Any) -> list[int]:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..networks.layers import NUM_GROUPS
-from ..networks.trunk import height_width, require_divisible
+from ..networks.trunk import require_divisible
 from ..networks.unet import attention_downsample_rates, default_channel_mult, parse_channel_mult
+from ..sizes import parse_size
 
 
 @functools.cache
@@ -205,7 +206,7 @@ def ddpm_unet(
             multiples of 32, or the size cannot be halved often enough.
     """
     library = import_diffusers()
-    sides = height_width(image_size)
+    sides = parse_size(image_size)
     mult = parse_channel_mult(channel_mult) if channel_mult else default_channel_mult(sides)
     require_divisible(sides, len(mult))
     widths = [int(m * num_channels) for m in mult]

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sizes import parse_size
 from .edm_layers import (
     BlockStyle,
     Direction,
@@ -33,7 +34,7 @@ from .edm_layers import (
     positional_waves,
 )
 from .layers import timestep_embedding, zero_module
-from .trunk import height_width, require_divisible
+from .trunk import require_divisible
 
 
 class EDMUNet(nn.Module):
@@ -58,7 +59,7 @@ class EDMUNet(nn.Module):
         style: BlockStyle,
     ) -> None:
         super().__init__()
-        require_divisible(height_width(img_resolution), len(channel_mult))
+        require_divisible(parse_size(img_resolution), len(channel_mult))
         if not 0 <= label_dropout < 1:
             raise ValueError(
                 f"label_dropout is {label_dropout}: give a probability from 0 to below 1, such as "

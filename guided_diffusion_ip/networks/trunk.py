@@ -13,21 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..sizes import parse_size
 from .attention import AttentionBlock
 from .blocks import Downsample, ResBlock, TimestepEmbedSequential, Upsample
 from .layers import CONVOLUTIONS, SiLU, conv_nd, full_precision, linear, timestep_embedding
-
-
-def height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """(H, W) of an image size given as one side of a square, or as (H, W).
-
-    Raises:
-        ValueError: not one or two positive sides.
-    """
-    sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or any(side < 1 for side in sides):
-        raise ValueError(f"image_size is {image_size}: give one positive side, or (height, width)")
-    return sides
 
 
 def require_divisible(sides: Sequence[int], levels: int) -> None:
@@ -122,7 +111,7 @@ class UNetTrunk(nn.Module):
                 f"attention_resolutions is the text {attention_resolutions!r}, but a network takes "
                 "downsample rates such as (2, 4): attention_downsample_rates converts"
             )
-        self.image_size = height_width(image_size)
+        self.image_size = parse_size(image_size)
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.num_classes = num_classes

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sizes import parse_size
 from .attention import AttentionPool2d
 from .blocks import TimestepEmbedSequential
 from .layers import SiLU, conv_nd, full_precision, linear, normalization, zero_module
-from .trunk import Recipe, UNetTrunk, height_width, require_divisible
+from .trunk import Recipe, UNetTrunk, require_divisible
 
 # (largest side that they serve, channel multipliers). The limits lie halfway between the published
 # sizes 32, 64, 128, 256 and 512, whose multipliers these are; the first row is for thumbnails.
@@ -45,7 +46,7 @@ def default_channel_mult(
     Raises:
         ValueError: a side that these levels cannot halve; names the nearest that work.
     """
-    sides = height_width(image_size)
+    sides = parse_size(image_size)
     mult = next(mult for limit, mult in CHANNEL_MULTS if max(sides) <= limit)
     if super_resolution and len(mult) > len(SUPER_RESOLUTION_LARGE):
         mult = SUPER_RESOLUTION_LARGE
@@ -84,7 +85,7 @@ def attention_downsample_rates(
         ValueError: not positive whole numbers.
     """
     given = resolutions_text
-    shorter = min(height_width(image_size))
+    shorter = min(parse_size(image_size))
     try:
         parts = [p for p in given.split(",") if p.strip()] if isinstance(given, str) else given
         resolutions = [int(p) for p in parts]

@@ -14,7 +14,6 @@ disk.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -156,12 +155,3 @@ def _readers(folder: ShardFolder) -> Iterator[NpzReader]:
     for path in folder.files():
         with NpzReader(path) as reader:
             yield reader
-
-
-def default_out_dir(model_path: str, num_images: int, settings: dict[str, Any]) -> str:
-    """nll/ beside the checkpoint, and in it a folder named after the settings: the same command
-    finds what it had begun.
-    """
-    stem = os.path.splitext(os.path.basename(model_path))[0]
-    key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
-    return os.path.join(files.folder_beside(model_path), "nll", f"{stem}-n{num_images}-{key}")

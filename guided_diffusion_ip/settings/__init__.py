@@ -1,12 +1,12 @@
 """Flags, YAML and the command line -> values: the only room that knows flag names.
 
-flags          every flag, once
-config         default < YAML < command line; how scripts end
-edm            EDM's networks and losses from flags
-sampling       what image_sample and its siblings share
-sample_checks  combinations of sampling flags without a meaning
-lambda_file    the YAML with lambda(t), written by calibrate_eps and read by --eps_schedule
-training       what the training scripts share
-measuring      what exposure_bias and calibrate_eps share
-evaluation     what evaluator and make_reference share
+flag           what a flag is: its role, its type, its checks
+flags          every flag (*_flags) and script, and the lists that follow from roles
+yaml_file, config, command    default < YAML < command line; how scripts end
+beside, adopt  what lies beside a checkpoint, and how a script takes it over
+solver, make_sampler, lambdas, lambda_file    how to step, and by which lambda(t)
+sampling, likelihood    requests, frozen and checked; sample_checks: what has no meaning
+identity       what a run's results depend on
+models, factories, edm, own_network    the registry of networks; networks and processes from flags
+training, measuring, evaluation        what the scripts of these share
 """

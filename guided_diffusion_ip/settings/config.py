@@ -1,12 +1,8 @@
-"""How YAML files and the command line fill in the flags (flags.py), and how scripts end.
+"""How YAML files and the command line fill in the flags (flags.py).
 
-Default < config file < command line. A YAML file has the sections of SECTIONS, one named after a
-script for the flags that only it has, `paper` (published numbers: for people and tables, and for
-`--eps_scaler published`) and, in the config.yaml of a training run, `data` (how its images were
-prepared, and their classes). A script reads only its own sections; a key that is not a flag of the
-section is an error that names the nearest one. What a run used is saved beside its results as
-config.yaml in the same form, and in the state file of each checkpoint, which is what counts if
-config.yaml is of another run.
+Default < config file < command line. What a run used is saved beside its results as config.yaml in
+the form that --config reads, and in the state file of each checkpoint, which is what counts if
+config.yaml is of another run (beside.py).
 
 argparse and PyYAML do the parsing. (jsonargparse was tried on paper: flat published flags with two
 spellings over nested sections, of which a script sees only some, would have needed as much code
@@ -16,50 +12,50 @@ around it.)
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
-import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
 
-from .. import dist_util, files
+from .. import files
 from ..training import checkpoint
-from .flags import (
-    NOT_ARCHITECTURE,
-    NOT_IN_WEIGHTS,
-    NOT_SAVED,
-    OF_A_START,
-    SCRIPTS,
-    SECTIONS,
-    SPEED_ONLY,
-    TRAINING_ONLY,
-)
+from .beside import config_beside
+from .command import command  # noqa: F401 (scripts import both from here)
+from .flags import NOT_IN_WEIGHTS, OF_A_START, SCRIPTS, TRAINING_ONLY
+from .own_network import require_named_by_user
+from .yaml_file import nearest, read_yaml, values_from_yaml
 
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+Given = Mapping[str, tuple[str, Any]]  # flag -> where it was set, and its value
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
-    """The merged settings of one run; `cfg.batch_size` reads a flag."""
+    """The merged settings of one run; `cfg.batch_size` reads a flag.
+
+    Args:
+        given: where a flag was set, for messages: "--lr", or the path of a file.
+        paper: section paper of the config file.
+        trained_on: how the training images were prepared, from beside a checkpoint.
+        class_names: of the training images, likewise; label k is class_names[k].
+        adopted: where the settings of model_path come from.
+        notes: what the user should know about them.
+    """
 
     script: str
-    values: dict[str, Any]
-    given: dict[str, str] = field(default_factory=dict)  # flag -> where it was set, for messages
-    paper: dict[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any]
+    given: Mapping[str, str] = field(default_factory=dict)
+    paper: Mapping[str, Any] = field(default_factory=dict)
     config_path: str = ""
-    trained_on: str = (
-        ""  # how the training images were prepared, from the config.yaml beside a checkpoint
-    )
-    classes: list[str] = field(
-        default_factory=list
-    )  # of the training images, likewise; label k is classes[k]
-    adopted: str = ""  # where the settings of model_path come from
-    notes: list[str] = field(default_factory=list)  # what the user should know about them
+    trained_on: str = ""
+    class_names: tuple[str, ...] = ()
+    adopted: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", MappingProxyType(dict(self.values)))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -70,6 +66,10 @@ class Config:
     def with_values(self, **values: Any) -> Config:
         """A copy in which these flags have other values; the original stays as it is."""
         return replace(self, values={**self.values, **values})
+
+    def on_command_line(self, name: str) -> bool:
+        """Was the flag given there, and not in a file?"""
+        return self.given.get(name, "").startswith("--")
 
     def section(self, name: str) -> dict[str, Any]:
         """The flags of one section and their values."""
@@ -92,8 +92,9 @@ class Config:
         sections = {name: self.section(name) for name in script.sections if name != "edm" or edm}
         if script.extra:
             sections[self.script] = {flag.name: self.values[flag.name] for flag in script.extra}
+        saved = {flag.name for flag in script.flags() if flag.saved}
         return {
-            section: {name: value for name, value in values.items() if name not in NOT_SAVED}
+            section: {name: value for name, value in values.items() if name in saved}
             for section, values in sections.items()
         }
 
@@ -106,7 +107,10 @@ class Config:
             ]  # says nothing, and would count as given where the file is a --config
         if data := {
             name: value
-            for name, value in (("preprocessing", self.trained_on), ("classes", self.classes))
+            for name, value in (
+                ("preprocessing", self.trained_on),
+                ("classes", list(self.class_names)),
+            )
             if value
         }:
             sections["data"] = data
@@ -125,9 +129,10 @@ class Config:
             *self.given,
             *(["num_heads"] if self.values.get("num_head_channels", -1) > 0 else []),
         ]
+        framework = self.values.get("framework", "adm")
         assumed = [
             f"{name} {self.values[name]}"
-            for name in NOT_IN_WEIGHTS.get(self.values.get("framework", "adm"), ())
+            for name in NOT_IN_WEIGHTS.get(framework, NOT_IN_WEIGHTS[""])
             if name in self.values
             and name not in known
             and (name != "null_class" or self.class_cond)
@@ -139,96 +144,6 @@ class Config:
                 "it was otherwise)"
             )
         return notes
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean X?', or '' if nothing is like it."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def _where_configs_are(path: str) -> str:
-    """What to say of the folder configs/ beside this package, '' where there is none (not in a
-    clone).
-    """
-    folder = os.path.join(os.path.dirname(_PACKAGE), "configs")
-    same_name = os.path.join(folder, os.path.basename(path))
-    if os.path.isfile(same_name):
-        return f"; did you mean {same_name}?"
-    return f"; {folder} holds the papers' settings" if os.path.isdir(folder) else ""
-
-
-def read_yaml(path: str) -> dict[str, dict[str, Any]]:
-    """A config file, or the config in the header of a .safetensors or in a stateNNNNNN.pt, as
-    {section: {key: value}}.
-
-    Raises:
-        ValueError: missing, not YAML, or with sections that are unknown.
-    """
-    if not files.exists(path) or os.path.isdir(path):
-        raise ValueError(
-            f"config file {path} does not exist (seen from {os.getcwd()}){_where_configs_are(path)}"
-        )
-    if _is_state(path):
-        return checkpoint.saved_settings(checkpoint.read_state(path))
-    with files.open_binary(path) as file:
-        try:
-            content = (
-                yaml.safe_load(files.safetensors_config(path) if _is_safetensors(path) else file)
-                or {}
-            )
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path}: expected the sections {', '.join(SECTIONS)}, found {type(content).__name__}"
-        )
-    known = [
-        *SECTIONS,
-        *(name for name, script in SCRIPTS.items() if script.extra),
-        "data",
-        "paper",
-    ]
-    for section, keys in content.items():
-        if section not in known:
-            raise ValueError(
-                f"{path}: unknown section {section!r}; allowed: {', '.join(known)}."
-                + nearest(str(section), known)
-            )
-        if keys is not None and not isinstance(keys, dict):
-            raise ValueError(f"{path}: section {section} must hold 'key: value' lines")
-    return {section: keys or {} for section, keys in content.items()}
-
-
-def values_from_yaml(
-    content: dict[str, dict[str, Any]],
-    sections: Iterable[str],
-    path: str,
-    ignore: Iterable[str] = (),
-) -> dict[str, Any]:
-    """The values of some sections, converted and checked: {flag name: value}; those to `ignore` are
-    left out.
-    """
-    values: dict[str, Any] = {}
-    for section in sections:
-        declared = SECTIONS[section] if section in SECTIONS else SCRIPTS[section].extra
-        flags = {name: flag for flag in declared for name in (flag.name, *flag.aliases)}
-        for key, raw in content.get(section, {}).items():
-            if key not in flags:
-                raise ValueError(
-                    f"{path}: unknown key {key!r} in section {section}." + nearest(str(key), flags)
-                )
-            flag = flags[key]
-            try:
-                value = flag.convert(raw)
-            except argparse.ArgumentTypeError as error:
-                raise ValueError(f"{path}: {section}.{key}: {error}") from None
-            if flag.name in values and values[flag.name] != value:
-                raise ValueError(
-                    f"{path}: {key} and another spelling of it have different values: keep one"
-                )
-            values[flag.name] = value
-    return {name: value for name, value in values.items() if name not in ignore}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -285,7 +200,6 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     for flag in SCRIPTS[script].flags():
         names = [f"--{name}" for name in (flag.name, *flag.aliases)]
         is_bool = isinstance(flag.default, bool)
-        default = "''" if flag.default == "" else flag.default
         parser.add_argument(
             *names,
             dest=flag.name,
@@ -295,7 +209,7 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
             nargs="?" if is_bool else None,
             const=True if is_bool else None,
             default=argparse.SUPPRESS,
-            help=f"{flag.help} (default {default})".replace("%", "%%"),
+            help=flag.help_text.replace("%", "%%"),
         )
     return parser
 
@@ -310,28 +224,55 @@ def parse(script: str, description: str, argv: Sequence[str] | None = None) -> C
     namespace = argparse.Namespace(given={})
     namespace, unknown = parser.parse_known_args(argv, namespace)
     known = [name for action in parser._actions for name in action.option_strings]
-    spec = SCRIPTS[script]
-    unknown = _take_positional(spec.positional, unknown, namespace.given)
+    unknown = _take_positional(SCRIPTS[script].positional, unknown, namespace.given)
     if unknown:
         word = unknown[0].split("=")[0]
         raise ValueError(f"unknown argument {word}." + nearest(word, known) + " (--help lists all)")
-    cfg = Config(script, {flag.name: flag.default for flag in spec.flags()})
-    path, ignore = namespace.config, spec.without
-    if not path and "train" in spec.sections and "resume" in namespace.given:
-        path, ignore = (
-            _config_of_run(script, namespace.given["resume"][1]),
-            (*spec.without, *OF_A_START),
-        )
+    return _merged(script, namespace.given, namespace.config)
+
+
+def from_values(script: str, values: Mapping[str, Any], config: str = "") -> Config:
+    """As parse, from flags and their values instead of words: what a notebook gives counts as
+    given on the command line.
+
+    Raises:
+        ValueError: as parse.
+    """
+    flags = {name: flag for flag in SCRIPTS[script].flags() for name in (flag.name, *flag.aliases)}
+    given: dict[str, tuple[str, Any]] = {}
+    for name, raw in values.items():
+        if name not in flags:
+            known = [f"--{other}" for other in flags]
+            raise ValueError(f"unknown argument --{name}." + nearest(f"--{name}", known))
+        try:
+            value = flags[name].convert(raw)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"argument --{name}: {error}") from None
+        other = given.setdefault(flags[name].name, (f"--{name}", value))
+        if other[1] != value:
+            raise ValueError(f"{other[0]} and --{name} are one flag, with two values: give one")
+    return _merged(script, given, config)
+
+
+def _merged(script: str, given: Given, path: str) -> Config:
+    spec = SCRIPTS[script]
+    ignore = spec.without
+    if not path and "train" in spec.sections and "resume" in given:
+        path, ignore = _config_of_run(script, given["resume"][1]), (*spec.without, *OF_A_START)
+    values = {flag.name: flag.default for flag in spec.flags()}
+    origin: dict[str, str] = {}
+    paper: Mapping[str, Any] = {}
     if path:
         content = read_yaml(path)
         from_file = values_from_yaml(content, (*spec.sections, script), path, ignore)
-        cfg.values.update(from_file)
-        cfg.given.update({name: path for name in from_file})
-        cfg.paper, cfg.config_path = content.get("paper", {}), path
-    for name, (option, value) in namespace.given.items():
-        cfg.values[name] = value
-        cfg.given[name] = option
-    return cfg
+        values |= from_file
+        origin = dict.fromkeys(from_file, path)
+        paper = content.get("paper", {})
+    values |= {name: value for name, (_, value) in given.items()}
+    origin |= {name: option for name, (option, _) in given.items()}
+    if "framework" in values:
+        require_named_by_user(values["framework"], "framework" in given, path)
+    return Config(script, values, origin, paper, path)
 
 
 def _config_of_run(script: str, resume: str) -> str:
@@ -364,259 +305,3 @@ def _config_of_run(script: str, resume: str) -> str:
             f"program: continue it by {other[0]}.py"
         )
     return path
-
-
-def adopt_checkpoint_config(cfg: Config, path: str) -> None:
-    """Take model and diffusion from what belongs to a checkpoint: a `path` of config_beside.
-
-    Raises:
-        ValueError: a flag that was given contradicts the architecture or the process that the
-            checkpoint was trained with.
-    """
-    content = read_yaml(path)
-    spec = SCRIPTS[cfg.script]
-    shared = [name for name in ("model", "super_res", "edm", "diffusion") if name in spec.sections]
-    trained = values_from_yaml(content, shared, path, spec.without)
-    if not trained.get("class_cond", cfg.values.get("class_cond")):
-        trained.pop("num_classes", None)  # says nothing about a network without classes
-    _adopt(cfg, trained, path, "checkpoint")
-    cfg.adopted = path
-    cfg.notes += _note_on_state(path, content)
-    cfg.paper = cfg.paper or content.get("paper", {})
-    cfg.trained_on = str(content.get("data", {}).get("preprocessing", ""))
-    if cfg.values.get("class_cond"):
-        cfg.classes = _classes_in(content)
-
-
-def adopt_classifier_config(cfg: Config, path: str) -> None:
-    """Take the classifier from what belongs to its checkpoint; after adopt_checkpoint_config for
-    the diffusion model.
-
-    Settings without a section `classifier` belong to something else: nothing is taken from them.
-
-    Raises:
-        ValueError: it contradicts a flag that was given, or the diffusion model: other images,
-            classes or noise levels.
-    """
-    content = read_yaml(path)
-    if "classifier" not in content:
-        return
-    _adopt(cfg, values_from_yaml(content, ("classifier",), path), path, "classifier")
-    cfg.notes += _note_on_state(path, content)
-    both = values_from_yaml(content, ("model", "diffusion"), path)
-    if "num_classes" in both and not cfg.class_cond:
-        _adopt(cfg, {"num_classes": both["num_classes"]}, path, "classifier")
-    for name in (
-        "image_size",
-        "in_channels",
-        "num_classes",
-        "diffusion_steps",
-        "noise_schedule",
-        "rescale_timesteps",
-    ):
-        if name in both and both[name] != cfg.values[name]:
-            raise ValueError(
-                f"the classifier was trained with {name} {both[name]!r} ({path}), the diffusion "
-                f"model has {name} {cfg.values[name]!r}: guidance needs two that agree in it"
-            )
-    classes = _classes_in(content)
-    if cfg.classes and classes:
-        odd = [k for k, (ours, theirs) in enumerate(zip(cfg.classes, classes)) if ours != theirs]
-        if odd:
-            warnings.warn(
-                f"label {odd[0]} is {cfg.classes[odd[0]]!r} for the diffusion model and "
-                f"{classes[odd[0]]!r} for the classifier: guidance needs two that mean the same"
-            )
-    cfg.classes = cfg.classes or classes
-    if content.get("classifier_train", {}).get("noised") is False:
-        warnings.warn(
-            "the classifier was trained on clean images (--noised False), but guidance shows it "
-            "noised ones"
-        )
-
-
-def _classes_in(content: dict[str, dict[str, Any]]) -> list[str]:
-    """The names of the training images' classes; [] if they are not known."""
-    classes = content.get("data", {}).get("classes")
-    return [str(name) for name in classes] if isinstance(classes, list) else []
-
-
-def _adopt(cfg: Config, trained: dict[str, Any], path: str, what: str) -> None:
-    """Take over what was not given; what was given must agree, where it belongs to the architecture
-    or the process.
-    """
-    for name, value in trained.items():
-        architecture = name.removeprefix("classifier_") not in NOT_ARCHITECTURE
-        if name in cfg.given and cfg.values[name] != value and architecture:
-            raise ValueError(
-                f"{cfg.given[name]} sets {name} to {cfg.values[name]!r}, but the {what} was "
-                f"trained with {name} {value!r} ({path}): leave it out"
-            )
-        if name not in cfg.given:
-            cfg.values[name] = value
-
-
-def config_beside(weights: str) -> str:
-    """What read_yaml finds the settings of a checkpoint in: its own header (.safetensors), the
-    config.yaml beside it, or the stateNNNNNN.pt that was saved with it if there is no config.yaml
-    or it is of another run; '' if none of them is there.
-
-    The file itself is read, for its hash, only if config.yaml does not agree with the state of its
-    step.
-    """
-    if _is_safetensors(weights) and files.safetensors_config(weights):
-        return weights
-    path = _config_yaml(weights)
-    usual = path if files.exists(path) else ""
-    states = (checkpoint.saved_settings(state) for _, state in checkpoint.states_near(weights))
-    if usual and not any(_differing(read_yaml(usual), saved, usual) for saved in states):
-        return usual
-    found = checkpoint.state_that_knows(weights) if files.exists(weights) else None
-    if (
-        found
-        and (saved := checkpoint.saved_settings(found[2]))
-        and (not usual or _differing(read_yaml(usual), saved, usual))
-    ):
-        return found[0]
-    return usual
-
-
-def _config_yaml(weights: str) -> str:
-    return os.path.join(os.path.dirname(weights), "config.yaml")
-
-
-def _differing(
-    content: dict[str, dict[str, Any]], saved: dict[str, dict[str, Any]], path: str
-) -> dict[str, tuple[Any, Any]]:
-    """{name: (value in `content`, value in `saved`)} where two settings describe another network,
-    process or set of images; {} also if nothing is saved. The sections are given as read_yaml
-    returns them.
-    """
-    if not saved:
-        return {}
-    here, there = (_description(sections, path) for sections in (content, saved))
-    for name in ("preprocessing", "classes"):  # older states do not have them
-        if known := saved.get("data", {}).get(name):
-            here[name], there[name] = content.get("data", {}).get(name), known
-    return {name: (here.get(name), there[name]) for name in there if here.get(name) != there[name]}
-
-
-def _description(content: dict[str, dict[str, Any]], path: str) -> dict[str, Any]:
-    """What a network and its process are: every flag of their sections, and which sections there
-    are.
-    """
-    sections = ("model", "super_res", "classifier", "edm", "diffusion")
-    values = {flag.name: flag.default for section in sections for flag in SECTIONS[section]}
-    values |= values_from_yaml(content, sections, path)
-    if "classifier" not in content and not values["class_cond"]:
-        del values["num_classes"]  # says nothing about a network without classes
-    kinds = {f"section {name}": name in content for name in ("super_res", "classifier")}
-    return {name: value for name, value in (values | kinds).items() if name not in SPEED_ONLY}
-
-
-def _note_on_state(path: str, content: dict[str, dict[str, Any]]) -> list[str]:
-    """One line if `content` is not from the config.yaml that lies beside it."""
-    usual = _config_yaml(path)
-    if not _is_state(path) or not files.exists(usual):
-        return []
-    odd = [
-        f"{name} {saved!r} instead of {here!r}"
-        for name, (here, saved) in _differing(read_yaml(usual), content, usual).items()
-    ]
-    return [
-        f"note: {usual} is not of the run that this checkpoint is from; its settings are those "
-        f"saved with it in {path}: {', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''}"
-    ]
-
-
-def _is_state(path: str) -> bool:
-    return path.endswith(".pt")
-
-
-def _is_safetensors(path: str) -> bool:
-    return path.lower().endswith(".safetensors")
-
-
-def published_lambda(cfg: Config) -> tuple[float, float]:
-    """(b, k) of `--eps_scaler published`: the paper's value for this sampler and number of steps,
-    from the config's table.
-
-    Tables in section paper: eps_scaler for DDPM, eps_scaler_heun and eps_scaler_euler by number of
-    steps.
-
-    Raises:
-        ValueError: no table, or a number of steps that the table does not have.
-    """
-    kind = cfg.values.get("sampler") or ("ddim" if cfg.use_ddim else "ddpm")
-    table = cfg.paper.get("eps_scaler" if kind == "ddpm" else f"eps_scaler_{kind}", {})
-    known = [
-        owner
-        for owner, name in (
-            ("DDPM", "eps_scaler"),
-            ("Heun", "eps_scaler_heun"),
-            ("Euler", "eps_scaler_euler"),
-        )
-        if name in cfg.paper
-    ]
-    if not table and known:
-        raise ValueError(
-            f"the published lambdas of this config belong to {' and '.join(known)} sampling: give "
-            "a number"
-        )
-    if not table:
-        raise ValueError(
-            "--eps_scaler published needs a table of lambdas: give --config with one (section "
-            "paper, such as configs/cifar10.yaml), or a number"
-        )
-    sigma = kind in ("heun", "euler")
-    steps = str(cfg.edm_steps) if sigma else cfg.timestep_respacing or str(cfg.diffusion_steps)
-    by_steps = {str(key): value for key, value in table.items()}
-    if steps not in by_steps:
-        raise ValueError(
-            f"no lambda was published for {steps} steps; there is one for {', '.join(by_steps)} "
-            f"(--{'edm_steps' if sigma else 'timestep_respacing'}), or give a number"
-        )
-    return float(by_steps[steps]), 0.0
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    homes = (_PACKAGE, os.path.dirname(os.path.abspath(sys.argv[0])))
-    return os.path.dirname(os.path.abspath(frames[-1].filename)).startswith(homes)
-
-
-def _verdict(error: BaseException) -> tuple[str, int]:
-    """The line that a user gets to see ("": the traceback), and the exit code."""
-    if isinstance(error, KeyboardInterrupt):
-        return f"interrupted: {error}" if str(error) else "interrupted", 130
-    ours = isinstance(error, OSError) or isinstance(error, ValueError) and _raised_by_us(error)
-    if not ours or os.environ.get("GUIDED_DIFFUSION_IP_TRACEBACK"):
-        return "", 1
-    return f"error: {' '.join(str(error).split())}", 2
-
-
-def command(main: Callable[[], Any]) -> NoReturn:
-    """Run a script's main: what a user did wrong becomes one line on stderr and exit code 2; bugs
-    keep their traceback.
-
-    A ValueError raised by our own code is addressed to the user; one from a library is a bug of
-    ours. GUIDED_DIFFUSION_IP_TRACEBACK=1 shows the traceback in any case. One of several processes
-    tells the others of its end, or names the rank whose end is the cause of its own (exit code 1),
-    and does not wait for any.
-    """
-    # A warning is for the user too: one line, without the place in the code that raised it.
-    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
-    try:
-        main()
-    except SystemExit as end:
-        if end.code:
-            dist_util.report_failure(f"exit code {end.code}")
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        line, code = _verdict(error)
-        dist_util.end_process(error, line, code)  # comes back in a single process
-        if not line:
-            raise
-        print(line, file=sys.stderr)
-        sys.exit(code)
-    sys.exit(0)

@@ -14,7 +14,9 @@ from ..diffusion.edm_augmentation import Augmentation
 from ..diffusion.edm_losses import EDM_LOSSES, EDMLoss, EDMProcess
 from ..interop.edm_networks import EDM_NETWORKS, create_edm_denoiser
 from ..networks.unet import parse_channel_mult
-from .flags import SECTIONS
+from ..sizes import ImageSize, parse_size
+from .flag import numbers
+from .flags import names
 
 AUGMENT_LABELS = 9  # that describe an augmented image to the network
 
@@ -22,48 +24,47 @@ AUGMENT_LABELS = 9  # that describe an augmented image to the network
 _EDM_CHANNEL_MULTS = {"ddpmpp": (2, 2, 2), "ncsnpp": (2, 2, 2), "adm": (1, 2, 3, 4)}
 
 
-def edm_denoiser(cfg: Any, use_fp16: bool | None = None) -> nn.Module:
+def edm_network(
+    image_size: ImageSize,
+    in_channels: int,
+    num_channels: int,
+    channel_mult: str,
+    num_res_blocks: int,
+    attention_resolutions: str,
+    dropout: float,
+    class_cond: bool,
+    num_classes: int,
+    use_fp16: bool,
+    precond: str,
+    edm_network: str,
+    augment_dim: int,
+    label_dropout: float,
+    sigma_data: float,
+) -> nn.Module:
     """The preconditioned EDM network that sections model and edm describe: D(x, sigma, labels).
 
     Raises:
-        ValueError: flags that EDM's networks do not have.
+        ValueError: images that are not square, or what the network refuses.
     """
-    if not isinstance(cfg.image_size, int):
-        raise ValueError(f"--framework edm makes square images, not {cfg.image_size}")
-    for name, without in (
-        ("learn_sigma", False),
-        ("null_class", False),
-        ("resblock_updown", False),
-        ("use_new_attention_order", False),
-    ):
-        if getattr(cfg, name) != without:
-            raise ValueError(
-                f"--{name} {getattr(cfg, name)} belongs to ADM's U-Net, and EDM's networks have no "
-                "such thing: leave it out"
-            )
-    precond = {"sigma_data": cfg.sigma_data} if cfg.precond == "edm" else {}
-    mult = (
-        parse_channel_mult(cfg.channel_mult)
-        if cfg.channel_mult
-        else _EDM_CHANNEL_MULTS[cfg.edm_network]
-    )
+    height, width = parse_size(image_size)
+    if height != width:
+        raise ValueError(f"--framework edm makes square images, not {image_size}")
+    mult = parse_channel_mult(channel_mult) if channel_mult else _EDM_CHANNEL_MULTS[edm_network]
     return create_edm_denoiser(
-        cfg.precond,
-        img_resolution=cfg.image_size,
-        img_channels=cfg.in_channels,
-        label_dim=cfg.num_classes if cfg.class_cond else 0,
-        use_fp16=cfg.use_fp16 if use_fp16 is None else use_fp16,
-        **precond,
-        **EDM_NETWORKS[cfg.edm_network],
-        model_channels=cfg.num_channels,
+        precond,
+        img_resolution=height,
+        img_channels=in_channels,
+        label_dim=num_classes if class_cond else 0,
+        use_fp16=use_fp16,
+        **({"sigma_data": sigma_data} if precond == "edm" else {}),
+        **EDM_NETWORKS[edm_network],
+        model_channels=num_channels,
         channel_mult=[int(m) if m == int(m) else m for m in mult],
-        num_blocks=cfg.num_res_blocks,
-        attn_resolutions=[
-            int(size) for size in cfg.attention_resolutions.split(",") if size.strip()
-        ],
-        dropout=cfg.dropout,
-        augment_dim=cfg.augment_dim,
-        label_dropout=cfg.label_dropout,
+        num_blocks=num_res_blocks,
+        attn_resolutions=numbers(attention_resolutions, "attention_resolutions"),
+        dropout=dropout,
+        augment_dim=augment_dim,
+        label_dropout=label_dropout,
     )
 
 
@@ -73,10 +74,8 @@ def edm_process(cfg: Any) -> EDMProcess:
     Raises:
         ValueError: settings of a process with T steps, or augmentation without labels for it.
     """
-    for name in [
-        flag.name for flag in SECTIONS["diffusion"] if flag.name != "input_perturbation"
-    ] + ["timestep_respacing"]:
-        if cfg.given.get(name, "").startswith("--"):
+    for name in (*names("diffusion"), "timestep_respacing"):
+        if name != "input_perturbation" and cfg.on_command_line(name):
             raise ValueError(
                 f"--{name} {getattr(cfg, name)} belongs to a process with T steps, and --framework "
                 "edm has none: leave it out (--edm_loss, --P_mean, --P_std say which noise levels "

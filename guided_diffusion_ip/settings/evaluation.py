@@ -8,6 +8,7 @@ from ..evaluation.evaluate import EvaluationRequest, parse_metrics
 from ..evaluation.opening import FeatureChoice
 from ..evaluation.reference import has_statistics
 from ..evaluation.reference_file import ReferenceRequest
+from ..sizes import parse_size
 from .config import Config
 
 
@@ -65,9 +66,7 @@ def _features(cfg: Config) -> FeatureChoice:
 
 
 def _image_size(cfg: Config) -> tuple[int, int] | None:
-    """(height, width) of 64 or "64x96"; None for ''."""
-    sides = [int(side) for side in str(cfg.image_size).split("x") if side]
-    return (sides[0], sides[-1]) if sides else None
+    return parse_size(cfg.image_size) if cfg.image_size else None
 
 
 def _check_order(cfg: Config) -> None:

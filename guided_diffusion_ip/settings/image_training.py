@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import logger, script_util
+from .. import logger
 from ..diffusion.denoiser import BoundDenoiser
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.process import Process
 from ..diffusion.solvers.sigma_path import AlongSigma, SigmaGrid
 from ..runs.sample_batch import Sampler, process_sampler
+from ..sizes import parse_size
 from ..training.preview import drawn_classes
-from .config import Config, parse
-from .edm import edm_denoiser, edm_process
+from .config import Config, from_values
+from .edm import edm_process
+from .models import create_model_and_diffusion, create_network, network_flags
 from .train_prologue import begin
 from .training import (
     diffusion_train_settings,
@@ -34,7 +36,7 @@ from .training import (
 )
 
 
-def train(**flags: Any) -> str:
+def train(config: str = "", **flags: Any) -> str:
     """Train as scripts/image_train.py does with these flags; returns the folder with the results.
 
     Names, values, defaults and checks are those of the command line (`image_train.py --help`);
@@ -44,9 +46,8 @@ def train(**flags: Any) -> str:
     Raises:
         ValueError: what the script would end with in one line.
     """
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     try:
-        return train_images(parse("image_train", "", words))
+        return train_images(from_values("image_train", flags, config))
     finally:
         logger.reset()
 
@@ -56,7 +57,7 @@ def train_images(cfg: Config) -> str:
     cfg, out_dir, source = begin(cfg)
     messages: list[str] = []
     model, process = create(cfg)
-    size = script_util.parse_image_size(cfg.image_size)
+    size = parse_size(cfg.image_size)
     shape = (cfg.in_channels, *size)
     data = open_data(cfg, source, size, messages.append)
     to_device(model)
@@ -80,7 +81,7 @@ def create(cfg: Config) -> tuple[nn.Module, Process]:
         return _create_with_steps(cfg)
     torch.manual_seed(cfg.seed)
     process = edm_process(cfg)
-    return edm_denoiser(cfg, use_fp16=False), process
+    return create_network({**network_flags(cfg), "use_fp16": False}), process
 
 
 def _create_with_steps(cfg: Config, **process: Any) -> tuple[nn.Module, GaussianDiffusion]:
@@ -91,7 +92,7 @@ def _create_with_steps(cfg: Config, **process: Any) -> tuple[nn.Module, Gaussian
         **cfg.section("diffusion"),
         "timestep_respacing": cfg.timestep_respacing,
     }
-    return script_util.create_model_and_diffusion(**{**flags, **process, "use_fp16": False})
+    return create_model_and_diffusion(**{**flags, **process, "use_fp16": False})
 
 
 def sampler_on_the_way(

@@ -15,19 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import files
 from ..data.image_set import ImageSet, open_image_set
 from ..exposure_bias.measure_run import spread_over
-
-_DECIDES = (
-    "seed",
-    "use_ddim",
-    "eta",
-    "timestep_respacing",
-    "clip_denoised",
-    "guidance_scale",
-    "use_fp16",
-)
+from .config import Config
+from .flag import numbers as parse_numbers  # noqa: F401 (its former place)
+from .identity import deciding_values, default_folder, described, of_file
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class RealImages:
         return sha.hexdigest()
 
 
-def open_real_images(cfg: Any, size: tuple[int, int]) -> RealImages:
+def open_real_images(cfg: Config, size: tuple[int, int]) -> RealImages:
     """The images that --data_dir and --num_images name.
 
     Raises:
@@ -72,23 +64,22 @@ def open_real_images(cfg: Any, size: tuple[int, int]) -> RealImages:
     return RealImages(images, spread_over(len(images), min(cfg.num_images, len(images))))
 
 
-def what_decides(cfg: Any, real: RealImages, **more: Any) -> dict[str, Any]:
-    """All that the result depends on, as plain values."""
-    precision = {"precision": cfg.precision} if cfg.precision else {}
+def what_decides(cfg: Config, real: RealImages, **more: Any) -> dict[str, Any]:
+    """All that the result depends on, as plain values: the checkpoint and the images by content,
+    all flags that decide what comes out, and `more`, which stands where it stood in earlier
+    folders.
+    """
+    deciding = deciding_values(cfg)
+    precision = {name: deciding.pop(name) for name in ("precision",) if name in deciding}
     return {
         **precision,
-        "model_path": os.path.basename(cfg.model_path),
-        "model_sha256": files.sha256(cfg.model_path),
+        **of_file("model", cfg.model_path),
         "data_dir": os.path.basename(os.path.normpath(cfg.data_dir)),
         "data_sha256": real.digest(),
         "num_images": len(real.chosen),
-        **{name: getattr(cfg, name) for name in _DECIDES},
+        **{name: value for name, value in deciding.items() if name not in more},
         **more,
-        **{
-            name: value
-            for section in ("model", "diffusion")
-            for name, value in cfg.section(section).items()
-        },
+        **described(cfg, ("model", "diffusion")),
     }
 
 
@@ -96,22 +87,4 @@ def place_beside(model_path: str, folder: str, settings: dict[str, Any]) -> str:
     """A folder beside the checkpoint named after the settings: the same command finds what it had
     begun.
     """
-    stem = os.path.splitext(os.path.basename(model_path))[0]
-    key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
-    return os.path.join(
-        files.folder_beside(model_path), folder, f"{stem}-n{settings['num_images']}-{key}"
-    )
-
-
-def parse_numbers(text: str, flag: str) -> list[int]:
-    """[5, 10] from "5,10"; [] from "".
-
-    Raises:
-        ValueError: not of this form.
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts):
-        raise ValueError(
-            f"--{flag} {text}: expected whole numbers separated by commas, such as 5,10,20"
-        )
-    return [int(part) for part in parts]
+    return default_folder(model_path, folder, f"n{settings['num_images']}", settings)

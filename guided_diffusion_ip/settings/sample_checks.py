@@ -1,34 +1,23 @@
 """Combinations of sampling flags that have no meaning, refused with the reason before anything is
 built.
 
-What one flag alone may be is in flags.py; what belongs to one sampler only is in
-sample_setup.make_sampler; lambda(t) is in diffusion/epsilon_scaling.py. `cfg` is the merged
-settings of a script (config.Config), after its checkpoint's were adopted and before lambda is
-settled.
+What one flag alone may be is in its declaration; what belongs to one sampler only is in
+make_sampler.py; lambda(t) is in diffusion/epsilon_scaling.py. The settings are given after their
+checkpoint's were adopted and the solver was settled, and before lambda is.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 from ..runs.sample_batch import parse_class_ids
+from .config import Config
 
-_FINITE = ("eta", "guidance_scale", "classifier_scale", "eps_scaler_k")
 
-
-def check_request(cfg: Any) -> list[str]:
+def check_request(cfg: Config) -> list[str]:
     """Notes for the user on what is allowed and perhaps not meant; [] if there are none.
 
     Raises:
         ValueError: flags that contradict each other or the model.
     """
-    for name in _FINITE:
-        if not math.isfinite(cfg.values.get(name, 0)):
-            raise ValueError(
-                f"--{name} {cfg.values[name]} is no finite number, and every image would be NaN: "
-                "give one"
-            )
     if cfg.eps_scaler == "published" and cfg.eps_scaler_k:
         raise ValueError(
             f"--eps_scaler published is a constant lambda, but --eps_scaler_k {cfg.eps_scaler_k:g} "
@@ -52,21 +41,21 @@ def check_request(cfg: Any) -> list[str]:
     return notes
 
 
-def classes_to_sample(cfg: Any) -> list[int] | None:
+def classes_to_sample(cfg: Config) -> list[int] | None:
     """The classes that --class_ids names, by default all that the training images had (all of the
     network if that is not known); None for a model that knows no classes, unless a classifier
     guides it.
     """
     if not cfg.class_cond and "classifier_path" not in cfg.values:
         return None
-    if cfg.classes and not cfg.class_ids:
-        return list(range(min(len(cfg.classes), cfg.num_classes)))
-    return parse_class_ids(cfg.class_ids, cfg.num_classes, cfg.classes)
+    if cfg.class_names and not cfg.class_ids:
+        return list(range(min(len(cfg.class_names), cfg.num_classes)))
+    return parse_class_ids(cfg.class_ids, cfg.num_classes, cfg.class_names)
 
 
-def _notes_on_classes(cfg: Any) -> list[str]:
+def _notes_on_classes(cfg: Config) -> list[str]:
     """Rows of the network that no training image had the label of are as random as at the start."""
-    seen = len(cfg.classes)
+    seen = len(cfg.class_names)
     if not seen or seen >= cfg.num_classes or "base_samples" in cfg.values:
         return []
     known = (
@@ -74,11 +63,13 @@ def _notes_on_classes(cfg: Any) -> list[str]:
     )
     if not cfg.class_ids:
         return [f"note: {known}: only these are sampled"]
-    unseen = [k for k in parse_class_ids(cfg.class_ids, cfg.num_classes, cfg.classes) if k >= seen]
+    unseen = [
+        k for k in parse_class_ids(cfg.class_ids, cfg.num_classes, cfg.class_names) if k >= seen
+    ]
     return [f"note: {known}: it has never seen class {unseen[0]}"] if unseen else []
 
 
-def _check_classes(cfg: Any) -> None:
+def _check_classes(cfg: Config) -> None:
     if not cfg.class_ids:
         return
     if "base_samples" in cfg.values:

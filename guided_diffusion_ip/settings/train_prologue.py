@@ -67,9 +67,7 @@ def settle_batch(cfg: Config) -> Config:
             images evenly.
     """
     on_command_line = {
-        name
-        for name in ("batch_size", "global_batch_size")
-        if cfg.given.get(name, "").startswith("--")
+        name for name in ("batch_size", "global_batch_size") if cfg.on_command_line(name)
     }
     if on_command_line == {"batch_size"}:
         cfg = cfg.with_values(global_batch_size=0)

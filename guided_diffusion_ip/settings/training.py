@@ -289,7 +289,7 @@ def _write_config(cfg: Config, out_dir: str, data: Batches) -> None:
     cfg = replace(
         cfg,
         trained_on=getattr(data, "preprocessing", ""),
-        classes=getattr(data, "classes", None) or [],
+        class_names=tuple(getattr(data, "classes", None) or ()),
     )
     with files.atomic_file(os.path.join(out_dir, "config.yaml")) as file:
         file.write(cfg.as_yaml().encode())

@@ -35,7 +35,8 @@ from typing import Any
 import torch
 
 from guided_diffusion_ip import dist_util, script_util
-from guided_diffusion_ip.settings.config import Config, command, nearest, parse
+from guided_diffusion_ip.settings.config import Config, command, parse
+from guided_diffusion_ip.settings.yaml_file import nearest
 from tools.benchmark import loader
 from tools.benchmark.baseline import published_network
 from tools.benchmark.gathering import measure_gathering

@@ -1,0 +1,94 @@
+"""Which solver, steps and number format the flags ask for, and how to say it."""
+
+from __future__ import annotations
+
+from ..diffusion.respace import space_timesteps
+from ..diffusion.solvers import SOLVERS
+from .config import Config
+
+
+def goes_along_sigma(cfg: Config) -> bool:
+    """Whether the chain goes along noise levels (--edm_steps), rather than the steps of a process
+    (--timestep_respacing).
+    """
+    along = SOLVERS[sampler_kind(cfg)].along
+    return along == "sigma" or along == "either" and cfg.values.get("framework") == "edm"
+
+
+def settle_sampler(cfg: Config) -> Config:
+    """`cfg` with --solver and --use_ddim, two ways to say it, in agreement, and with clip_denoised
+    settled; what is on the command line wins over a config file.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    said = [name for name in ("solver", "use_ddim") if cfg.on_command_line(name)]
+    solver, use_ddim = cfg.solver, cfg.use_ddim
+    if said == ["use_ddim"]:
+        solver = "ddim" if use_ddim else ""
+    elif said == ["solver"]:
+        use_ddim = solver == "ddim"
+    if use_ddim and solver not in ("", "ddim"):
+        raise ValueError(f"--use_ddim True and --solver {solver} name two samplers: give one")
+    solver = sampler_kind(cfg.with_values(solver=solver, use_ddim=use_ddim))
+    settled = {"solver": solver, "use_ddim": solver == "ddim"}
+    if cfg.values.get("framework") == "edm" and "clip_denoised" not in cfg.given:
+        settled["clip_denoised"] = False  # EDM does not clip; settings.yaml tells what was done
+    return cfg.with_values(**settled)
+
+
+def sampler_kind(cfg: Config) -> str:
+    """ddpm, ddim, heun or euler; for scripts without --solver, by --use_ddim.
+
+    Raises:
+        ValueError: an EDM model is to be sampled by DDPM or DDIM.
+    """
+    edm = cfg.values.get("framework") == "edm"
+    kind = cfg.values.get("solver") or ("ddim" if cfg.use_ddim else "heun" if edm else "ddpm")
+    if edm and kind in ("ddpm", "ddim"):
+        raise ValueError(
+            f"{kind.upper()} steps along the alpha_bar of a process, and EDM's models have none: "
+            "use --solver heun or euler"
+        )
+    return kind
+
+
+def sampling_precision(cfg: Config) -> str:
+    """fp32, fp16 or bf16: --precision, else what the published --use_fp16 says, for which a config
+    may speak.
+
+    Raises:
+        ValueError: the two contradict each other on the command line.
+    """
+    asked = cfg.values.get("precision", "")
+    if asked in ("fp32", "bf16") and cfg.use_fp16 and cfg.on_command_line("use_fp16"):
+        raise ValueError(f"--use_fp16 True and --precision {asked} contradict each other: keep one")
+    return asked or ("fp16" if cfg.use_fp16 else "fp32")
+
+
+def number_of_steps(cfg: Config) -> int:
+    """Of the solver."""
+    if goes_along_sigma(cfg):
+        return cfg.edm_steps
+    return len(
+        space_timesteps(cfg.diffusion_steps, cfg.timestep_respacing or [cfg.diffusion_steps])
+    )
+
+
+def sampler_text(cfg: Config) -> str:
+    """DDPM, steps 100, lambda 1.017."""
+    kind = sampler_kind(cfg)
+    if goes_along_sigma(cfg):
+        text = f"{kind.capitalize()}, steps {cfg.edm_steps}" + (
+            f", S_churn {cfg.S_churn:g}" if cfg.S_churn else ""
+        )
+    else:
+        text = (
+            f"DDIM, eta {cfg.eta:g}" if kind == "ddim" else "DDPM"
+        ) + f", steps {cfg.timestep_respacing or cfg.diffusion_steps}"
+    slope = f" + {cfg.eps_scaler_k:g} t" if cfg.eps_scaler_k else ""
+    guidance = f", guidance scale {cfg.guidance_scale:g}" if cfg.guidance_scale != 1 else ""
+    b = cfg.eps_scaler
+    if isinstance(b, list):
+        b = f"{min(b):g} to {max(b):g}, one per step"
+    return f"{text}, lambda {b}{slope}{guidance}"

@@ -1,0 +1,26 @@
+"""The size of images, as flags, functions and files write it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+ImageSize = int | str | Sequence[int]
+
+
+def parse_size(size: ImageSize) -> tuple[int, int]:
+    """(height, width) of 64, "64", "64x96" or (64, 96).
+
+    Raises:
+        ValueError: not one or two positive sides.
+    """
+    words = size.lower().split("x") if isinstance(size, str) else size
+    sides = [words, words] if isinstance(words, int) else list(words)
+    if isinstance(size, str) and len(sides) == 1:
+        sides *= 2
+    try:
+        sides = [int(side) for side in sides]
+    except ValueError:
+        sides = []
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"image_size is {size}: give one positive side, or (height, width)")
+    return sides[0], sides[1]

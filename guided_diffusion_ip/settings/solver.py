@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..diffusion.epsilon_scaling import EpsilonScaling
 from ..diffusion.respace import space_timesteps
 from ..diffusion.solvers import SOLVERS
 from .config import Config
@@ -13,6 +14,11 @@ def goes_along_sigma(cfg: Config) -> bool:
     """
     along = SOLVERS[sampler_kind(cfg)].along
     return along == "sigma" or along == "either" and cfg.values.get("framework") == "edm"
+
+
+def along(*kinds: str) -> list[str]:
+    """The solvers that go along paths of these kinds: process, sigma, either."""
+    return [name for name, solver in SOLVERS.items() if solver.along in kinds]
 
 
 def settle_sampler(cfg: Config) -> Config:
@@ -38,17 +44,17 @@ def settle_sampler(cfg: Config) -> Config:
 
 
 def sampler_kind(cfg: Config) -> str:
-    """ddpm, ddim, heun or euler; for scripts without --solver, by --use_ddim.
+    """A name in SOLVERS; for scripts without --solver, by --use_ddim.
 
     Raises:
-        ValueError: an EDM model is to be sampled by DDPM or DDIM.
+        ValueError: an EDM model is to be sampled along the steps of a process.
     """
     edm = cfg.values.get("framework") == "edm"
     kind = cfg.values.get("solver") or ("ddim" if cfg.use_ddim else "heun" if edm else "ddpm")
-    if edm and kind in ("ddpm", "ddim"):
+    if edm and SOLVERS[kind].along == "process":
         raise ValueError(
-            f"{kind.upper()} steps along the alpha_bar of a process, and EDM's models have none: "
-            "use --solver heun or euler"
+            f"{SOLVERS[kind].title} steps along the alpha_bar of a process, and EDM's models have "
+            f"none: use --solver {' or '.join(along('sigma', 'either'))}"
         )
     return kind
 
@@ -77,18 +83,15 @@ def number_of_steps(cfg: Config) -> int:
 
 def sampler_text(cfg: Config) -> str:
     """DDPM, steps 100, lambda 1.017."""
-    kind = sampler_kind(cfg)
+    solver = SOLVERS[sampler_kind(cfg)]
+    words = [solver.title, *(f"{name} {cfg.values[name]:g}" for name in solver.options)]
     if goes_along_sigma(cfg):
-        text = f"{kind.capitalize()}, steps {cfg.edm_steps}" + (
-            f", S_churn {cfg.S_churn:g}" if cfg.S_churn else ""
-        )
+        words.append(f"steps {cfg.edm_steps}")
+        if cfg.S_churn:
+            words.append(f"S_churn {cfg.S_churn:g}")
     else:
-        text = (
-            f"DDIM, eta {cfg.eta:g}" if kind == "ddim" else "DDPM"
-        ) + f", steps {cfg.timestep_respacing or cfg.diffusion_steps}"
-    slope = f" + {cfg.eps_scaler_k:g} t" if cfg.eps_scaler_k else ""
-    guidance = f", guidance scale {cfg.guidance_scale:g}" if cfg.guidance_scale != 1 else ""
-    b = cfg.eps_scaler
-    if isinstance(b, list):
-        b = f"{min(b):g} to {max(b):g}, one per step"
-    return f"{text}, lambda {b}{slope}{guidance}"
+        words.append(f"steps {cfg.timestep_respacing or cfg.diffusion_steps}")
+    words.append(f"lambda {EpsilonScaling.of(cfg.eps_scaler, cfg.eps_scaler_k)}")
+    if cfg.guidance_scale != 1:
+        words.append(f"guidance scale {cfg.guidance_scale:g}")
+    return ", ".join(words)

@@ -111,7 +111,7 @@ def with_and_without(script, flag, files):
     """The identities of two requests that differ in one flag alone."""
     always = dict(files)
     if flag.solvers:
-        always["solver"] = "heun"
+        always["solver"] = "heun" if flag.solvers == "sigma" else flag.solvers
     if flag.name == "eta":
         always["use_ddim"] = True
     if flag.name in ("class_ids", "guidance_scale"):

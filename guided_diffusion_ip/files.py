@@ -78,7 +78,7 @@ def sha256_tree(path: str | os.PathLike) -> str:
     if not os.path.isdir(path):
         return sha256(path)
     digest = hashlib.sha256()
-    for folder, folders, names in os.walk(path):
+    for folder, folders, names in os.walk(os.fspath(path)):
         folders.sort()
         for name in sorted(names):
             full = os.path.join(folder, name)

@@ -283,9 +283,8 @@ class VPPrecond(Preconditioning):
     ) -> None:
         self.beta_d, self.beta_min, self.M = beta_d, beta_min, M
         ends = torch.tensor([epsilon_t, 1], dtype=torch.float64, device="cpu")
-        super().__init__(
-            network, *VPSchedule(beta_d, beta_min).sigma(ends).tolist(), label_dim, use_fp16
-        )
+        sigma_min, sigma_max = VPSchedule(beta_d, beta_min).sigma(ends).tolist()
+        super().__init__(network, sigma_min, sigma_max, label_dim, use_fp16)
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         # VPSchedule.sigma_inv is more precise. But Fourier features magnify the last digits of
@@ -324,6 +323,8 @@ class iDDPMPrecond(Preconditioning):
 
     F has 2 C outputs; the last C, its variance, are not used here.
     """
+
+    u: Tensor
 
     def __init__(
         self,

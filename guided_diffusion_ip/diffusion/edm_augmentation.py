@@ -97,8 +97,8 @@ class Augmentation:
         for flip, dim in zip(flips, (3, 2)):
             images = torch.where(_per_image(flip), images.flip(dim), images)
 
-        moved, jacobian, shift, labels = self._geometry(u)
-        labels = torch.stack([flip.double() for flip in flips] + labels, dim=1)
+        moved, jacobian, shift, moves = self._geometry(u)
+        labels = torch.stack([flip.double() for flip in flips] + moves, dim=1)
         size = torch.tensor([images.shape[3], images.shape[2]], dtype=u.dtype).to(
             u.device, non_blocking=True
         )

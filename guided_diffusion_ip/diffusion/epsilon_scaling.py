@@ -36,7 +36,9 @@ class EpsilonScaling:
     k: float = 0.0
 
     @classmethod
-    def of(cls, eps_scaler: float | Sequence[float], eps_scaler_k: float = 0.0) -> EpsilonScaling:
+    def of(
+        cls, eps_scaler: float | Sequence[float] | np.ndarray, eps_scaler_k: float = 0.0
+    ) -> EpsilonScaling:
         """From what the flags --eps_scaler and --eps_scaler_k hold: b may be a list or an array."""
         b = np.asarray(eps_scaler, dtype=np.float64)
         values = b.tolist() if b.ndim == 0 else tuple(b.flatten().tolist())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -65,6 +66,13 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     return BETA_SCHEDULES[schedule_name](num_diffusion_timesteps)
 
 
+class HasDimensions(Protocol):
+    """Images [N, C, H, W] (ndim 4), or what stands for them."""
+
+    @property
+    def ndim(self) -> int: ...
+
+
 class NoiseSchedule:
     """The tables that follow from the betas, and the forward process q that they define.
 
@@ -114,7 +122,7 @@ class NoiseSchedule:
 
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
-    def at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
+    def at(self, table: str, t: Tensor, like: HasDimensions) -> Tensor:
         """`table`[t] as float32 [N, 1, 1, ...], ready to broadcast against `like` [N, ...].
 
         The table goes to each device once: no host copy, and no host sync, in a sampling or

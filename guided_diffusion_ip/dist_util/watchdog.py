@@ -385,9 +385,10 @@ def start(rank: int, world: int, store: dist.Store, host: str, port: int, limit_
     """
     global _current
     stop()
+    watchdog: Watchdog
     if rank == 0:
-        watchdog = _Hub(rank, world, limit_s, host)
-        store.set("watchdog", json.dumps([_own_address(host, port), watchdog.port, watchdog.token]))
+        watchdog = hub = _Hub(rank, world, limit_s, host)
+        store.set("watchdog", json.dumps([_own_address(host, port), hub.port, hub.token]))
     else:
         place, door, token = json.loads(store.get("watchdog"))
         try:

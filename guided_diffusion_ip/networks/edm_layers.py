@@ -57,6 +57,8 @@ class FourierEmbedding(nn.Module):
     (Tancik et al. 2020).
     """
 
+    freqs: Tensor
+
     def __init__(self, dim: int, scale: float = 16.0) -> None:
         super().__init__()
         self.register_buffer("freqs", scale * torch.randn(dim // 2))
@@ -116,6 +118,8 @@ class Resample(nn.Module):
     2, W / 2].
     """
 
+    resample_filter: Tensor
+
     def __init__(self, direction: Direction, taps: Sequence[float]) -> None:
         super().__init__()
         self.resampler = Resampler(direction, taps)
@@ -133,6 +137,8 @@ class ResamplingConv2d(nn.Conv2d):
         convolve_first: (halving only) the convolution works on the fine grid, before the filter,
             which meets what it gives on a margin around the image, too.
     """
+
+    resample_filter: Tensor
 
     def __init__(
         self,
@@ -236,6 +242,7 @@ class UNetBlock(TimestepBlock):
         self.dropout = Dropout(style.dropout)
         self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         projected = style.resample_proj or in_channels != out_channels
+        self.skip: nn.Module
         if resample:
             self.skip = (
                 ResamplingConv2d(in_channels, out_channels, 1, resample, taps)
@@ -275,6 +282,7 @@ class UNetBlock(TimestepBlock):
         # needs.
         rows = (self.num_heads, -1, 3, x.shape[1])
         weight = self.qkv.weight.view(rows).permute(2, 0, 1, 3).reshape(-1, x.shape[1])
+        assert self.qkv.bias is not None, "qkv is made with a bias"
         bias = self.qkv.bias.view(rows[:3]).permute(2, 0, 1).flatten()
         q, k, v = split_qkv(F.linear(tokens, weight, bias), self.num_heads, new_order=True)
         update = F.linear(attend(q, k, v), self.proj.weight.flatten(1), self.proj.bias).transpose(

@@ -40,9 +40,11 @@ from .trunk import require_divisible
 class EDMUNet(nn.Module):
     """What both have in common: encoder, decoder and the checks of what is given.
 
-    Subclasses say in which style blocks are made, embed the conditions, and turn features into an
-    output.
+    Subclasses say in which style blocks are made, embed the conditions (in the dtype of
+    `map_layer0`), and turn features into an output.
     """
+
+    map_layer0: nn.Linear
 
     def __init__(
         self,
@@ -422,12 +424,13 @@ class SongUNet(EDMUNet):
         return h, side
 
     def _decode(self, h: Tensor, states: list[Tensor], emb: Tensor) -> Tensor:
-        out = None
+        out: Tensor | None = None
         for r in reversed(self.resolutions):
             h = self._decode_level(r, h, states, emb)
             if f"{r}x{r}_aux_conv" in self.dec:
                 image = self.dec[f"{r}x{r}_aux_conv"](F.silu(self.dec[f"{r}x{r}_aux_norm"](h)))
                 out = image if out is None else self.dec[f"{r}x{r}_aux_up"](out) + image
+        assert out is not None, "at least one level of the decoder has an output"
         return out
 
 

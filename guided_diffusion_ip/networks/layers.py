@@ -148,6 +148,13 @@ def full_precision(x: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False)
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """In which `module` keeps its weight."""
+    weight = module.weight
+    assert isinstance(weight, Tensor), f"{type(module).__name__} has no weight"
+    return weight.dtype
+
+
 def linear(*args, **kwargs) -> nn.Linear:
     """nn.Linear, under the name that existing code imports."""
     return nn.Linear(*args, **kwargs)

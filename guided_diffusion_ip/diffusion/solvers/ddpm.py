@@ -6,18 +6,20 @@ torch.randn_like, is called once for the starting noise (unless given) and once 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .loop import Model, Output, chain_of_verbs, last_of
-from .paths import ProcessLevel, ProcessPath, RandnLike, Step
+from ..process import DenoisedFn, Network, RandnLike
+from .loop import Output, chain_of_verbs, last_of
+from .paths import ProcessLevel, ProcessPath, Step
 from .solver import Solver
 
 if TYPE_CHECKING:
     from ..gaussian_diffusion import GaussianDiffusion
+    from ..guidance import CondFn
 
 
 def step(
@@ -25,14 +27,15 @@ def step(
     x: Tensor,
     here: ProcessLevel,
     there: ProcessLevel,
-    previous: Step | None,
+    previous: Step[ProcessLevel] | None,
     randn_like: RandnLike,
-) -> Step:
+) -> Step[ProcessLevel]:
     """Draw x_{t-1}, [N, C, H, W]; the last step returns its mean, without noise."""
     p = path.predict(x, here)
     not_last = (here.t != 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
     noise = randn_like(x)
-    return Step(p.mean + not_last * torch.exp(0.5 * p.log_variance) * noise, there, p)
+    mean, log_variance = p.mean_and_log_variance
+    return Step(mean + not_last * torch.exp(0.5 * log_variance) * noise, there, p)
 
 
 SOLVER = Solver("ddpm", "DDPM", "process", step, guide_score=False)
@@ -40,12 +43,12 @@ SOLVER = Solver("ddpm", "DDPM", "process", step, guide_score=False)
 
 def p_sample(
     process: GaussianDiffusion,
-    model: Model,
+    model: Network,
     x: Tensor,
     t: Tensor,
     clip_denoised: bool = True,
-    denoised_fn: Callable[[Tensor], Tensor] | None = None,
-    cond_fn: Callable[..., Tensor] | None = None,
+    denoised_fn: DenoisedFn | None = None,
+    cond_fn: CondFn | None = None,
     model_kwargs: dict[str, Any] | None = None,
     randn_like: RandnLike | None = None,
 ) -> Output:
@@ -61,7 +64,7 @@ def p_sample(
 
 def p_sample_loop(
     process: GaussianDiffusion,
-    model: Model,
+    model: Network,
     shape: Sequence[int],
     noise: Tensor | None = None,
     **options: Any,
@@ -74,7 +77,7 @@ def p_sample_loop(
 
 def p_sample_loop_progressive(
     process: GaussianDiffusion,
-    model: Model,
+    model: Network,
     shape: Sequence[int],
     noise: Tensor | None = None,
     **options: Any,

@@ -7,8 +7,8 @@ along x = s(t) (y + sigma(t) n) is
     dx/dt = (s' / s) x + s sigma' epsilon.
 
 Epsilon scaling (`epsilon_scaling`) divides this epsilon by lambda at every evaluation of the
-network, and nothing else: the predictor and the corrector of step i share lambda(num_steps - 1 -
-i), index 0 being the clean end.
+network, and nothing else: the predictor and the corrector of step i share
+lambda(num_steps - 1 - i), index 0 being the clean end.
 
 Randomness: latents [N, C, H, W] are standard normal; `randn_like` is called once per step, and
 never if S_churn is 0, so that the noise of step i is the same whichever steps use theirs. States

@@ -102,8 +102,8 @@ def scale_xstart(
 def warn_if_unclipped(process: NoiseSchedule) -> None:
     """Warn where an error in epsilon is amplified by orders of magnitude and nothing clips it.
 
-    At the first step x_0_hat = (x - sqrt(1 - ab) eps) / sqrt(ab): with few cosine steps sqrt(1/ab -
-    1) is in the thousands.
+    At the first step x_0_hat = (x - sqrt(1 - ab) eps) / sqrt(ab): with few cosine steps
+    sqrt(1/ab - 1) is in the thousands.
     """
     gain = float(process.sqrt_recipm1_alphas_cumprod[-1])
     if gain > 1000:

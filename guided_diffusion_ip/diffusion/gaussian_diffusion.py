@@ -5,10 +5,8 @@ process, in the file named after it. This class holds the settings, reads the ne
 binds the verbs as its methods:
 
     noise_schedule   q_sample, q_posterior_mean_variance, ... (the base class: needs no network)
-    solvers          p_sample*, ddim_*                         -> epsilon scaling (lambda) is read
-                     here only
-    losses           training_losses                           -> input perturbation (gamma) is read
-                     here only
+    solvers          p_sample*, ddim_*: the only ones that read lambda (epsilon scaling)
+    losses           training_losses: the only one that reads gamma (input perturbation)
     likelihood       calc_bpd_loop
     guidance         condition_mean, condition_score
 

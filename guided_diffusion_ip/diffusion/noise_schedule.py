@@ -97,9 +97,8 @@ class NoiseSchedule:
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.one_minus_alphas_cumprod = 1.0 - self.alphas_cumprod
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
-        with np.errstate(
-            divide="ignore"
-        ):  # beta = 1 leaves nothing of x_0: infinities are the true values
+        # beta = 1 leaves nothing of x_0: infinities are the true values.
+        with np.errstate(divide="ignore"):
             self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
             self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
             self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
@@ -107,8 +106,7 @@ class NoiseSchedule:
         # q(x_{t-1} | x_t, x_0), Ho et al. 2020, Eq. 6 and 7.
         noise_left = (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         self.posterior_variance = betas * noise_left
-        # It is 0 at t = 0: the logarithm borrows the value of t = 1 (or beta, when there is no t =
-        # 1).
+        # It is 0 at t = 0: the logarithm borrows the value of t = 1 (or beta, if there is no such t).
         floor = self.posterior_variance[1] if self.num_timesteps > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(floor, self.posterior_variance[1:]))
         self.posterior_mean_coef1 = (
@@ -135,10 +133,8 @@ class NoiseSchedule:
         return self._on_device[key][t].view(-1, *[1] * (like.ndim - 1))
 
     def __getstate__(self) -> dict:
-        return {
-            **self.__dict__,
-            "_on_device": {},
-        }  # device copies are a cache: not pickled, not deep-copied
+        # Device copies are a cache: not pickled, not deep-copied.
+        return {**self.__dict__, "_on_device": {}}
 
     @property
     def snr(self) -> np.ndarray:

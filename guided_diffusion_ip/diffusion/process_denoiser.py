@@ -1,8 +1,8 @@
 """A denoiser D(x, sigma) from a process and its network, so that EDM's samplers run ADM's
 checkpoints.
 
-Karras et al. 2022 (arXiv 2206.00364), appendix C.3: with sigma = sqrt((1 - ab) / ab), x = y + sigma
-n is x_t / sqrt(ab), and
+Karras et al. 2022 (arXiv 2206.00364), appendix C.3: with sigma = sqrt((1 - ab) / ab),
+x = y + sigma n is x_t / sqrt(ab), and
     D(x, sigma) = x - sigma epsilon(sqrt(ab) x, t).
 """
 

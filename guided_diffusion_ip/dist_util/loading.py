@@ -31,9 +31,8 @@ def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
             # Remote streams cannot jump about as a zip archive wants.
             source = io.BytesIO(file.read()) if is_remote(name) else file
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # of the pickle's version, ahead of an error that says all
+                # Of the pickle's version, ahead of an error that says all.
+                warnings.simplefilter("ignore")
                 return torch.load(source, map_location=map_location, weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         found = "a folder" if isinstance(error, IsADirectoryError) else "no such file"

@@ -345,9 +345,8 @@ class _Spoke(Watchdog):
     def _beat(self) -> None:
         if self._hub.silence_s > _QUIET_S:
             self.silent = [0]
-        self._hub.send(
-            {"calls": self._calls}
-        )  # every time: what does not fit into the line is lost
+        # Every time: what does not fit into the line is lost.
+        self._hub.send({"calls": self._calls})
 
     def _say_goodbye(self) -> None:
         self._hub.send({"left": True})

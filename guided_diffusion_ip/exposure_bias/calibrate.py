@@ -66,8 +66,8 @@ class Calibration:
     how: list[str] = field(default_factory=list)
 
     def fit(self) -> dict[str, float]:
-        """b, and (k, b) of a line: least squares over the steps that were found, weights 1 /
-        error^2.
+        """b, and (k, b) of a line: least squares over the steps that were found, with weights
+        1 / error^2.
 
         With fewer than two such steps the line is the constant; with none, b = 1.
         """
@@ -234,9 +234,7 @@ class _Calibrator:
         return found
 
     def _targets_and_starts(self) -> tuple[list[Mean], Tensor]:
-        """What the statistic is at each t on training inputs, and the chains' start
-        [n, C, H, W].
-        """
+        """What the statistic is at each t on training inputs, and the chains' start [n, C, H, W]."""
         steps, real, starts = self.sampler.num_steps, [], []
         for index in self.parts:
             images, cond = self.images_for(index)
@@ -315,9 +313,7 @@ class _Calibrator:
         found: Calibration,
         neighbour: float,
     ) -> _Trial:
-        """The trial that meets the target, by bracketing; writes how, error and
-        response of step t.
-        """
+        """The trial that meets the target, by bracketing; writes how, error and response of step t."""
 
         def trial(lam: float) -> _Trial:
             return self._try(x, output, t, lam, target)
@@ -363,9 +359,8 @@ def _bracket_root(
         side = 0 if middle.excess * values[0] > 0 else 1
         ends[side], values[side] = middle, middle.excess
         if side == last:
-            values[1 - side] /= (
-                2  # the other end has stood still twice: let the line lean towards it
-            )
+            # The other end has stood still twice: let the line lean towards it.
+            values[1 - side] /= 2
         last = side
     return best
 

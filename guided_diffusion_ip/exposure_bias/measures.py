@@ -104,11 +104,10 @@ class EpsilonNorm:
 class Delta:
     """Measure 2: delta_t = (std of (x_t - alpha_t x_0) - sigma_t)^2 (ES, Section 3).
 
-    `multi`: in the chain started at q(x_{T'-1} | x_0); `single`: after one step from q(x_{t+1} |
-    x_0). Entry T'-1 of both is the start itself. x_0 is the image that the chain started from. A
-    stochastic sampler started near pure noise has forgotten
-    it: even a perfect one ends at sqrt(2) times the data's std, so that compare values between
-        methods, not with 0.
+    `multi`: in the chain started at q(x_{T'-1} | x_0); `single`: after one step from
+    q(x_{t+1} | x_0). Entry T'-1 of both is the start itself. x_0 is the image that the chain
+    started from. A stochastic sampler started near pure noise has forgotten it: even a perfect one
+    ends at sqrt(2) times the data's std. So compare values between methods, not with 0.
     """
 
     name = "delta"

@@ -114,8 +114,8 @@ class Resampler:
 
 
 class Resample(nn.Module):
-    """A Resampler and its filter, nothing learned: [N, C, H, W] -> [N, C, 2 H, 2 W] or [N, C, H /
-    2, W / 2].
+    """A Resampler and its filter, nothing learned: [N, C, H, W] -> [N, C, 2 H, 2 W] or
+    [N, C, H / 2, W / 2].
     """
 
     resample_filter: Tensor
@@ -130,8 +130,8 @@ class Resample(nn.Module):
 
 
 class ResamplingConv2d(nn.Conv2d):
-    """Resampling, then a convolution, [N, in_channels, H, W] -> [N, out_channels, 2 H, 2 W] or [N,
-    out_channels, H / 2, W / 2].
+    """Resampling, then a convolution, [N, in_channels, H, W] -> [N, out_channels, 2 H, 2 W] or
+    [N, out_channels, H / 2, W / 2].
 
     Args:
         convolve_first: (halving only) the convolution works on the fine grid, before the filter,
@@ -285,7 +285,5 @@ class UNetBlock(TimestepBlock):
         assert self.qkv.bias is not None, "qkv is made with a bias"
         bias = self.qkv.bias.view(rows[:3]).permute(2, 0, 1).flatten()
         q, k, v = split_qkv(F.linear(tokens, weight, bias), self.num_heads, new_order=True)
-        update = F.linear(attend(q, k, v), self.proj.weight.flatten(1), self.proj.bias).transpose(
-            1, 2
-        )  # [N, C, T]
-        return (x + update.view(x.shape)) * self.style.skip_scale
+        update = F.linear(attend(q, k, v), self.proj.weight.flatten(1), self.proj.bias)  # [N, T, C]
+        return (x + update.transpose(1, 2).view(x.shape)) * self.style.skip_scale

@@ -170,9 +170,8 @@ class EDMUNet(nn.Module):
         """
         self._check(x, noise_labels, class_labels, augment_labels)
         if augment_labels is None and self.augment_dim:
-            augment_labels = x.new_zeros(
-                len(x), self.augment_dim
-            )  # "nothing was done", and every parameter has a gradient
+            # "Nothing was done", and every parameter has a gradient.
+            augment_labels = x.new_zeros(len(x), self.augment_dim)
         # Half precision would blur noise levels that differ by a few per mille.
         with torch.autocast(x.device.type, enabled=False):
             emb = self.embed(
@@ -218,9 +217,7 @@ class EDMUNet(nn.Module):
         return h
 
     def _drop_labels(self, class_labels: Tensor) -> Tensor:
-        """In training, rows of zeros (no class) in place of some, with probability
-        label_dropout.
-        """
+        """In training, rows of zeros (no class) in place of some, with probability label_dropout."""
         if not (self.training and self.label_dropout):
             return class_labels
         keep = torch.rand(len(class_labels), 1, device=class_labels.device) >= self.label_dropout

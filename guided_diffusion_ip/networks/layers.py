@@ -1,7 +1,7 @@
 """The primitives of the UNets: norms, convolution by dimension, time embedding, recomputation.
 
-Shapes: N images, C channels, H x W pixels. Functions work for one, two and
-three spatial dimensions; two are written out in the text.
+Shapes: N images, C channels, H x W pixels. Functions work for one, two and three spatial
+dimensions; two are written out in the text.
 """
 
 from __future__ import annotations

@@ -160,9 +160,8 @@ def compiled(network: torch.nn.Module, device: torch.device) -> Network:
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return graphed(
-            *args, **kwargs
-        ).clone()  # the graph's next run writes where this one's answer lies
+        # A copy: the graph's next run writes where this one's answer lies.
+        return graphed(*args, **kwargs).clone()
 
     return call
 

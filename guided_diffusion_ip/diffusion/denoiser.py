@@ -199,7 +199,10 @@ class Preconditioning(nn.Module):
                     "out, or build it with label_dim (--class_cond True)"
                 )
             return None
-        wanted = f"give int64 [{batch}] with values 0 to {self.label_dim - 1}, or one-hot rows [{batch}, {self.label_dim}]"
+        wanted = (
+            f"give int64 [{batch}] with values 0 to {self.label_dim - 1}, or one-hot rows "
+            f"[{batch}, {self.label_dim}]"
+        )
         if labels is None:
             raise ValueError(
                 f"got no labels, but this denoiser is class-conditional: {wanted}; rows of zeros "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EpsilonScaling:
-    """lambda(t) = k t + b, by which a sampler divides epsilon at step t; 1 everywhere switches it off.
+    """lambda(t) = k t + b, by which a sampler divides epsilon at step t; 1 everywhere is off.
 
     Args:
         b: the constant term, or one value per step (index 0 = last, clean step), to which k t is

@@ -106,7 +106,7 @@ class NoiseSchedule:
         # q(x_{t-1} | x_t, x_0), Ho et al. 2020, Eq. 6 and 7.
         noise_left = (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         self.posterior_variance = betas * noise_left
-        # It is 0 at t = 0: the logarithm borrows the value of t = 1 (or beta, if there is no such t).
+        # It is 0 at t = 0: the logarithm borrows the value of t = 1, or beta if T = 1.
         floor = self.posterior_variance[1] if self.num_timesteps > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(floor, self.posterior_variance[1:]))
         self.posterior_mean_coef1 = (

@@ -327,7 +327,7 @@ def _tcp_store(
 
 
 def _await_store(info: LaunchInfo, host: str, port: int, timeout_s: float) -> None:
-    """Until somebody listens at host:port. (PyTorch's own wait is deaf to Ctrl-C, and not quiet.)"""
+    """Until somebody listens at host:port. (PyTorch's own wait ignores Ctrl-C and prints.)"""
     wait = _Wait(info, host, timeout_s)
     while True:
         try:

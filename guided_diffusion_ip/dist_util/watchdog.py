@@ -40,7 +40,10 @@ _QUIET_S = 3.0  # without a beat for so long: worth naming when a collective has
 _GRACE_S = 5.0  # for a main thread to end by itself once a rank has failed
 _MAX_LINE = 1 << 16  # bytes; knowledge about thousands of ranks fits in
 
-_GONE = "is gone without a word (its own output says why; if something killed it, the system's log does)"
+_GONE = (
+    "is gone without a word (its own output says why; if something killed it, the system's log "
+    "does)"
+)
 _LEFT = "has ended as if all was done (did all ranks get the same flags and data?)"
 _QUIET = "has not answered for some seconds"
 

@@ -234,7 +234,7 @@ class _Calibrator:
         return found
 
     def _targets_and_starts(self) -> tuple[list[Mean], Tensor]:
-        """What the statistic is at each t on training inputs, and the chains' start [n, C, H, W]."""
+        """The statistic at each t on training inputs, and the chains' start [n, C, H, W]."""
         steps, real, starts = self.sampler.num_steps, [], []
         for index in self.parts:
             images, cond = self.images_for(index)
@@ -313,7 +313,7 @@ class _Calibrator:
         found: Calibration,
         neighbour: float,
     ) -> _Trial:
-        """The trial that meets the target, by bracketing; writes how, error and response of step t."""
+        """The trial that meets the target, by bracketing; sets how, error and response of t."""
 
         def trial(lam: float) -> _Trial:
             return self._try(x, output, t, lam, target)

@@ -165,7 +165,7 @@ def _levels(path: SamplingPath) -> dict[str, np.ndarray]:
 
 
 class PartialSums:
-    """Sums so far, in files that each name the images which they count; no image is in two of them."""
+    """Sums so far, in files that each name the images which they count; no two share an image."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -217,7 +217,7 @@ class EDMUNet(nn.Module):
         return h
 
     def _drop_labels(self, class_labels: Tensor) -> Tensor:
-        """In training, rows of zeros (no class) in place of some, with probability label_dropout."""
+        """In training, some rows become zeros (no class), with probability label_dropout."""
         if not (self.training and self.label_dropout):
             return class_labels
         keep = torch.rand(len(class_labels), 1, device=class_labels.device) >= self.label_dropout

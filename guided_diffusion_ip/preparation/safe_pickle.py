@@ -29,7 +29,7 @@ class Refused(ValueError):
 
 
 class Buildable:
-    """What the instruction BUILD may hand a state to; nothing else gets attributes from a pickle."""
+    """What the instruction BUILD may hand a state to; a pickle sets no other attributes."""
 
     def build(self, state: Any) -> None:
         """Take the state; Refused if it is not what this object is made of."""

@@ -14,7 +14,10 @@ from .. import dist_util
 
 ResultT = TypeVar("ResultT")
 _TERMINAL_S, _FILE_S = 0.2, 5.0  # seconds between two states of the bar: a file keeps them all
-_FORMAT = "{desc}: {percentage:.1f}%|{bar}| {n:.2f}/{total} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+_FORMAT = (
+    "{desc}: {percentage:.1f}%|{bar}| {n:.2f}/{total} {unit} "
+    "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+)
 
 
 class ImageBar:

@@ -232,7 +232,8 @@ def parse_class_ids(text: str, num_classes: int, class_names: Sequence[str] = ()
             if part in class_names:
                 ids.append(class_names.index(part))
                 continue
-            known = f", or names of its classes ({', '.join(class_names[:4])}{', ...' * (len(class_names) > 4)})"
+            more = ", ..." if len(class_names) > 4 else ""
+            known = f", or names of its classes ({', '.join(class_names[:4])}{more})"
             raise ValueError(
                 f"class_ids {text!r} is not understood: use numbers and ranges, such as 0-9 or 3,5"
                 + (known if class_names else "")

@@ -9,8 +9,8 @@ sampler reads.
     use: lambda                      # which of them counts: lambda, b (with k), or kb; default: the
                                      # first that is there
 
-    settings: {use_ddim: false, ...} # what it was calibrated for; compared with what it is used for,
-                                     # where it is there
+    settings: {use_ddim: false, ...} # what it was calibrated for; compared with what it is used
+                                     # for, where it is there
 
 Other keys are for people and are not read.
 """

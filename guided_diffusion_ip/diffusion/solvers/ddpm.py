@@ -52,7 +52,10 @@ def p_sample(
     model_kwargs: dict[str, Any] | None = None,
     randn_like: RandnLike | None = None,
 ) -> Output:
-    """Draw x_{t-1} ~ p(x_{t-1} | x_t) (Ho et al. 2020, Algorithm 2). x: [N, C, H, W]; t: int64 [N]."""
+    """Draw x_{t-1} ~ p(x_{t-1} | x_t) (Ho et al. 2020, Algorithm 2).
+
+    x: [N, C, H, W]; t: int64 [N].
+    """
     path = ProcessPath(
         process, model, model_kwargs, clip_denoised, denoised_fn, cond_fn, guide_score=False
     )
@@ -67,7 +70,7 @@ def p_sample_loop(
     noise: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Samples [N, C, H, W] by DDPM. Options: device, progress, randn_like, and those of `p_sample`."""
+    """Samples [N, C, H, W] by DDPM. Options: device, progress, randn_like, those of `p_sample`."""
     return last_of(process.p_sample_loop_progressive(model, shape, noise, **options))["sample"]
 
 

@@ -86,7 +86,7 @@ class Prediction(Generic[LevelT]):
 
 @dataclass(frozen=True)
 class Step(Generic[LevelT]):
-    """What a solver's step returns: x at `level`, and the (first) prediction that it was made of."""
+    """What a solver's step returns: x at `level`, and the (first) prediction that made it."""
 
     x: Tensor
     level: LevelT

@@ -8,15 +8,18 @@ import pickle
 import re
 import struct
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..files import is_remote, open_binary
 from .collectives import from_main
 
+if TYPE_CHECKING:
+    from torch.serialization import MAP_LOCATION
 
-def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
+
+def load_state_dict(path: str | os.PathLike, map_location: MAP_LOCATION = "cpu") -> Any:
     """What torch.save() wrote to a local or remote path: tensors and plain containers only.
 
     Every rank reads the file by itself: no collective is inside, so one rank may call it alone.

@@ -1,4 +1,6 @@
-"""Package metadata. Versions are bounded below only; the bounds say why where it is not obvious."""
+"""Package metadata. Versions are bounded below only (but for the checkers); the bounds say why where
+it is not obvious.
+"""
 
 import re
 from pathlib import Path
@@ -43,6 +45,11 @@ setup(
         "test": [
             "pytest>=7.0",
             "pytest-xdist>=3.0",
+            # Checkers: their findings change from release to release, so both ends are held.
+            "mypy>=2.0,<3",
+            "ruff>=0.17,<0.18",
+            "types-PyYAML",
+            "types-tqdm",
             "scipy>=1.10",
             "scikit-learn>=1.2",
             "mpi4py>=4.0",

@@ -5,8 +5,7 @@
 The source is the LMDB folder of the published zip, unpacked (needs the lmdb package: pip install
 lmdb). Each image is made as the IP paper's script makes it: scaled by one step with a box filter
 until its shorter side is 64, the middle 64 x 64 cut out. (The training loader, given the originals,
-would halve them twice, and round
-twice: 0.7 grey levels brighter.)
+would halve them twice, and round twice: 0.7 grey levels brighter.)
 
 Writes DIR/train.npz (one file rather than 708,264) and DIR/reference.npz (50,000 random images,
 always the same). An interrupted run goes on if started again.

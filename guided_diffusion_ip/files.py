@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO
 
-CONFIG_IN_HEADER = "config"  # where a safetensors file has the text of its config.yaml, among what its header says besides tensors
+# Where the header of a safetensors file has the text of its config.yaml.
+CONFIG_IN_HEADER = "config"
 _LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 
@@ -78,7 +79,7 @@ def sha256_tree(path: str | os.PathLike) -> str:
     if not os.path.isdir(path):
         return sha256(path)
     digest = hashlib.sha256()
-    for folder, folders, names in os.walk(path):
+    for folder, folders, names in os.walk(os.fspath(path)):
         folders.sort()
         for name in sorted(names):
             full = os.path.join(folder, name)

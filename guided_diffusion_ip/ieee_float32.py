@@ -33,9 +33,8 @@ def ieee_float32() -> Iterator[None]:
     before = [place.fp32_precision for place, _ in switches]
     cudnn = _cudnn_tf32()
     matmul = None
-    with contextlib.suppress(
-        RuntimeError
-    ):  # not to be asked where the caller has used the newer switches
+    # Not to be asked where the caller has used the newer switches.
+    with contextlib.suppress(RuntimeError):
         matmul = torch.get_float32_matmul_precision()
     with contextlib.ExitStack() as autocasts:
         for kind in ["cpu"] + ["cuda"] * torch.cuda.is_available():

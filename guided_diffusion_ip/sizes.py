@@ -13,12 +13,14 @@ def parse_size(size: ImageSize) -> tuple[int, int]:
     Raises:
         ValueError: not one or two positive sides.
     """
-    words = size.lower().split("x") if isinstance(size, str) else size
-    sides = [words, words] if isinstance(words, int) else list(words)
-    if isinstance(size, str) and len(sides) == 1:
-        sides *= 2
+    words: Sequence[int | str]
+    if isinstance(size, str):
+        words = size.lower().split("x")
+        words = words * 2 if len(words) == 1 else words
+    else:
+        words = [size, size] if isinstance(size, int) else size
     try:
-        sides = [int(side) for side in sides]
+        sides = [int(word) for word in words]
     except ValueError:
         sides = []
     if len(sides) != 2 or min(sides) < 1:

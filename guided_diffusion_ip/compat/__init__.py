@@ -1,8 +1,8 @@
 """guided_diffusion's module names, mapped to ours, so that scripts written for it run unmodified.
 
-    python -m guided_diffusion_ip.compat their_script.py --its flags       (also under mpiexec, torchrun, srun)
+    python -m guided_diffusion_ip.compat their_script.py --its flags
 
-or, in code, before anything imports guided_diffusion:
+(also under mpiexec, torchrun and srun) or, in code, before anything imports guided_diffusion:
 
     import guided_diffusion_ip.compat
     guided_diffusion_ip.compat.install()

@@ -25,10 +25,7 @@ def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> Any:
             plain containers.
         TypeError: an option other than map_location, weights_only, mmap and pickle_module.
     """
-    for name in (
-        "weights_only",
-        "mmap",
-        "pickle_module",
-    ):  # torch.load's, of which our reader needs none
+    # torch.load's, of which our reader needs none.
+    for name in ("weights_only", "mmap", "pickle_module"):
         kwargs.pop(name, None)
     return dist_util.load_state_dict(path, **kwargs)

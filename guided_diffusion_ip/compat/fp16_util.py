@@ -59,8 +59,9 @@ class MixedPrecisionTrainer:
             self.master_params = [
                 nn.Parameter(p.detach().float().clone(), p.requires_grad) for p in self.model_params
             ]
-            if hasattr(model, "convert_to_fp16"):
-                model.convert_to_fp16()
+            convert = getattr(model, "convert_to_fp16", None)
+            if convert is not None:
+                convert()
 
     def zero_grad(self) -> None:
         """Forget the gradients of the step before."""

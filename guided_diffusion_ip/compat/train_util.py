@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dist_util, logger
-from ..diffusion.process import Network, Process
+from ..diffusion.process import HasTimesteps, Network, Process
 from ..files import exists
 from ..training import train_loop
 from ..training.checkpoint import (
@@ -54,7 +54,7 @@ def find_resume_checkpoint() -> str | None:
     return None
 
 
-def log_loss_dict(diffusion: Any, ts: Tensor, losses: Mapping[str, Tensor]) -> None:
+def log_loss_dict(diffusion: HasTimesteps, ts: Tensor, losses: Mapping[str, Tensor]) -> None:
     """Add losses [N] at timesteps ts [N] to the row: means over all, and by quarter of the process
     (_q0 the clean one).
     """

@@ -7,19 +7,16 @@ y. In epsilon terms epsilon = (x - D) / sigma. A preconditioning wraps a network
 
     D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma))
 
-           c_skip                  c_out                               c_in
-                                   c_noise
-    edm    s_d^2/(sigma^2 + s_d^2) sigma s_d / sqrt(sigma^2 + s_d^2)   1/sqrt(sigma^2 + s_d^2)
-           ln(sigma) / 4
-    vp     1                       -sigma                              1/sqrt(sigma^2 + 1)       (M
-           - 1) t(sigma)
-    ve     1                       sigma                               1
-           ln(sigma / 2)
-    iddpm  1                       -sigma                              1/sqrt(sigma^2 + 1)       M -
-           1 - argmin_j |u_j - sigma|
+           c_skip       c_out            c_in               c_noise
+    edm    s_d^2 / r^2  sigma s_d / r    1 / r              ln(sigma) / 4
+    vp     1            -sigma           1/sqrt(sigma^2+1)  (M - 1) t(sigma)
+    ve     1            sigma            1                  ln(sigma / 2)
+    iddpm  1            -sigma           1/sqrt(sigma^2+1)  M - 1 - argmin_j |u_j - sigma|
+
+with r^2 = sigma^2 + s_d^2.
 
 Shapes: N images, C channels, H x W pixels. sigma is float [N], or one number for all images, above
-    0 (ln(0) is not finite).
+0 (ln(0) is not finite).
 """
 
 from __future__ import annotations
@@ -109,9 +106,9 @@ class Preconditioning(nn.Module):
     """D of a network F; subclasses say what the coefficients are.
 
     Args:
-        network: F(x [N, C, H, W], c_noise [N], class_labels=[N, label_dim] or None) -> [N, C or
-            more, H, W], of which the first C channels are used; `augment_labels` are passed on when
-            given.
+        network: F(x [N, C, H, W], c_noise [N], class_labels=[N, label_dim] or None) ->
+            [N, C or more, H, W], of which the first C channels are used; `augment_labels` are
+            passed on when given.
         label_dim: number of classes; None: as many as the network has.
         use_fp16: call the network in float16 on CUDA; elsewhere it stays in float32. May be changed
             later.
@@ -202,7 +199,10 @@ class Preconditioning(nn.Module):
                     "out, or build it with label_dim (--class_cond True)"
                 )
             return None
-        wanted = f"give int64 [{batch}] with values 0 to {self.label_dim - 1}, or one-hot rows [{batch}, {self.label_dim}]"
+        wanted = (
+            f"give int64 [{batch}] with values 0 to {self.label_dim - 1}, or one-hot rows "
+            f"[{batch}, {self.label_dim}]"
+        )
         if labels is None:
             raise ValueError(
                 f"got no labels, but this denoiser is class-conditional: {wanted}; rows of zeros "
@@ -263,8 +263,8 @@ class EDMPrecond(Preconditioning):
 
 
 class VPPrecond(Preconditioning):
-    """Variance preserving, DDPM++ (Song et al. 2021): F predicts the noise at time t of beta(t) =
-    beta_d t + beta_min.
+    """Variance preserving, DDPM++ (Song et al. 2021): F predicts the noise at time t of
+    beta(t) = beta_d t + beta_min.
 
     Args:
         M: how many steps the published networks know time by.
@@ -283,9 +283,8 @@ class VPPrecond(Preconditioning):
     ) -> None:
         self.beta_d, self.beta_min, self.M = beta_d, beta_min, M
         ends = torch.tensor([epsilon_t, 1], dtype=torch.float64, device="cpu")
-        super().__init__(
-            network, *VPSchedule(beta_d, beta_min).sigma(ends).tolist(), label_dim, use_fp16
-        )
+        sigma_min, sigma_max = VPSchedule(beta_d, beta_min).sigma(ends).tolist()
+        super().__init__(network, sigma_min, sigma_max, label_dim, use_fp16)
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         # VPSchedule.sigma_inv is more precise. But Fourier features magnify the last digits of
@@ -324,6 +323,8 @@ class iDDPMPrecond(Preconditioning):
 
     F has 2 C outputs; the last C, its variance, are not used here.
     """
+
+    u: Tensor
 
     def __init__(
         self,

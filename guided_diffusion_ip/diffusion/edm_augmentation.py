@@ -38,10 +38,10 @@ class Augmentation:
 
     Args:
         p: in [0, 1]; published 0.12 and 0.15. 0 switches everything off.
-        scale_std: std of log2 of the scale. rotate_frac_max: largest angle / pi. aniso_std: std of
-            log2 of the stretch;
-        aniso_rotate_prob: how often its axis is not the horizontal. translate_frac_std: std of the
-            shift / image size.
+        scale_std: std of log2 of the scale. rotate_frac_max: largest angle / pi.
+        aniso_std: std of log2 of the stretch. aniso_rotate_prob: how often its axis is not the
+            horizontal.
+        translate_frac_std: std of the shift / image size.
 
     Raises:
         ValueError: p outside [0, 1], or a negative strength.
@@ -97,8 +97,8 @@ class Augmentation:
         for flip, dim in zip(flips, (3, 2)):
             images = torch.where(_per_image(flip), images.flip(dim), images)
 
-        moved, jacobian, shift, labels = self._geometry(u)
-        labels = torch.stack([flip.double() for flip in flips] + labels, dim=1)
+        moved, jacobian, shift, moves = self._geometry(u)
+        labels = torch.stack([flip.double() for flip in flips] + moves, dim=1)
         size = torch.tensor([images.shape[3], images.shape[2]], dtype=u.dtype).to(
             u.device, non_blocking=True
         )
@@ -111,8 +111,8 @@ class Augmentation:
         return min(1.0, self.p * strength)
 
     def _geometry(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """What happens besides flips: whether [N], d(input)/d(output) [N, 2, 2], shift / size [N,
-        2], seven labels [N].
+        """What happens besides flips: whether [N], d(input)/d(output) [N, 2, 2],
+        shift / size [N, 2], seven labels [N].
         """
 
         def where(column: int, strength: float, value: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ the IP paper, and not towards n + gamma xi.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from .edm_schedules import VPSchedule
 from .input_perturbation import check_gamma, perturb
 from .losses import mean_flat
+from .process import Network, RandnLike
 
 if TYPE_CHECKING:
     from .edm_augmentation import Augmentation
@@ -162,13 +162,13 @@ class EDMProcess:
 
     def training_losses(
         self,
-        model: Callable[..., Tensor],
+        model: Network,
         x_start: Tensor,
         t: Tensor,
         model_kwargs: dict[str, Any] | None = None,
         noise: Tensor | None = None,
         gamma: float | None = None,
-        randn_like: Callable[[Tensor], Tensor] | None = None,
+        randn_like: RandnLike | None = None,
     ) -> dict[str, Tensor]:
         """Losses for one batch, means over pixels, [N] each.
 

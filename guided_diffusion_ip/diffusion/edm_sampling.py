@@ -7,8 +7,8 @@ along x = s(t) (y + sigma(t) n) is
     dx/dt = (s' / s) x + s sigma' epsilon.
 
 Epsilon scaling (`epsilon_scaling`) divides this epsilon by lambda at every evaluation of the
-network, and nothing else: the predictor and the corrector of step i share lambda(num_steps - 1 -
-i), index 0 being the clean end.
+network, and nothing else: the predictor and the corrector of step i share
+lambda(num_steps - 1 - i), index 0 being the clean end.
 
 Randomness: latents [N, C, H, W] are standard normal; `randn_like` is called once per step, and
 never if S_churn is 0, so that the noise of step i is the same whichever steps use theirs. States
@@ -17,7 +17,7 @@ are float64, whatever the latents are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .edm_schedules import check_choice
 from .epsilon_scaling import EpsilonScaling
+from .process import RandnLike
 from .solvers import SOLVERS as ALL_SOLVERS
 from .solvers.loop import last_of, run, warn_if_training
 from .solvers.sigma_path import Churn, SigmaGrid, SigmaPath
@@ -91,7 +92,7 @@ def ablation_sample_progressive(
     alpha: float = 1.0,
     eps_scaler: float | Sequence[float] = 1.0,
     eps_scaler_k: float = 0.0,
-    randn_like: Callable[[Tensor], Tensor] | None = None,
+    randn_like: RandnLike | None = None,
     clip_denoised: bool = False,
     progress: bool = False,
     **options: Any,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EpsilonScaling:
-    """lambda(t) = k t + b, by which a sampler divides epsilon at step t; 1 everywhere switches it off.
+    """lambda(t) = k t + b, by which a sampler divides epsilon at step t; 1 everywhere is off.
 
     Args:
         b: the constant term, or one value per step (index 0 = last, clean step), to which k t is
@@ -36,7 +36,9 @@ class EpsilonScaling:
     k: float = 0.0
 
     @classmethod
-    def of(cls, eps_scaler: float | Sequence[float], eps_scaler_k: float = 0.0) -> EpsilonScaling:
+    def of(
+        cls, eps_scaler: float | Sequence[float] | np.ndarray, eps_scaler_k: float = 0.0
+    ) -> EpsilonScaling:
         """From what the flags --eps_scaler and --eps_scaler_k hold: b may be a list or an array."""
         b = np.asarray(eps_scaler, dtype=np.float64)
         values = b.tolist() if b.ndim == 0 else tuple(b.flatten().tolist())
@@ -100,8 +102,8 @@ def scale_xstart(
 def warn_if_unclipped(process: NoiseSchedule) -> None:
     """Warn where an error in epsilon is amplified by orders of magnitude and nothing clips it.
 
-    At the first step x_0_hat = (x - sqrt(1 - ab) eps) / sqrt(ab): with few cosine steps sqrt(1/ab -
-    1) is in the thousands.
+    At the first step x_0_hat = (x - sqrt(1 - ab) eps) / sqrt(ab): with few cosine steps
+    sqrt(1/ab - 1) is in the thousands.
     """
     gain = float(process.sqrt_recipm1_alphas_cumprod[-1])
     if gain > 1000:

@@ -5,10 +5,8 @@ process, in the file named after it. This class holds the settings, reads the ne
 binds the verbs as its methods:
 
     noise_schedule   q_sample, q_posterior_mean_variance, ... (the base class: needs no network)
-    solvers          p_sample*, ddim_*                         -> epsilon scaling (lambda) is read
-                     here only
-    losses           training_losses                           -> input perturbation (gamma) is read
-                     here only
+    solvers          p_sample*, ddim_*: the only ones that read lambda (epsilon scaling)
+    losses           training_losses: the only one that reads gamma (input perturbation)
     likelihood       calc_bpd_loop
     guidance         condition_mean, condition_score
 
@@ -20,8 +18,8 @@ second).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -32,9 +30,10 @@ from .input_perturbation import check_gamma
 from .kinds import LossType, ModelMeanType, ModelVarType
 from .loss_weighting import UNIFORM, LossWeighting, loss_weight_table
 from .noise_schedule import NoiseSchedule
+from .process import DenoisedFn, Network
 from .solvers import ddim, ddpm
 
-Model = Callable[..., Tensor]
+ProcessT = TypeVar("ProcessT", bound="GaussianDiffusion")
 
 
 class GaussianDiffusion(NoiseSchedule):
@@ -91,7 +90,7 @@ class GaussianDiffusion(NoiseSchedule):
         self.lambdas = scaling.lambdas(self.num_timesteps)
         self.scales_epsilon = bool((self.lambdas != 1).any())
 
-    def with_scaling(self, scaling: EpsilonScaling) -> GaussianDiffusion:
+    def with_scaling(self: ProcessT, scaling: EpsilonScaling) -> ProcessT:
         """The same process with another lambda(t).
 
         Raises:
@@ -115,7 +114,7 @@ class GaussianDiffusion(NoiseSchedule):
         return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
 
     def call_model(
-        self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None = None
+        self, model: Network, x: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None = None
     ) -> Tensor:
         """model(x, t, **model_kwargs), with the number of output channels checked."""
         output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
@@ -130,11 +129,11 @@ class GaussianDiffusion(NoiseSchedule):
 
     def p_mean_variance(
         self,
-        model: Model,
+        model: Network,
         x: Tensor,
         t: Tensor,
         clip_denoised: bool = True,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        denoised_fn: DenoisedFn | None = None,
         model_kwargs: dict[str, Any] | None = None,
         scale_epsilon: bool = False,
     ) -> dict[str, Tensor]:
@@ -160,7 +159,7 @@ class GaussianDiffusion(NoiseSchedule):
         x: Tensor,
         t: Tensor,
         clip_denoised: bool = True,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        denoised_fn: DenoisedFn | None = None,
         scale_epsilon: bool = False,
     ) -> dict[str, Tensor]:
         """What `p_mean_variance` returns, from an output [N, C or 2C, H, W] that is already at

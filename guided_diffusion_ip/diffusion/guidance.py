@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .process import Network
+
 if TYPE_CHECKING:
     from .gaussian_diffusion import GaussianDiffusion
 
@@ -82,9 +84,7 @@ def classifier_gradient(classifier: CondFn, scale: float = 1.0) -> CondFn:
     return cond_fn
 
 
-def classifier_free(
-    model: Callable[..., Tensor], scale: float, null_label: int | None
-) -> Callable[..., Tensor]:
+def classifier_free(model: Network, scale: float, null_label: int | None) -> Network:
     """A network whose prediction is uncond + scale (cond - uncond) (Ho & Salimans 2022, Eq. 6,
     scale = 1 + w).
 
@@ -134,5 +134,5 @@ def classifier_free(
         prediction, without = output[:, :channels], without[:, :channels]
         return torch.cat([without + scale * (prediction - without), output[:, channels:]], dim=1)
 
-    guided.model = model  # for whoever looks into wrapped networks
+    guided.model = model  # type: ignore[attr-defined]  # for whoever looks into wrapped networks
     return guided

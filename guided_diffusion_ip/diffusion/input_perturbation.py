@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .kinds import ModelMeanType
+from .process import RandnLike
 
 
 def check_gamma(gamma: float, mean_type: ModelMeanType = ModelMeanType.EPSILON) -> float:
@@ -44,9 +44,7 @@ def check_gamma(gamma: float, mean_type: ModelMeanType = ModelMeanType.EPSILON) 
     return gamma
 
 
-def perturb(
-    noise: Tensor, gamma: float, randn_like: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def perturb(noise: Tensor, gamma: float, randn_like: RandnLike | None = None) -> Tensor:
     """epsilon + gamma xi, [N, ...]. xi is drawn only if gamma is not 0, so that gamma = 0 is the
     baseline bitwise.
     """

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .losses import mean_flat, normal_kl
+from .process import Network, RandnLike
 
 if TYPE_CHECKING:
     from .gaussian_diffusion import GaussianDiffusion
@@ -27,11 +28,11 @@ def prior_bpd(process: GaussianDiffusion, x_start: Tensor) -> Tensor:
 
 def calc_bpd_loop(
     process: GaussianDiffusion,
-    model: Callable[..., Tensor],
+    model: Network,
     x_start: Tensor,
     clip_denoised: bool = True,
     model_kwargs: dict[str, Any] | None = None,
-    randn_like: Callable[[Tensor], Tensor] | None = None,
+    randn_like: RandnLike | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """The variational bound of images [N, C, H, W], term by term (Ho et al. 2020, Eq. 5), with
@@ -44,7 +45,7 @@ def calc_bpd_loop(
         `total_bpd` [N] and `prior_bpd` [N]; `vb` (bits per dimension), `xstart_mse` and `mse` (of
         epsilon), each [N, T], in the order of computation: column 0 is t = T-1 (as published).
     """
-    steps = range(process.num_timesteps - 1, -1, -1)
+    steps: Iterable[int] = range(process.num_timesteps - 1, -1, -1)
     if progress:
         from tqdm.auto import tqdm
 

@@ -1,13 +1,13 @@
 """The weight of each timestep in the loss: a rule SNR -> weight, SNR = alpha_bar / (1 - alpha_bar).
 
-A rule says what the epsilon-MSE is multiplied by. Since |epsilon - eps_hat|^2 = SNR |x_0 -
-x_0_hat|^2, the same loss on the MSE of an x_0-predicting network has the weight rule(SNR) * SNR:
+A rule says what the epsilon-MSE is multiplied by. Since
+|epsilon - eps_hat|^2 = SNR |x_0 - x_0_hat|^2, the same loss on the MSE of an x_0-predicting network
+has the weight rule(SNR) * SNR:
 
     rule      on epsilon            on x_0                source
-    debias    1 / sqrt(SNR)         sqrt(SNR)             Yu et al., ECCV 2024 (arXiv 2310.08442)
-    p2        1 / (k + SNR)^gamma   SNR / (k + SNR)^gamma Choi et al., CVPR 2022 (arXiv 2204.00227),
-              Eq. 8
-    min_snr   min(SNR, gamma) / SNR min(SNR, gamma)       Hang et al., ICCV 2023 (arXiv 2303.09556)
+    debias    1 / sqrt(SNR)         sqrt(SNR)             Yu et al. 2024 (arXiv 2310.08442)
+    p2        1 / (k + SNR)^gamma   SNR / (k + SNR)^gamma Choi et al. 2022 (arXiv 2204.00227), Eq. 8
+    min_snr   min(SNR, gamma) / SNR min(SNR, gamma)       Hang et al. 2023 (arXiv 2303.09556)
 
 `uniform` is no weighting at all: the plain MSE of whatever the network predicts (Ho et al. 2020,
 Eq. 14), weight 1. Only the MSE is weighted, never the variational bound; and by the process's own

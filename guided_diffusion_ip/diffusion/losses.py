@@ -5,7 +5,6 @@ weights act here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .input_perturbation import check_gamma, perturb
 from .kinds import LossType, ModelMeanType
+from .process import Network, RandnLike
 
 if TYPE_CHECKING:
     from .gaussian_diffusion import GaussianDiffusion
@@ -100,13 +100,13 @@ def variational_bound(
 
 def training_losses(
     process: GaussianDiffusion,
-    model: Callable[..., Tensor],
+    model: Network,
     x_start: Tensor,
     t: Tensor,
     model_kwargs: dict[str, Any] | None = None,
     noise: Tensor | None = None,
     gamma: float | None = None,
-    randn_like: Callable[[Tensor], Tensor] | None = None,
+    randn_like: RandnLike | None = None,
 ) -> dict[str, Tensor]:
     """Losses for one batch, [N] each, not yet averaged.
 

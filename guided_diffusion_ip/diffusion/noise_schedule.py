@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -65,6 +66,13 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     return BETA_SCHEDULES[schedule_name](num_diffusion_timesteps)
 
 
+class HasDimensions(Protocol):
+    """Images [N, C, H, W] (ndim 4), or what stands for them."""
+
+    @property
+    def ndim(self) -> int: ...
+
+
 class NoiseSchedule:
     """The tables that follow from the betas, and the forward process q that they define.
 
@@ -89,9 +97,8 @@ class NoiseSchedule:
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.one_minus_alphas_cumprod = 1.0 - self.alphas_cumprod
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
-        with np.errstate(
-            divide="ignore"
-        ):  # beta = 1 leaves nothing of x_0: infinities are the true values
+        # beta = 1 leaves nothing of x_0: infinities are the true values.
+        with np.errstate(divide="ignore"):
             self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
             self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
             self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
@@ -99,8 +106,7 @@ class NoiseSchedule:
         # q(x_{t-1} | x_t, x_0), Ho et al. 2020, Eq. 6 and 7.
         noise_left = (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         self.posterior_variance = betas * noise_left
-        # It is 0 at t = 0: the logarithm borrows the value of t = 1 (or beta, when there is no t =
-        # 1).
+        # It is 0 at t = 0: the logarithm borrows the value of t = 1, or beta if T = 1.
         floor = self.posterior_variance[1] if self.num_timesteps > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(floor, self.posterior_variance[1:]))
         self.posterior_mean_coef1 = (
@@ -114,7 +120,7 @@ class NoiseSchedule:
 
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
-    def at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
+    def at(self, table: str, t: Tensor, like: HasDimensions) -> Tensor:
         """`table`[t] as float32 [N, 1, 1, ...], ready to broadcast against `like` [N, ...].
 
         The table goes to each device once: no host copy, and no host sync, in a sampling or
@@ -127,10 +133,8 @@ class NoiseSchedule:
         return self._on_device[key][t].view(-1, *[1] * (like.ndim - 1))
 
     def __getstate__(self) -> dict:
-        return {
-            **self.__dict__,
-            "_on_device": {},
-        }  # device copies are a cache: not pickled, not deep-copied
+        # Device copies are a cache: not pickled, not deep-copied.
+        return {**self.__dict__, "_on_device": {}}
 
     @property
     def snr(self) -> np.ndarray:

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-Network = Callable[..., Tensor]
-RandnLike = Callable[[Tensor], Tensor]
+Network = Callable[..., Tensor]  # called as model(x [N, C, H, W], t [N], **model_kwargs)
+RandnLike = Callable[[Tensor], Tensor]  # standard normal noise shaped like x: torch.randn_like
+DenoisedFn = Callable[[Tensor], Tensor]  # applied to x_0_hat before it is clipped
 
 
 class HasTimesteps(Protocol):
@@ -83,13 +84,18 @@ def uniforms_per_image(process: HasTimesteps) -> int:
     return int(getattr(process, "augment_uniforms", 0))
 
 
-def describe(process: Any) -> str:
-    """One of this library's processes in words: T, what is predicted, gamma, and loss weights that
-    are not uniform.
+def describe(process: HasTimesteps) -> str:
+    """A process in words: T, what is predicted, gamma, and loss weights that are not uniform; the
+    class and T of one that is not this library's.
     """
+    from .edm_losses import EDMProcess  # here, because their files import this one
+    from .gaussian_diffusion import GaussianDiffusion
+
+    if isinstance(process, EDMProcess):
+        return f"{process.loss}, gamma {process.input_perturbation:g}"
+    if not isinstance(process, GaussianDiffusion):
+        return f"{type(process).__name__}, T = {process.num_timesteps}"
     gamma = f"gamma {process.input_perturbation:g}"
-    if is_continuous(process):
-        return f"{process.loss}, {gamma}"
     text = (
         f"T = {process.num_timesteps}, {process.model_mean_type.value}, "
         f"{process.model_var_type.value} variance, {gamma}"

@@ -1,14 +1,13 @@
 """A denoiser D(x, sigma) from a process and its network, so that EDM's samplers run ADM's
 checkpoints.
 
-Karras et al. 2022 (arXiv 2206.00364), appendix C.3: with sigma = sqrt((1 - ab) / ab), x = y + sigma
-n is x_t / sqrt(ab), and
+Karras et al. 2022 (arXiv 2206.00364), appendix C.3: with sigma = sqrt((1 - ab) / ab),
+x = y + sigma n is x_t / sqrt(ab), and
     D(x, sigma) = x - sigma epsilon(sqrt(ab) x, t).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .kinds import ModelMeanType
+from .process import Network
 
 if TYPE_CHECKING:
     from .gaussian_diffusion import GaussianDiffusion
@@ -46,7 +46,7 @@ class ProcessDenoiser:
     def __init__(
         self,
         process: GaussianDiffusion,
-        model: Callable[..., Tensor],
+        model: Network,
         interpolate: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         label_dim: int = 0,
@@ -133,7 +133,7 @@ class ProcessDenoiser:
         null = -1 if self.null_label is None else self.null_label
         return torch.where(has_class, rows.argmax(1), null)
 
-    def _between_steps(self, sigma: Tensor) -> Callable[..., Tensor]:
+    def _between_steps(self, sigma: Tensor) -> Network:
         """The network, told a float t as it wants it, [N], that lies between those of the two steps
         around sigma [N].
         """

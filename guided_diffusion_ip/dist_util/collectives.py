@@ -68,14 +68,12 @@ def from_main(work: Callable[[], T], device: torch.device | str = "cpu") -> T:
     """
     if get_world_size() == 1:
         return work()
-    result, error = None, None
+    result: Any = None
+    error = None
     if get_rank() == 0:
         try:
             result = work()
-        except (
-            ValueError,
-            OSError,
-        ) as raised:  # others are mistakes of ours: the watchdog reports them
+        except (ValueError, OSError) as raised:  # the watchdog reports others: mistakes of ours
             error = raised
     complaint = broadcast_object(None if error is None else str(error))
     if error is not None:
@@ -239,7 +237,7 @@ def check_in_sync(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor] | 
 
 def _fingerprint(name: str, x: Tensor) -> int:
     digest = hashlib.blake2b(f"{name} {x.dtype} {tuple(x.shape)}".encode(), digest_size=8)
-    digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 

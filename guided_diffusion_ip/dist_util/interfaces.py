@@ -51,7 +51,7 @@ def route(host: str, port: int) -> tuple[str, str]:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)
-            return address[0], probe.getsockname()[0]
+            return str(address[0]), probe.getsockname()[0]
     return "", ""
 
 

@@ -61,7 +61,7 @@ def number(env: Env, name: str, default: int | None = None) -> int:
     """The whole number in a variable. Raises ValueError when it is missing or is none."""
     text = env.get(name, default)
     try:
-        return int(text)
+        return int("" if text is None else text)
     except (TypeError, ValueError):
         raise ValueError(
             f"environment variable {name} is {text!r}, must be a whole number; what "

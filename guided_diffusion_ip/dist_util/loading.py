@@ -8,15 +8,18 @@ import pickle
 import re
 import struct
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..files import is_remote, open_binary
 from .collectives import from_main
 
+if TYPE_CHECKING:
+    from torch.serialization import MAP_LOCATION
 
-def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
+
+def load_state_dict(path: str | os.PathLike, map_location: MAP_LOCATION = "cpu") -> Any:
     """What torch.save() wrote to a local or remote path: tensors and plain containers only.
 
     Every rank reads the file by itself: no collective is inside, so one rank may call it alone.
@@ -31,9 +34,8 @@ def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
             # Remote streams cannot jump about as a zip archive wants.
             source = io.BytesIO(file.read()) if is_remote(name) else file
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # of the pickle's version, ahead of an error that says all
+                # Of the pickle's version, ahead of an error that says all.
+                warnings.simplefilter("ignore")
                 return torch.load(source, map_location=map_location, weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         found = "a folder" if isinstance(error, IsADirectoryError) else "no such file"

@@ -79,9 +79,10 @@ def setup_dist(timeout_s: float | None = None) -> None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"setup{attempt}.{_setups}", base)
     cards, seen = _check_in(info, store, host, timeout_s)
+    port = getattr(base, "port", 0)  # the store of a single process has none
     if info.world > 1:
-        watchdog.start(info.rank, info.world, store, host, base.port, limit_s)
-    choose_gloo_interface(host, getattr(base, "port", 0), seen)
+        watchdog.start(info.rank, info.world, store, host, port, limit_s)
+    choose_gloo_interface(host, port, seen)
     _device = torch.device("cpu")
     if torch.cuda.is_available():
         _device = torch.device("cuda", choose_gpu(info, torch.cuda.device_count(), cards))
@@ -98,7 +99,7 @@ def _open_groups(info: LaunchInfo, store: dist.Store, timeout_s: float, limit: t
     global _control
     backend = _backend()
     # Naming the device lets barrier() and object collectives of existing scripts find it.
-    place = {"device_id": _device} if backend == "nccl" else {}
+    place = _device if backend == "nccl" else None
     start = timedelta(seconds=timeout_s) if _set_limit else limit
     try:
         dist.init_process_group(
@@ -107,7 +108,7 @@ def _open_groups(info: LaunchInfo, store: dist.Store, timeout_s: float, limit: t
             rank=info.rank,
             world_size=info.world,
             timeout=start if backend == "gloo" else limit,
-            **place,
+            device_id=place,
         )
         if info.world > 1:
             if backend != "gloo":
@@ -326,9 +327,7 @@ def _tcp_store(
 
 
 def _await_store(info: LaunchInfo, host: str, port: int, timeout_s: float) -> None:
-    """Until somebody listens at host:port. (PyTorch's own wait is deaf to Ctrl-C, and
-    not quiet.)
-    """
+    """Until somebody listens at host:port. (PyTorch's own wait ignores Ctrl-C and prints.)"""
     wait = _Wait(info, host, timeout_s)
     while True:
         try:

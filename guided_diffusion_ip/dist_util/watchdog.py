@@ -40,7 +40,10 @@ _QUIET_S = 3.0  # without a beat for so long: worth naming when a collective has
 _GRACE_S = 5.0  # for a main thread to end by itself once a rank has failed
 _MAX_LINE = 1 << 16  # bytes; knowledge about thousands of ranks fits in
 
-_GONE = "is gone without a word (its own output says why; if something killed it, the system's log does)"
+_GONE = (
+    "is gone without a word (its own output says why; if something killed it, the system's log "
+    "does)"
+)
 _LEFT = "has ended as if all was done (did all ranks get the same flags and data?)"
 _QUIET = "has not answered for some seconds"
 
@@ -345,9 +348,8 @@ class _Spoke(Watchdog):
     def _beat(self) -> None:
         if self._hub.silence_s > _QUIET_S:
             self.silent = [0]
-        self._hub.send(
-            {"calls": self._calls}
-        )  # every time: what does not fit into the line is lost
+        # Every time: what does not fit into the line is lost.
+        self._hub.send({"calls": self._calls})
 
     def _say_goodbye(self) -> None:
         self._hub.send({"left": True})
@@ -385,9 +387,10 @@ def start(rank: int, world: int, store: dist.Store, host: str, port: int, limit_
     """
     global _current
     stop()
+    watchdog: Watchdog
     if rank == 0:
-        watchdog = _Hub(rank, world, limit_s, host)
-        store.set("watchdog", json.dumps([_own_address(host, port), watchdog.port, watchdog.token]))
+        watchdog = hub = _Hub(rank, world, limit_s, host)
+        store.set("watchdog", json.dumps([_own_address(host, port), hub.port, hub.token]))
     else:
         place, door, token = json.loads(store.get("watchdog"))
         try:

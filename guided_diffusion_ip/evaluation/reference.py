@@ -49,9 +49,8 @@ def has_images(path: str | os.PathLike) -> bool:
     if os.path.isdir(path) or not os.fspath(path).lower().endswith(".npz"):
         return True
     with NpzReader(path) as reader:
-        return (
-            "arr_0" in reader.keys or "mu" not in reader.keys
-        )  # neither: let whoever opens the images complain
+        # Neither: let whoever opens the images complain.
+        return "arr_0" in reader.keys or "mu" not in reader.keys
 
 
 def read_statistics(

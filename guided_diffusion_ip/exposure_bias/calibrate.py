@@ -14,9 +14,9 @@ for one batch only, and T'/2 times as many calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ from tqdm.auto import tqdm
 
 from .. import dist_util
 from ..diffusion.epsilon_scaling import EpsilonScaling
+from ..diffusion.process import Network
 from ..diffusion.solvers import SOLVERS
 from ..diffusion.solvers.paths import SamplingPath, with_output
 from ..runs.sample_batch import Sampler
 from .measure_run import ImagesFor
-from .walks import Batch, Model, noised, step_noise
+from .walks import Batch, noised, step_noise
 
 BRACKET = (0.95, 1.05)
 SATURATED = 0.9  # share of clipped numbers in x_0_hat above which lambda has nothing to act on
@@ -65,8 +66,8 @@ class Calibration:
     how: list[str] = field(default_factory=list)
 
     def fit(self) -> dict[str, float]:
-        """b, and (k, b) of a line: least squares over the steps that were found, weights 1 /
-        error^2.
+        """b, and (k, b) of a line: least squares over the steps that were found, with weights
+        1 / error^2.
 
         With fewer than two such steps the line is the constant; with none, b = 1.
         """
@@ -99,12 +100,23 @@ def over_ranks(values: np.ndarray) -> np.ndarray:
     )
 
 
+class _Statistic(Protocol):
+    """What the chain is compared with training inputs by."""
+
+    needs_network: bool
+
+    def of(self, path: SamplingPath, x: Tensor, output: Tensor | None, t: int) -> Mean:
+        """Over chains x [n, C, H, W] at t; `output` is the network's there, if it is needed."""
+        ...
+
+
 class _Norm:
     """Mean Frobenius norm of the raw epsilon."""
 
     needs_network = True
 
     def of(self, path: SamplingPath, x: Tensor, output: Tensor | None, t: int) -> Mean:
+        assert output is not None, "this statistic needs the network's output"
         epsilon = path.raw_epsilon(output, x, path.level(t, x))
         norms = epsilon.flatten(1).double().norm(dim=1)
         n, first, second = over_ranks(
@@ -129,13 +141,13 @@ class _Variance:
         return Mean(first / (n - 1), float(np.sqrt(max(second / n - mean**2, 0) / (n - 1))))
 
 
-STATISTICS = {"norm": _Norm, "variance": _Variance}
+STATISTICS: dict[str, type[_Statistic]] = {"norm": _Norm, "variance": _Variance}
 
 
 @torch.no_grad()
 def calibrate(
     sampler: Sampler,
-    model: Model,
+    model: Network,
     images_for: ImagesFor,
     num_chains: int,
     batch_size: int,
@@ -179,11 +191,11 @@ class _Calibrator:
     def __init__(
         self,
         sampler: Sampler,
-        model: Model,
+        model: Network,
         images_for: ImagesFor,
         parts: list[list[int]],
         device: torch.device,
-        statistic: Any,
+        statistic: _Statistic,
         bracket: tuple[float, float],
     ) -> None:
         self.sampler, self.model = sampler, model
@@ -195,8 +207,8 @@ class _Calibrator:
     def run(self) -> Calibration:
         steps = self.sampler.num_steps
         target, x = self._targets_and_starts()
-        empty = np.full((4, steps), np.nan)
-        found = Calibration(np.full(steps, np.nan), *empty, how=[LAST] * steps)
+        lambdas, error, ratio, response, clipped = np.full((5, steps), np.nan)
+        found = Calibration(lambdas, error, ratio, response, clipped, how=[LAST] * steps)
         output = self._call(x, steps - 1)
         lam = 1.0
         for t in tqdm(
@@ -222,9 +234,7 @@ class _Calibrator:
         return found
 
     def _targets_and_starts(self) -> tuple[list[Mean], Tensor]:
-        """What the statistic is at each t on training inputs, and the chains' start
-        [n, C, H, W].
-        """
+        """The statistic at each t on training inputs, and the chains' start [n, C, H, W]."""
         steps, real, starts = self.sampler.num_steps, [], []
         for index in self.parts:
             images, cond = self.images_for(index)
@@ -303,9 +313,7 @@ class _Calibrator:
         found: Calibration,
         neighbour: float,
     ) -> _Trial:
-        """The trial that meets the target, by bracketing; writes how, error and
-        response of step t.
-        """
+        """The trial that meets the target, by bracketing; sets how, error and response of t."""
 
         def trial(lam: float) -> _Trial:
             return self._try(x, output, t, lam, target)
@@ -351,9 +359,8 @@ def _bracket_root(
         side = 0 if middle.excess * values[0] > 0 else 1
         ends[side], values[side] = middle, middle.excess
         if side == last:
-            values[1 - side] /= (
-                2  # the other end has stood still twice: let the line lean towards it
-            )
+            # The other end has stood still twice: let the line lean towards it.
+            values[1 - side] /= 2
         last = side
     return best
 
@@ -371,7 +378,7 @@ def describe(found: Calibration, settings: dict[str, Any]) -> dict[str, Any]:
     """What goes into the YAML; see schedule_file for the keys that samplers read."""
     fit = found.fit()
 
-    def listed(values: Sequence[float], digits: int) -> list[float | None]:
+    def listed(values: np.ndarray, digits: int) -> list[float | None]:
         return [round(float(value), digits) if np.isfinite(value) else None for value in values]
 
     return {

@@ -28,13 +28,14 @@ from tqdm.auto import tqdm
 
 from .. import dist_util
 from ..data.npz_io import NpzReader, write_npz
+from ..diffusion.process import Network
 from ..diffusion.solvers.paths import ProcessPath, SamplingPath
 from ..files import atomic_file
 from ..runs.folder import claim_folder, resumable
 from ..runs.sample_batch import Sampler
 from ..runs.shards import left_when_listed
-from .measures import Figures, Sums, figures_of, observe, walks_of
-from .walks import Batch, Model
+from .measures import Figures, Measure, Sums, figures_of, observe, walks_of
+from .walks import Batch
 
 ImagesFor = Callable[[Sequence[int]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -50,7 +51,7 @@ class MeasureRun:
             is refused.
     """
 
-    measures: Sequence[Any]
+    measures: Sequence[Measure]
     sampler: Sampler
     num_images: int
     images_for: ImagesFor
@@ -61,7 +62,7 @@ class MeasureRun:
     def json_path(self) -> str:
         return os.path.join(self.out_dir, "measures.json")
 
-    def __call__(self, model: Model, batch_size: int, device: torch.device) -> dict[str, Any]:
+    def __call__(self, model: Network, batch_size: int, device: torch.device) -> dict[str, Any]:
         """Measure what is missing and sum up; a collective. Returns what is in measures.json.
 
         Raises:
@@ -78,7 +79,7 @@ class MeasureRun:
         with open(self.json_path, encoding="utf-8") as file:
             return json.load(file)
 
-    def _fill(self, model: Model, batch_size: int, device: torch.device) -> None:
+    def _fill(self, model: Network, batch_size: int, device: torch.device) -> None:
         partial = PartialSums(os.path.join(self.out_dir, "partial"))
         todo, start = dist_util.broadcast_object(
             (partial.missing(self.num_images), partial.next_start())
@@ -88,10 +89,11 @@ class MeasureRun:
         mine = todo[len(todo) * rank // world : len(todo) * (rank + 1) // world]
         sums: dict[str, Sums] = {}
         done: list[int] = []
+        total = calls * self.num_images
         with (
             resumable(self.num_images, lambda: len(partial.missing(self.num_images))),
             tqdm(
-                total=calls * self.num_images,
+                total=total,
                 initial=calls * (self.num_images - len(todo)),
                 unit="call",
                 unit_scale=True,
@@ -113,7 +115,7 @@ class MeasureRun:
                     model,
                     batch,
                     sums,
-                    lambda n: bar.update(min(n * world, bar.total - bar.n)),
+                    lambda n: bar.update(min(n * world, total - bar.n)),
                 )
                 done += index
                 partial.write(start, rank, done, sums)
@@ -163,9 +165,7 @@ def _levels(path: SamplingPath) -> dict[str, np.ndarray]:
 
 
 class PartialSums:
-    """Sums so far, in files that each name the images which they count; no image is in
-    two of them.
-    """
+    """Sums so far, in files that each name the images which they count; no two share an image."""
 
     def __init__(self, path: str) -> None:
         self.path = path

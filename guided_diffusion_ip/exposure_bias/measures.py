@@ -19,22 +19,51 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.image_io import to_uint8
+from ..diffusion.process import Network
 from ..diffusion.solvers.paths import SamplingPath
 from ..metrics import frechet_distance
 from ..runs.sample_batch import Sampler
-from .walks import CHAIN, DATA, INPUTS, NOISE_FREE, Batch, Model, Visit, Walk, walk
+from .walks import CHAIN, DATA, INPUTS, NOISE_FREE, Batch, Visit, Walk, walk
+
+if TYPE_CHECKING:
+    from ..features.space import Features
 
 Sums = dict[str, np.ndarray]
 Figures = dict[str, Any]  # arrays [T'] and numbers
 PUBLISHED_GAMMA = 0.1
 _NORMALITY_IMAGES, _NORMALITY_PIXELS, _ALPHA = 50, 256, 0.05
+
+
+class Space(Protocol):
+    """Images uint8 [n, H, W, C] -> features, of which the vectors `pool` [n, D] are compared."""
+
+    def __call__(self, images: np.ndarray, /) -> Features: ...
+
+
+class Measure(Protocol):
+    """What is measured; one of one's own needs no more than these."""
+
+    @property
+    def name(self) -> str: ...
+
+    def walks(self, steps: int) -> list[Walk]:
+        """What it wants to watch, of a path with so many steps."""
+        ...
+
+    def see(self, sums: Sums, visit: Visit) -> None:
+        """Add to `sums` what concerns it in a visit, of its own walks or others."""
+        ...
+
+    def result(self, sums: Sums, n: int, path: SamplingPath) -> Figures:
+        """What the sums over n images come to."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,11 +104,10 @@ class EpsilonNorm:
 class Delta:
     """Measure 2: delta_t = (std of (x_t - alpha_t x_0) - sigma_t)^2 (ES, Section 3).
 
-    `multi`: in the chain started at q(x_{T'-1} | x_0); `single`: after one step from q(x_{t+1} |
-    x_0). Entry T'-1 of both is the start itself. x_0 is the image that the chain started from. A
-    stochastic sampler started near pure noise has forgotten
-    it: even a perfect one ends at sqrt(2) times the data's std, so that compare values between
-        methods, not with 0.
+    `multi`: in the chain started at q(x_{T'-1} | x_0); `single`: after one step from
+    q(x_{t+1} | x_0). Entry T'-1 of both is the start itself. x_0 is the image that the chain
+    started from. A stochastic sampler started near pure noise has forgotten it: even a perfect one
+    ends at sqrt(2) times the data's std. So compare values between methods, not with 0.
     """
 
     name = "delta"
@@ -227,7 +255,7 @@ class Accumulation:
     """
 
     lengths: tuple[int, ...]
-    space: Callable[[np.ndarray], Any]
+    space: Space
     name = "accumulation"
 
     def walks(self, steps: int) -> list[Walk]:
@@ -288,8 +316,8 @@ NAMES = (*PLAIN, Accumulation.name)
 
 
 def create_measures(
-    names: Sequence[str], lengths: Sequence[int] = (), space: Callable[..., Any] | None = None
-) -> list[Any]:
+    names: Sequence[str], lengths: Sequence[int] = (), space: Space | None = None
+) -> list[Measure]:
     """The measures called so; lengths (the K) and space are those of `accumulation`.
 
     Raises:
@@ -306,25 +334,28 @@ def create_measures(
             "the measure 'accumulation' compares images in a feature space, and none is given "
             "(--features)"
         )
-    return [
-        PLAIN[name]() if name in PLAIN else Accumulation(tuple(lengths), space)
-        for name in dict.fromkeys(names)
-    ]
+    made: list[Measure] = []
+    for name in dict.fromkeys(names):
+        if name in PLAIN:
+            made.append(PLAIN[name]())
+        elif space is not None:
+            made.append(Accumulation(tuple(lengths), space))
+    return made
 
 
-def walks_of(measures: Sequence[Any], steps: int) -> list[Walk]:
+def walks_of(measures: Sequence[Measure], steps: int) -> list[Walk]:
     """Every walk that one of them wants, once."""
     return list(dict.fromkeys(path for measure in measures for path in measure.walks(steps)))
 
 
 @torch.no_grad()
 def observe(
-    measures: Sequence[Any],
+    measures: Sequence[Measure],
     sampler: Sampler,
-    model: Model,
+    model: Network,
     batch: Batch,
     sums: dict[str, Sums],
-    tick: Callable[[int], Any] = lambda images: None,
+    tick: Callable[[int], object] = lambda images: None,
 ) -> None:
     """Add one batch to the sums {measure: {name: array}}. `tick` is told of the images of each
     network call.
@@ -339,7 +370,7 @@ def observe(
 
 
 def figures_of(
-    measures: Sequence[Any], sums: dict[str, Sums], n: int, path: SamplingPath
+    measures: Sequence[Measure], sums: dict[str, Sums], n: int, path: SamplingPath
 ) -> dict[str, Figures]:
     """What the sums over n images come to.
 
@@ -364,15 +395,16 @@ def figures_of(
 def measure(
     names: Sequence[str],
     sampler: Sampler,
-    model: Model,
+    model: Network,
     batches: Iterable[Batch],
     lengths: Sequence[int] = (),
-    space: Callable[..., Any] | None = None,
+    space: Space | None = None,
 ) -> dict[str, Figures]:
     """{name: figures} over all batches, in this process; the pure function behind
     scripts/exposure_bias.py.
     """
-    measures, sums, n = create_measures(names, lengths, space), {}, 0
+    measures, n = create_measures(names, lengths, space), 0
+    sums: dict[str, Sums] = {}
     for batch in batches:
         observe(measures, sampler, model, batch, sums)
         n += len(batch.index)

@@ -12,18 +12,18 @@ number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..diffusion.process import Network
 from ..diffusion.solvers.paths import Prediction, SamplingPath
 from ..noise import NormalStream, Stream
 from ..runs.sample_batch import Sampler
 
-Model = Callable[..., Tensor]
 INPUTS, CHAIN, DATA, NOISE_FREE = "inputs", "chain", "data", "noise_free"
 
 
@@ -69,7 +69,7 @@ class Visit:
         return self.prediction.x
 
 
-def walk(kind: Walk, sampler: Sampler, model: Model, batch: Batch) -> Iterator[Visit]:
+def walk(kind: Walk, sampler: Sampler, model: Network, batch: Batch) -> Iterator[Visit]:
     """The visits of one batch, from the noisy end to the clean end."""
     path = sampler.bind(model, batch.model_kwargs, batch.x_start.device)
     previous = x = None

@@ -128,16 +128,15 @@ class Inception(nn.Module):
         self.fc = nn.Linear(POOL_DIM, CLASSES, bias=False)
 
     def forward(self, images: Tensor, bf16: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 [n, H, W, 3] -> float32 pool [n, 2048], spatial [n, 2023], logits without bias [n,
-        1008].
+        """uint8 [n, H, W, 3] -> float32 pool [n, 2048], spatial [n, 2023], logits without bias
+        [n, 1008].
 
         spatial is the first 7 channels of Mixed_6d, 17x17, after its ReLU, in the order height,
         width, channel of the graph. With `bf16` the convolutions run in bfloat16.
         """
         x = (resize(images.float()) - 128) * 0.0078125
-        x = x.permute(
-            0, 3, 1, 2
-        )  # channels last in memory, which convolutions on the CPU are faster with
+        # Channels last in memory, which convolutions on the CPU are faster with.
+        x = x.permute(0, 3, 1, 2)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))

@@ -61,6 +61,5 @@ class InceptionSpace:
         images = as_rgb(image_tensor(images).to(self._device))
         with torch.inference_mode(), ieee_float32():
             found = self._network(images, bf16=self._precision == "bf16")
-        return Features(
-            *(value.clone() for value in found)
-        )  # outside: tensors that may be changed in place
+        # Copied outside of inference mode: tensors that may be changed in place.
+        return Features(*(value.clone() for value in found))

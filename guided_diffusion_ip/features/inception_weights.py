@@ -137,9 +137,8 @@ def load(path: str | os.PathLike) -> Weights:
     """
     name = os.fspath(path)
     with open_binary(name) as file:
-        kind = (
-            "pb" if file.read(1) == b"\n" else "pth"
-        )  # field 1 of a GraphDef; checkpoints are zip archives or pickles
+        # Field 1 of a GraphDef; checkpoints are zip archives or pickles.
+        kind = "pb" if file.read(1) == b"\n" else "pth"
     if kind == "pb":
         found = tf_graph.read_inception(name)
     else:

@@ -127,9 +127,8 @@ def _constant(node: memoryview) -> tuple[str, memoryview]:
             name = _text(content)
         elif number == 2:
             op = _text(content)
-        elif (
-            number == 5 and _text(_last(_bytes(content), 1)) == "value"
-        ):  # attr: map<string, AttrValue>
+        # attr: map<string, AttrValue>
+        elif number == 5 and _text(_last(_bytes(content), 1)) == "value":
             tensor = _last(_last(_bytes(content), 2), 8)
     return (name, tensor) if op == "Const" else ("", memoryview(b""))
 

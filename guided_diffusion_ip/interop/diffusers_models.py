@@ -49,8 +49,8 @@ def import_diffusers() -> ModuleType:
 
 
 class DiffusersModel(nn.Module):
-    """A network of diffusers as model(x, t, y=None, encoder_hidden_states=None, **cond) -> [N, C or
-    2C, H, W].
+    """A network of diffusers as model(x, t, y=None, encoder_hidden_states=None, **cond) ->
+    [N, C or 2C, H, W].
 
     The children of the wrapped network are this module's own children, under the same names: its
     state_dict is diffusers', and fits `unet.load_state_dict`. The wrapped network, `unet`, shares

@@ -3,25 +3,24 @@ retraining.
 
     pipe = DiTPipeline.from_pretrained("facebook/DiT-XL-2-256")
     pipe.scheduler = EpsilonScaled(DDIMScheduler.from_config(pipe.scheduler.config), b=1.005)
-    pipe.scheduler = EpsilonScaled(pipe.scheduler, *read_schedule("eps_schedule.yaml", 20))     # of
-                                                                                                exposure_bias.schedule_file
+    pipe.scheduler = EpsilonScaled(pipe.scheduler, *read_schedule("eps_schedule.yaml", 20))
+
+(read_schedule of settings.lambda_file.)
 
 epsilon -> epsilon / lambda(t), lambda(t) = k t + b, where t counts sampling steps from the clean
 end: 0 is the last one. A pipeline calls `step` with the output after classifier-free guidance, so
-    that lambda divides the combined epsilon, once.
+that lambda divides the combined epsilon, once.
 
 Two variants were published. *Both terms* (default): epsilon / lambda is what the whole step sees;
 for DDIM that is x_0_hat and the direction to x_t. ADM-ES (where DDIM reads epsilon back from
-x_0_hat) and EDM-ES (the derivative) are of this kind. *x_0
-only* (x0_only=True, DDIM): x_0_hat is made of epsilon / lambda, the direction keeps the network's
-    epsilon, as in LDM-ES's code. A
-lambda belongs to the variant that it was found with. One step of DDIM, with a = alpha_bar_t, p =
-alpha_bar_{t-1}, e = epsilon:
+x_0_hat) and EDM-ES (the derivative) are of this kind. *x_0 only* (x0_only=True, DDIM): x_0_hat is
+made of epsilon / lambda, the direction keeps the network's epsilon, as in LDM-ES's code. A lambda
+belongs to the variant that it was found with. One step of DDIM, with a = alpha_bar_t,
+p = alpha_bar_{t-1}, e = epsilon:
 
-    x_0_hat = (x - sqrt(1-a) e / lambda) / sqrt(a),    x' = sqrt(p) x_0_hat + sqrt(1 - p - s^2) e /
-                                                       lambda     + s z
-                                             x0_only:  x' = sqrt(p) x_0_hat + sqrt(1 - p - s^2) e
-                                                       + s z
+    x_0_hat = (x - sqrt(1 - a) e / lambda) / sqrt(a)
+    x' = sqrt(p) x_0_hat + sqrt(1 - p - s^2) e / lambda + s z    both terms
+    x' = sqrt(p) x_0_hat + sqrt(1 - p - s^2) e          + s z    x0_only
 
 The result is an instance of a subclass of the scheduler's class, made when first asked for
 (EpsilonScaledDDIMScheduler, ...): all isinstance checks hold, `step` has the signature that
@@ -231,8 +230,8 @@ class EpsilonScaling:
         return _View(kind, prediction, sample, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
 
     def _direction(self, timestep: Any, eta: float) -> float:
-        """What DDIM's step multiplies epsilon by, apart from x_0_hat: sqrt(1 - alpha_bar_{t-1} -
-        s^2).
+        """What DDIM's step multiplies epsilon by, apart from x_0_hat:
+        sqrt(1 - alpha_bar_{t-1} - s^2).
         """
         before = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
         alpha_bar = float(self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod)

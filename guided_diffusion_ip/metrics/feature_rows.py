@@ -71,7 +71,5 @@ def check_finite_rows(finite: np.ndarray, name: str, first_row: int = 0) -> None
 
 
 def gather_ranks(x: np.ndarray) -> np.ndarray:
-    """[1, ...] of one shape on each rank -> [world, ...] on every rank. To be called
-    on all ranks.
-    """
+    """[1, ...] of one shape on each rank -> [world, ...] on every rank. A collective."""
     return dist_util.all_gather_tensor(torch.from_numpy(x)).cpu().numpy()

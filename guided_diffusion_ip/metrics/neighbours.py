@@ -192,9 +192,8 @@ def ball_radii(distances: Distances, k: int, bar: Bar) -> Tensor:
             nearest = torch.cat(
                 [nearest, d.topk(min(k + 1, d.shape[1]), largest=False, sorted=False).values], dim=1
             )
-            nearest = nearest.topk(
-                min(k + 1, nearest.shape[1]), largest=False, sorted=False
-            ).values  # [rows, <= k + 1]
+            found = nearest.topk(min(k + 1, nearest.shape[1]), largest=False, sorted=False)
+            nearest = found.values  # [rows, <= k + 1]
             bar.update()
         radii[rows] = nearest.amax(dim=1)
     return largest_over_ranks(radii)

@@ -37,8 +37,8 @@ class InceptionScore:
         return round(sum(sums[-1] for sums in self._sums.values()))
 
     def update(self, logits: FeatureArray, first_row: int | None = None) -> None:
-        """Take in logits [n, K] of any float type on any device, of images first_row, first_row +
-        1, ...
+        """Take in logits [n, K] of any float type on any device, of images first_row,
+        first_row + 1, ...
 
         Args:
             first_row: None: the image after the last of the previous call (0 in the first).
@@ -132,9 +132,8 @@ def _score(sums: np.ndarray) -> float:
     """exp of the mean over images of sum_k p_k (log p_k - log q_k), where q is the mean of p."""
     *_, p_log_p, n = sums
     q = torch.from_numpy(sums[:-2] / n)
-    return math.exp(
-        max(p_log_p / n + float(torch.special.entr(q).sum()), 0.0)
-    )  # entr(q) = -q log q, and 0 at 0
+    entropy = float(torch.special.entr(q).sum())  # of -q log q, which is 0 at 0
+    return math.exp(max(p_log_p / n + entropy, 0.0))
 
 
 def _compute(

@@ -149,6 +149,7 @@ class AttentionPool2d(nn.Module):
         tokens = torch.cat([pixels.mean(dim=1, keepdim=True), pixels], dim=1)  # [N, T + 1, C]
         tokens = tokens + self.positional_embedding.t().to(tokens.dtype)
         weight, bias, width = self.qkv_proj.weight.squeeze(-1), self.qkv_proj.bias, x.shape[1]
+        assert bias is not None, "qkv_proj is made with a bias"
         q = F.linear(tokens[:, :1], weight[:width], bias[:width])  # [N, 1, C]
         k, v = F.linear(tokens, weight[width:], bias[width:]).chunk(2, dim=2)
         q, k, v = (z.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for z in (q, k, v))

@@ -33,7 +33,8 @@ class TimestepBlock(nn.Module):
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """A chain in which those members that are TimestepBlocks also get the embedding."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    # It is a Sequential for its parameter names only, and is called as a TimestepBlock.
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
             x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
         return x

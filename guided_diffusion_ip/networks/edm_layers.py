@@ -57,6 +57,8 @@ class FourierEmbedding(nn.Module):
     (Tancik et al. 2020).
     """
 
+    freqs: Tensor
+
     def __init__(self, dim: int, scale: float = 16.0) -> None:
         super().__init__()
         self.register_buffer("freqs", scale * torch.randn(dim // 2))
@@ -112,9 +114,11 @@ class Resampler:
 
 
 class Resample(nn.Module):
-    """A Resampler and its filter, nothing learned: [N, C, H, W] -> [N, C, 2 H, 2 W] or [N, C, H /
-    2, W / 2].
+    """A Resampler and its filter, nothing learned: [N, C, H, W] -> [N, C, 2 H, 2 W] or
+    [N, C, H / 2, W / 2].
     """
+
+    resample_filter: Tensor
 
     def __init__(self, direction: Direction, taps: Sequence[float]) -> None:
         super().__init__()
@@ -126,13 +130,15 @@ class Resample(nn.Module):
 
 
 class ResamplingConv2d(nn.Conv2d):
-    """Resampling, then a convolution, [N, in_channels, H, W] -> [N, out_channels, 2 H, 2 W] or [N,
-    out_channels, H / 2, W / 2].
+    """Resampling, then a convolution, [N, in_channels, H, W] -> [N, out_channels, 2 H, 2 W] or
+    [N, out_channels, H / 2, W / 2].
 
     Args:
         convolve_first: (halving only) the convolution works on the fine grid, before the filter,
             which meets what it gives on a margin around the image, too.
     """
+
+    resample_filter: Tensor
 
     def __init__(
         self,
@@ -236,6 +242,7 @@ class UNetBlock(TimestepBlock):
         self.dropout = Dropout(style.dropout)
         self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         projected = style.resample_proj or in_channels != out_channels
+        self.skip: nn.Module
         if resample:
             self.skip = (
                 ResamplingConv2d(in_channels, out_channels, 1, resample, taps)
@@ -275,9 +282,8 @@ class UNetBlock(TimestepBlock):
         # needs.
         rows = (self.num_heads, -1, 3, x.shape[1])
         weight = self.qkv.weight.view(rows).permute(2, 0, 1, 3).reshape(-1, x.shape[1])
+        assert self.qkv.bias is not None, "qkv is made with a bias"
         bias = self.qkv.bias.view(rows[:3]).permute(2, 0, 1).flatten()
         q, k, v = split_qkv(F.linear(tokens, weight, bias), self.num_heads, new_order=True)
-        update = F.linear(attend(q, k, v), self.proj.weight.flatten(1), self.proj.bias).transpose(
-            1, 2
-        )  # [N, C, T]
-        return (x + update.view(x.shape)) * self.style.skip_scale
+        update = F.linear(attend(q, k, v), self.proj.weight.flatten(1), self.proj.bias)  # [N, T, C]
+        return (x + update.transpose(1, 2).view(x.shape)) * self.style.skip_scale

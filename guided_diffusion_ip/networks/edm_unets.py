@@ -40,9 +40,11 @@ from .trunk import require_divisible
 class EDMUNet(nn.Module):
     """What both have in common: encoder, decoder and the checks of what is given.
 
-    Subclasses say in which style blocks are made, embed the conditions, and turn features into an
-    output.
+    Subclasses say in which style blocks are made, embed the conditions (in the dtype of
+    `map_layer0`), and turn features into an output.
     """
+
+    map_layer0: nn.Linear
 
     def __init__(
         self,
@@ -168,9 +170,8 @@ class EDMUNet(nn.Module):
         """
         self._check(x, noise_labels, class_labels, augment_labels)
         if augment_labels is None and self.augment_dim:
-            augment_labels = x.new_zeros(
-                len(x), self.augment_dim
-            )  # "nothing was done", and every parameter has a gradient
+            # "Nothing was done", and every parameter has a gradient.
+            augment_labels = x.new_zeros(len(x), self.augment_dim)
         # Half precision would blur noise levels that differ by a few per mille.
         with torch.autocast(x.device.type, enabled=False):
             emb = self.embed(
@@ -216,9 +217,7 @@ class EDMUNet(nn.Module):
         return h
 
     def _drop_labels(self, class_labels: Tensor) -> Tensor:
-        """In training, rows of zeros (no class) in place of some, with probability
-        label_dropout.
-        """
+        """In training, some rows become zeros (no class), with probability label_dropout."""
         if not (self.training and self.label_dropout):
             return class_labels
         keep = torch.rand(len(class_labels), 1, device=class_labels.device) >= self.label_dropout
@@ -422,12 +421,13 @@ class SongUNet(EDMUNet):
         return h, side
 
     def _decode(self, h: Tensor, states: list[Tensor], emb: Tensor) -> Tensor:
-        out = None
+        out: Tensor | None = None
         for r in reversed(self.resolutions):
             h = self._decode_level(r, h, states, emb)
             if f"{r}x{r}_aux_conv" in self.dec:
                 image = self.dec[f"{r}x{r}_aux_conv"](F.silu(self.dec[f"{r}x{r}_aux_norm"](h)))
                 out = image if out is None else self.dec[f"{r}x{r}_aux_up"](out) + image
+        assert out is not None, "at least one level of the decoder has an output"
         return out
 
 

@@ -1,7 +1,7 @@
 """The primitives of the UNets: norms, convolution by dimension, time embedding, recomputation.
 
-Shapes: N images, C channels, H x W pixels. Functions work for one, two and
-three spatial dimensions; two are written out in the text.
+Shapes: N images, C channels, H x W pixels. Functions work for one, two and three spatial
+dimensions; two are written out in the text.
 """
 
 from __future__ import annotations
@@ -146,6 +146,13 @@ def full_precision(x: Tensor) -> AbstractContextManager:
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # "meta" knows no autocast
         return nullcontext()
     return torch.autocast(kind, enabled=False)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """In which `module` keeps its weight."""
+    weight = module.weight
+    assert isinstance(weight, Tensor), f"{type(module).__name__} has no weight"
+    return weight.dtype
 
 
 def linear(*args, **kwargs) -> nn.Linear:

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from ..sizes import parse_size
 from .attention import AttentionBlock
 from .blocks import Downsample, ResBlock, TimestepEmbedSequential, Upsample
-from .layers import CONVOLUTIONS, SiLU, conv_nd, full_precision, linear, timestep_embedding
+from .layers import (
+    CONVOLUTIONS,
+    SiLU,
+    conv_nd,
+    dtype_of,
+    full_precision,
+    linear,
+    timestep_embedding,
+)
 
 
 def require_divisible(sides: Sequence[int], levels: int) -> None:
@@ -159,12 +167,14 @@ class UNetTrunk(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """In which feature maps are computed: that of the convolutions, encoder to decoder."""
-        return self.input_blocks[0][0].weight.dtype
+        stem = self.input_blocks[0]
+        assert isinstance(stem, TimestepEmbedSequential), "the encoder begins with a convolution"
+        return dtype_of(stem[0])
 
     @property
     def outer_dtype(self) -> torch.dtype:
         """In which embeddings and output are computed; convert_to_fp16 leaves it alone."""
-        return self.time_embed[0].weight.dtype
+        return dtype_of(self.time_embed[0])
 
     def convert_to_fp16(self) -> None:
         """Convolutions of encoder, middle and decoder to float16; no other weight changes."""
@@ -180,7 +190,7 @@ class UNetTrunk(nn.Module):
 
     def _cast_convolutions(self, dtype: torch.dtype) -> None:
         for name in ("input_blocks", "middle_block", "output_blocks"):
-            part = getattr(self, name, None)  # a classifier has no output_blocks
+            part: nn.Module | None = getattr(self, name, None)  # a classifier has no output_blocks
             for module in part.modules() if part is not None else ():
                 if isinstance(module, tuple(CONVOLUTIONS.values())):
                     module.to(dtype)
@@ -235,7 +245,8 @@ class UNetTrunk(nn.Module):
             )
         # Of three spatial dimensions the first is never resampled.
         require_divisible(x.shape[-min(self.dims, 2) :], len(self.widths))
-        h, states = x.to(self.dtype), []
+        h = x.to(self.dtype)
+        states: list[Tensor] = []
         for block in self.input_blocks:
             h = block(h, emb)
             states.append(h)

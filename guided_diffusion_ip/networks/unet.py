@@ -228,7 +228,8 @@ class SuperResModel(UNetModel):
     def __init__(self, image_size: int | Sequence[int], in_channels: int, *args, **kwargs) -> None:
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
 
-    def forward(
+    # guided-diffusion's signature: low_res stands where UNetModel has y.
+    def forward(  # type: ignore[override]
         self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, **kwargs: Tensor | None
     ) -> Tensor:
         """As UNetModel.forward, given low_res [N, C, h, w], of any h x w, beside x [N, C, H, W].

@@ -2,11 +2,10 @@
 run anything else.
 
 CIFAR-10 and the downsampled ImageNet are published as pickles, and so are EDM's networks
-(interop/edm_pickle.py). A pickle is a
-program: it names functions and calls them. The machine here has no instruction that imports or
-    calls anything: a name stands
-for a function of ours that keeps what it is given, and every other name is refused; not even
-numpy's own functions are called before the whole pickle has been read.
+(interop/edm_pickle.py). A pickle is a program: it names functions and calls them. The machine here
+has no instruction that imports or calls anything: a name stands for a function of ours that keeps
+what it is given, and every other name is refused; not even numpy's own functions are called before
+the whole pickle has been read.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ class Refused(ValueError):
 
 
 class Buildable:
-    """What the instruction BUILD may hand a state to; nothing else gets attributes
-    from a pickle.
-    """
+    """What the instruction BUILD may hand a state to; a pickle sets no other attributes."""
 
     def build(self, state: Any) -> None:
         """Take the state; Refused if it is not what this object is made of."""

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from .. import dist_util, files
 from ..data.npz_io import NpzReader, write_npz
+from ..diffusion.gaussian_diffusion import GaussianDiffusion
+from ..diffusion.process import Network
 from ..noise import NormalStream, Stream
 from .folder import claim_folder, resumable
 from .progress import ImageBar
@@ -46,7 +48,7 @@ class LikelihoodRun:
             is refused.
     """
 
-    diffusion: Any
+    diffusion: GaussianDiffusion
     num_images: int
     images_for: Callable[[Sequence[int]], tuple[Tensor, dict[str, Tensor]]]
     out_dir: str
@@ -58,9 +60,7 @@ class LikelihoodRun:
     def summary_path(self) -> str:
         return os.path.join(self.out_dir, "bpd.json")
 
-    def __call__(
-        self, model: Callable[..., Tensor], batch_size: int, device: torch.device
-    ) -> dict[str, Any]:
+    def __call__(self, model: Network, batch_size: int, device: torch.device) -> dict[str, Any]:
         """Measure what is missing and sum up; a collective. Returns what is in bpd.json.
 
         Raises:
@@ -76,7 +76,7 @@ class LikelihoodRun:
         with open(self.summary_path, encoding="utf-8") as file:
             return json.load(file)
 
-    def _fill(self, model: Callable[..., Tensor], batch_size: int, device: torch.device) -> None:
+    def _fill(self, model: Network, batch_size: int, device: torch.device) -> None:
         folder = ShardFolder(self._shard_dir, self.num_images)
         pieces = dist_util.broadcast_object(folder.missing(batch_size))
         world = dist_util.get_world_size()
@@ -94,7 +94,7 @@ class LikelihoodRun:
         dist_util.barrier()
 
     def _measure(
-        self, model: Callable[..., Tensor], index: Sequence[int], device: torch.device
+        self, model: Network, index: Sequence[int], device: torch.device
     ) -> dict[str, np.ndarray]:
         """One batch: total_bpd and prior_bpd float32 [n], the TERMS float32 [n, T]."""
         images, kwargs = self.images_for(index)

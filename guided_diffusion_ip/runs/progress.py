@@ -6,14 +6,18 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
 from .. import dist_util
 
+ResultT = TypeVar("ResultT")
 _TERMINAL_S, _FILE_S = 0.2, 5.0  # seconds between two states of the bar: a file keeps them all
-_FORMAT = "{desc}: {percentage:.1f}%|{bar}| {n:.2f}/{total} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+_FORMAT = (
+    "{desc}: {percentage:.1f}%|{bar}| {n:.2f}/{total} {unit} "
+    "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+)
 
 
 class ImageBar:
@@ -25,7 +29,7 @@ class ImageBar:
     """
 
     def __init__(self, desc: str, total: int, done: int, calls: int) -> None:
-        self._calls = calls
+        self._calls, self._total = calls, total
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -38,15 +42,15 @@ class ImageBar:
         )
 
     @contextlib.contextmanager
-    def batch(self, model: Callable[..., Any], count: int) -> Iterator[Callable[..., Any]]:
+    def batch(self, model: Callable[..., ResultT], count: int) -> Iterator[Callable[..., ResultT]]:
         """`model`, counted, for `count` images of this process, beside which the others make as
         many each.
         """
         start = self._bar.n
-        end = min(start + count * dist_util.get_world_size(), self._bar.total)
+        end = min(start + count * dist_util.get_world_size(), self._total)
         called = 0
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> ResultT:
             nonlocal called
             output = model(*args, **kwargs)
             called += 1

@@ -16,10 +16,11 @@ from .. import dist_util
 from ..data.image_io import to_uint8
 from ..diffusion.epsilon_scaling import EpsilonScaling, warn_if_unclipped
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
-from ..diffusion.guidance import classifier_free
+from ..diffusion.guidance import CondFn, classifier_free
+from ..diffusion.process import Network, RandnLike
 from ..diffusion.solvers import SOLVERS
 from ..diffusion.solvers.loop import last_of, run, warn_if_training
-from ..diffusion.solvers.paths import AlongProcess, RandnLike, SamplingPath, Step
+from ..diffusion.solvers.paths import AlongProcess, SamplingPath, Step
 from ..diffusion.solvers.sigma_path import AlongSigma
 from ..noise import NormalStream, Stream, integers
 
@@ -79,7 +80,7 @@ class Sampler:
 
     def bind(
         self,
-        model: Callable[..., Tensor],
+        model: Network,
         model_kwargs: dict[str, Any] | None = None,
         device: torch.device | str = "cpu",
     ) -> SamplingPath:
@@ -110,7 +111,7 @@ class Sampler:
 
     def __call__(
         self,
-        model: Callable[..., Tensor],
+        model: Network,
         index: Sequence[int],
         model_kwargs: dict[str, Any] | None = None,
         device: torch.device | str = "cpu",
@@ -135,7 +136,7 @@ def process_sampler(
     *,
     eta: float | None = None,
     clip_denoised: bool = True,
-    cond_fn: Callable[..., Tensor] | None = None,
+    cond_fn: CondFn | None = None,
     **options: Any,
 ) -> Sampler:
     """A Sampler along the steps of a process, which is respaced and knows its lambda(t) already.
@@ -149,7 +150,7 @@ def process_sampler(
     return Sampler(along, image_shape, seed, solver, own, **options)
 
 
-def compiled(network: torch.nn.Module, device: torch.device) -> Callable[..., Tensor]:
+def compiled(network: torch.nn.Module, device: torch.device) -> Network:
     """The network through torch.compile, for calling without gradients; on a GPU with CUDA graphs,
     which save launching kernels.
     """
@@ -159,9 +160,8 @@ def compiled(network: torch.nn.Module, device: torch.device) -> Callable[..., Te
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return graphed(
-            *args, **kwargs
-        ).clone()  # the graph's next run writes where this one's answer lies
+        # A copy: the graph's next run writes where this one's answer lies.
+        return graphed(*args, **kwargs).clone()
 
     return call
 
@@ -172,7 +172,7 @@ class ImagesWithNaN(ValueError):
 
 def draw_images(
     sampler: Sampler,
-    model: Callable[..., Tensor],
+    model: Network,
     count: int,
     batch_size: int,
     kwargs_for: Callable[[list[int]], dict[str, Tensor]],
@@ -232,7 +232,8 @@ def parse_class_ids(text: str, num_classes: int, class_names: Sequence[str] = ()
             if part in class_names:
                 ids.append(class_names.index(part))
                 continue
-            known = f", or names of its classes ({', '.join(class_names[:4])}{', ...' * (len(class_names) > 4)})"
+            more = ", ..." if len(class_names) > 4 else ""
+            known = f", or names of its classes ({', '.join(class_names[:4])}{more})"
             raise ValueError(
                 f"class_ids {text!r} is not understood: use numbers and ranges, such as 0-9 or 3,5"
                 + (known if class_names else "")

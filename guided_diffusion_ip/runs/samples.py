@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import dist_util
 from ..data.image_io import save_grid, save_png, to_uint8
 from ..data.npz_io import NpzReader
+from ..diffusion.process import Network
 from .folder import claim_folder, resumable
 from .progress import ImageBar
 from .sample_batch import Sampler, captions
@@ -60,7 +60,7 @@ class SampleRun:
         )
 
     def __call__(
-        self, model: Callable[..., Tensor], batch_size: int, device: torch.device, png: bool = False
+        self, model: Network, batch_size: int, device: torch.device, png: bool = False
     ) -> str:
         """Make what is missing and join it; a collective. Returns the path of the npz.
 
@@ -76,7 +76,7 @@ class SampleRun:
         dist_util.barrier()
         return self.npz_path
 
-    def _fill(self, model: Callable[..., Tensor], batch_size: int, device: torch.device) -> None:
+    def _fill(self, model: Network, batch_size: int, device: torch.device) -> None:
         folder = ShardFolder(os.path.join(self.out_dir, "shards"), self.num_samples)
         pieces = dist_util.broadcast_object(folder.missing(batch_size))
         mine = pieces[dist_util.get_rank() :: dist_util.get_world_size()]

@@ -50,7 +50,8 @@ class ShardFolder:
 
     def missing(self, batch_size: int) -> list[Range]:
         """(start, stop) of what is to be made, in pieces of at most batch_size images."""
-        gaps, end = [], 0
+        gaps: list[Range] = []
+        end = 0
         for start, stop in [*self.present(), (self.num_samples, self.num_samples)]:
             gaps.extend((a, min(a + batch_size, start)) for a in range(end, start, batch_size))
             end = max(end, stop)

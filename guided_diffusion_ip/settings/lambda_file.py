@@ -7,10 +7,10 @@ sampler reads.
     k: 0.0
     kb: {k: 0.0005, b: 1.004}        # a line, beside a constant b
     use: lambda                      # which of them counts: lambda, b (with k), or kb; default: the
-                                     first that is there
+                                     # first that is there
 
     settings: {use_ddim: false, ...} # what it was calibrated for; compared with what it is used
-        for, where it is there
+                                     # for, where it is there
 
 Other keys are for people and are not read.
 """

@@ -5,7 +5,7 @@
 model and ema are plain state_dicts with the published parameter names. state holds what is ours
 (step, timestep sampler, loss scale, settings, and the SHA-256 of the other files) and is written
 last: a set without one was interrupted and is not a set. Because of the hashes, a state knows its
-    set under any name, and config.yaml is not needed to know what the weights are.
+set under any name, and config.yaml is not needed to know what the weights are.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def prune(folder: str, policy: SavePolicy, saved: int) -> list[int]:
 
     Sets of later steps are of an earlier run in this folder, or from before a return to an older
     checkpoint: they do not count. The state goes first: a set is whole or none also while it is
-        being removed.
+    being removed.
     """
     steps = [step for step in complete_steps(folder) if step <= saved]
     if not policy.keep_last:

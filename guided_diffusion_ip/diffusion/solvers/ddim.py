@@ -8,18 +8,20 @@ given), and, with eta > 0, once per step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .loop import Model, Output, chain_of_verbs, last_of
-from .paths import ProcessLevel, ProcessPath, RandnLike, Step
+from ..process import DenoisedFn, Network, RandnLike
+from .loop import Output, chain_of_verbs, last_of
+from .paths import ProcessLevel, ProcessPath, Step
 from .solver import Solver
 
 if TYPE_CHECKING:
     from ..gaussian_diffusion import GaussianDiffusion
+    from ..guidance import CondFn
 
 
 def step(
@@ -27,10 +29,10 @@ def step(
     x: Tensor,
     here: ProcessLevel,
     there: ProcessLevel,
-    previous: Step | None,
+    previous: Step[ProcessLevel] | None,
     randn_like: RandnLike,
     eta: float = 0.0,
-) -> Step:
+) -> Step[ProcessLevel]:
     """x_{t-1}, [N, C, H, W] (Eq. 12, 16). eta = 0: deterministic, no noise is drawn; 1: DDPM's
     variance.
 
@@ -55,12 +57,12 @@ SOLVER = Solver("ddim", "DDIM", "process", step, options=("eta",))
 
 def ddim_sample(
     process: GaussianDiffusion,
-    model: Model,
+    model: Network,
     x: Tensor,
     t: Tensor,
     clip_denoised: bool = True,
-    denoised_fn: Callable[[Tensor], Tensor] | None = None,
-    cond_fn: Callable[..., Tensor] | None = None,
+    denoised_fn: DenoisedFn | None = None,
+    cond_fn: CondFn | None = None,
     model_kwargs: dict[str, Any] | None = None,
     eta: float = 0.0,
     randn_like: RandnLike | None = None,
@@ -78,11 +80,11 @@ def ddim_sample(
 
 def ddim_reverse_sample(
     process: GaussianDiffusion,
-    model: Model,
+    model: Network,
     x: Tensor,
     t: Tensor,
     clip_denoised: bool = True,
-    denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    denoised_fn: DenoisedFn | None = None,
     model_kwargs: dict[str, Any] | None = None,
     eta: float = 0.0,
     scale_epsilon: bool = False,
@@ -107,7 +109,7 @@ def ddim_reverse_sample(
 
 def ddim_sample_loop(
     process: GaussianDiffusion,
-    model: Model,
+    model: Network,
     shape: Sequence[int],
     noise: Tensor | None = None,
     **options: Any,
@@ -120,7 +122,7 @@ def ddim_sample_loop(
 
 def ddim_sample_loop_progressive(
     process: GaussianDiffusion,
-    model: Model,
+    model: Network,
     shape: Sequence[int],
     noise: Tensor | None = None,
     **options: Any,

@@ -6,18 +6,20 @@ torch.randn_like, is called once for the starting noise (unless given) and once 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .loop import Model, Output, chain_of_verbs, last_of
-from .paths import ProcessLevel, ProcessPath, RandnLike, Step
+from ..process import DenoisedFn, Network, RandnLike
+from .loop import Output, chain_of_verbs, last_of
+from .paths import ProcessLevel, ProcessPath, Step
 from .solver import Solver
 
 if TYPE_CHECKING:
     from ..gaussian_diffusion import GaussianDiffusion
+    from ..guidance import CondFn
 
 
 def step(
@@ -25,14 +27,15 @@ def step(
     x: Tensor,
     here: ProcessLevel,
     there: ProcessLevel,
-    previous: Step | None,
+    previous: Step[ProcessLevel] | None,
     randn_like: RandnLike,
-) -> Step:
+) -> Step[ProcessLevel]:
     """Draw x_{t-1}, [N, C, H, W]; the last step returns its mean, without noise."""
     p = path.predict(x, here)
     not_last = (here.t != 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
     noise = randn_like(x)
-    return Step(p.mean + not_last * torch.exp(0.5 * p.log_variance) * noise, there, p)
+    mean, log_variance = p.mean_and_log_variance
+    return Step(mean + not_last * torch.exp(0.5 * log_variance) * noise, there, p)
 
 
 SOLVER = Solver("ddpm", "DDPM", "process", step, guide_score=False)
@@ -40,17 +43,18 @@ SOLVER = Solver("ddpm", "DDPM", "process", step, guide_score=False)
 
 def p_sample(
     process: GaussianDiffusion,
-    model: Model,
+    model: Network,
     x: Tensor,
     t: Tensor,
     clip_denoised: bool = True,
-    denoised_fn: Callable[[Tensor], Tensor] | None = None,
-    cond_fn: Callable[..., Tensor] | None = None,
+    denoised_fn: DenoisedFn | None = None,
+    cond_fn: CondFn | None = None,
     model_kwargs: dict[str, Any] | None = None,
     randn_like: RandnLike | None = None,
 ) -> Output:
-    """Draw x_{t-1} ~ p(x_{t-1} | x_t) (Ho et al. 2020, Algorithm 2). x: [N, C, H, W];
-    t: int64 [N].
+    """Draw x_{t-1} ~ p(x_{t-1} | x_t) (Ho et al. 2020, Algorithm 2).
+
+    x: [N, C, H, W]; t: int64 [N].
     """
     path = ProcessPath(
         process, model, model_kwargs, clip_denoised, denoised_fn, cond_fn, guide_score=False
@@ -61,20 +65,18 @@ def p_sample(
 
 def p_sample_loop(
     process: GaussianDiffusion,
-    model: Model,
+    model: Network,
     shape: Sequence[int],
     noise: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Samples [N, C, H, W] by DDPM. Options: device, progress, randn_like, and those
-    of `p_sample`.
-    """
+    """Samples [N, C, H, W] by DDPM. Options: device, progress, randn_like, those of `p_sample`."""
     return last_of(process.p_sample_loop_progressive(model, shape, noise, **options))["sample"]
 
 
 def p_sample_loop_progressive(
     process: GaussianDiffusion,
-    model: Model,
+    model: Network,
     shape: Sequence[int],
     noise: Tensor | None = None,
     **options: Any,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .paths import RandnLike, Step
+from ..process import RandnLike
+from .paths import Step
 from .sigma_path import SigmaLevel, SigmaPath
 from .solver import Solver
 
@@ -14,9 +15,9 @@ def step(
     x: Tensor,
     here: SigmaLevel,
     there: SigmaLevel,
-    previous: Step | None,
+    previous: Step[SigmaLevel] | None,
     randn_like: RandnLike,
-) -> Step:
+) -> Step[SigmaLevel]:
     """x [N, C, H, W] at level `there`, after fresh noise if the path has churn."""
     x, here = path.raised(x, here, randn_like)
     p = path.predict(x, here)

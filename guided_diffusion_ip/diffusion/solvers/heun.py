@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..process import RandnLike
 from . import euler
-from .paths import RandnLike, Step
+from .paths import Step
 from .sigma_path import SigmaLevel, SigmaPath
 from .solver import Solver
 
@@ -20,10 +21,10 @@ def step(
     x: Tensor,
     here: SigmaLevel,
     there: SigmaLevel,
-    previous: Step | None,
+    previous: Step[SigmaLevel] | None,
     randn_like: RandnLike,
     alpha: float = 1.0,
-) -> Step:
+) -> Step[SigmaLevel]:
     """x [N, C, H, W] at level `there`, after fresh noise if the path has churn.
 
     Args:

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import collections
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..epsilon_scaling import warn_if_unclipped
-from .paths import RandnLike, SamplingPath, Step
+from ..process import Network, RandnLike
+from .paths import LevelT, SamplingPath, Step
 
 if TYPE_CHECKING:
     from ..gaussian_diffusion import GaussianDiffusion
     from . import Solver
 
-Model = Callable[..., Tensor]
 Output = dict[str, Tensor]
+StepT = TypeVar("StepT")
 
 
 def run(
     solver: Solver,
-    path: SamplingPath,
+    path: SamplingPath[LevelT],
     noise: Tensor,
     randn_like: RandnLike = torch.randn_like,
     progress: bool = False,
     **options: Any,
-) -> Iterator[Step]:
+) -> Iterator[Step[LevelT]]:
     """Yields each step of `solver` along `path`.
 
     Args:
@@ -37,7 +38,8 @@ def run(
         options: those of the solver's step.
     """
     x = path.start(noise)
-    here, previous = path.level(path.num_steps - 1, x), None
+    here = path.level(path.num_steps - 1, x)
+    previous: Step[LevelT] | None = None
     for index in _bar(range(path.num_steps - 1, -1, -1), progress):
         there = path.level(index - 1, x)
         with torch.no_grad():
@@ -46,7 +48,7 @@ def run(
         x, here = previous.x, previous.level
 
 
-def last_of(steps: Iterator[Any]) -> Any:
+def last_of(steps: Iterator[StepT]) -> StepT:
     """The last of them; no other is kept."""
     *_, last = collections.deque(steps, maxlen=1)
     return last
@@ -55,7 +57,7 @@ def last_of(steps: Iterator[Any]) -> Any:
 def chain_of_verbs(
     process: GaussianDiffusion,
     step: Callable[..., Output],
-    model: Model,
+    model: Network,
     shape: Sequence[int],
     noise: Tensor | None,
     device: torch.device | str | None = None,
@@ -86,7 +88,7 @@ def chain_of_verbs(
         x = out["sample"]
 
 
-def warn_if_training(model: Any) -> None:
+def warn_if_training(model: object) -> None:
     """Warn of a network in training mode whose dropout is active: its samples are worse, and differ
     from call to call.
 
@@ -116,7 +118,7 @@ def warn_if_training(model: Any) -> None:
             return
 
 
-def _bar(indices: range, progress: bool) -> Any:
+def _bar(indices: range, progress: bool) -> Iterable[int]:
     if not progress:
         return indices
     from tqdm.auto import tqdm  # only whoever wants a bar pays for it
@@ -124,7 +126,7 @@ def _bar(indices: range, progress: bool) -> Any:
     return tqdm(indices, desc="sampling", unit="step", leave=False)
 
 
-def _device_of(model: Model) -> torch.device:
+def _device_of(model: Network) -> torch.device:
     if isinstance(model, torch.nn.Module):
         for parameter in model.parameters():
             return parameter.device

@@ -9,10 +9,9 @@ levels, which any denoiser D(x, sigma) has (`SigmaPath`, alpha = 1 unless the pa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from ..epsilon_scaling import EpsilonScaling
 from ..kinds import ModelMeanType
+from ..process import DenoisedFn, Network
 
 if TYPE_CHECKING:
     from ..gaussian_diffusion import GaussianDiffusion
-
-RandnLike = Callable[[Tensor], Tensor]
+    from ..guidance import CondFn
 
 
 class Level(Protocol):
@@ -37,8 +36,11 @@ class Level(Protocol):
     def sigma(self) -> Tensor: ...
 
 
+LevelT = TypeVar("LevelT", bound=Level)
+
+
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Generic[LevelT]):
     """What one call of the network says at x.
 
     Args:
@@ -46,18 +48,30 @@ class Prediction:
         x: where it was asked, [N, C, H, W]; level: the noise level of x.
         output: what the network returned (a denoiser: D).
         x_start: x_0_hat, after epsilon was divided by lambda, and clipped if the path clips.
-        epsilon: the noise that belongs to x_start.
-        mean, log_variance: of p(x_{t-1} | x_t), instead of epsilon, for solvers that sample it.
+        noise: see `epsilon`.
+        reverse: mean and log variance of p(x_{t-1} | x_t), in place of the noise, for solvers that
+            sample it (Solver.guide_score False).
     """
 
-    path: Any
+    path: SamplingPath[LevelT]
     x: Tensor
-    level: Any
+    level: LevelT
     output: Tensor
     x_start: Tensor
-    epsilon: Tensor | None = None
-    mean: Tensor | None = None
-    log_variance: Tensor | None = None
+    noise: Tensor | None = None
+    reverse: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def epsilon(self) -> Tensor:
+        """The noise that belongs to x_start."""
+        assert self.noise is not None, "a path with guide_score=False predicts mean and variance"
+        return self.noise
+
+    @property
+    def mean_and_log_variance(self) -> tuple[Tensor, Tensor]:
+        """Of p(x_{t-1} | x_t)."""
+        assert self.reverse is not None, "only a ProcessPath with guide_score=False predicts these"
+        return self.reverse
 
     @property
     def raw_epsilon(self) -> Tensor:
@@ -71,16 +85,19 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a solver's step returns: x at `level`, and the (first) prediction that it was made of."""
+class Step(Generic[LevelT]):
+    """What a solver's step returns: x at `level`, and the (first) prediction that made it."""
 
     x: Tensor
-    level: Any
-    prediction: Prediction
+    level: LevelT
+    prediction: Prediction[LevelT]
 
 
-class SamplingPath(Protocol):
-    """What solvers, samplers and measures need of a path; see ProcessPath."""
+class SamplingPath(Protocol[LevelT]):
+    """What solvers, samplers and measures need of a path; see ProcessPath.
+
+    A path takes the levels that it has made: whoever handles both kinds writes SamplingPath alone.
+    """
 
     @property
     def num_steps(self) -> int: ...
@@ -94,7 +111,7 @@ class SamplingPath(Protocol):
     @property
     def sigmas(self) -> np.ndarray: ...
 
-    def level(self, index: int, x: Tensor) -> Any: ...
+    def level(self, index: int, x: Tensor) -> LevelT: ...
 
     def start(self, noise: Tensor) -> Tensor: ...
 
@@ -102,15 +119,15 @@ class SamplingPath(Protocol):
 
     def noised(self, x_start: Tensor, index: int, noise: Tensor) -> Tensor: ...
 
-    def call(self, x: Tensor, level: Any) -> Tensor: ...
+    def call(self, x: Tensor, level: LevelT) -> Tensor: ...
 
-    def read(self, output: Tensor, x: Tensor, level: Any) -> Prediction: ...
+    def read(self, output: Tensor, x: Tensor, level: LevelT) -> Prediction[LevelT]: ...
 
-    def predict(self, x: Tensor, level: Any) -> Prediction: ...
+    def predict(self, x: Tensor, level: LevelT) -> Prediction[LevelT]: ...
 
-    def raw_epsilon(self, output: Tensor, x: Tensor, level: Any) -> Tensor: ...
+    def raw_epsilon(self, output: Tensor, x: Tensor, level: LevelT) -> Tensor: ...
 
-    def raw_x_start(self, output: Tensor, x: Tensor, level: Any) -> Tensor: ...
+    def raw_x_start(self, output: Tensor, x: Tensor, level: LevelT) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -157,11 +174,11 @@ class ProcessPath:
     """
 
     process: GaussianDiffusion
-    model: Callable[..., Tensor]
+    model: Network
     model_kwargs: dict[str, Any] | None = None
     clip_denoised: bool = True
-    denoised_fn: Callable[[Tensor], Tensor] | None = None
-    cond_fn: Callable[..., Tensor] | None = None
+    denoised_fn: DenoisedFn | None = None
+    cond_fn: CondFn | None = None
     guide_score: bool = True
 
     @property
@@ -217,14 +234,14 @@ class ProcessPath:
         """The network's output at x."""
         return self.process.call_model(self.model, x, level.t, self.model_kwargs)
 
-    def read(self, output: Tensor, x: Tensor, level: ProcessLevel) -> Prediction:
+    def read(self, output: Tensor, x: Tensor, level: ProcessLevel) -> Prediction[ProcessLevel]:
         """What an output says: scaled by lambda, clipped, guided."""
         read = self.process.read_output(
             output, x, level.t, self.clip_denoised, self.denoised_fn, scale_epsilon=True
         )
         return self._guided(read, output, x, level)
 
-    def predict(self, x: Tensor, level: ProcessLevel) -> Prediction:
+    def predict(self, x: Tensor, level: ProcessLevel) -> Prediction[ProcessLevel]:
         """call and read, through the process's p_mean_variance."""
         outputs: list[Tensor] = []
 
@@ -245,15 +262,14 @@ class ProcessPath:
 
     def _guided(
         self, read: dict[str, Tensor], output: Tensor, x: Tensor, level: ProcessLevel
-    ) -> Prediction:
+    ) -> Prediction[ProcessLevel]:
         process, guidance, kwargs = self.process, self.cond_fn, self.model_kwargs
         if not self.guide_score:
             mean = read["mean"]
             if guidance is not None:
                 mean = process.condition_mean(guidance, read, x, level.t, kwargs)
-            return Prediction(
-                self, x, level, output, read["pred_xstart"], None, mean, read["log_variance"]
-            )
+            reverse = mean, read["log_variance"]
+            return Prediction(self, x, level, output, read["pred_xstart"], reverse=reverse)
         if guidance is not None:
             read = process.condition_score(guidance, read, x, level.t, kwargs)
         epsilon = process.eps_from_xstart(x, level.t, read["pred_xstart"])
@@ -277,8 +293,8 @@ class AlongProcess:
 
     process: GaussianDiffusion
     clip_denoised: bool = True
-    denoised_fn: Callable[[Tensor], Tensor] | None = None
-    cond_fn: Callable[..., Tensor] | None = None
+    denoised_fn: DenoisedFn | None = None
+    cond_fn: CondFn | None = None
 
     kind = "process"
 
@@ -288,7 +304,7 @@ class AlongProcess:
 
     def bind(
         self,
-        model: Callable[..., Tensor],
+        model: Network,
         model_kwargs: dict[str, Any],
         guide_score: bool = True,
         device: torch.device | str = "cpu",
@@ -309,8 +325,12 @@ class AlongProcess:
         return replace(self, process=self.process.with_scaling(scaling))
 
 
-def with_output(path: SamplingPath, output: Tensor) -> SamplingPath:
+def with_output(path: SamplingPath[LevelT], output: Tensor) -> SamplingPath[LevelT]:
     """The same path, whose network has answered already: predictions read `output`."""
+
+    def predict(x: Tensor, level: LevelT) -> Prediction[LevelT]:
+        return path.read(output, x, level)
+
     other = copy.copy(path)
-    object.__setattr__(other, "predict", lambda x, level: path.read(output, x, level))
+    object.__setattr__(other, "predict", predict)
     return other

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..edm_schedules import NoiseLevels, Path, default_range, make_path
 from ..epsilon_scaling import UNSCALED, EpsilonScaling, divide
-from .paths import Prediction, RandnLike
+from ..process import Network, RandnLike
+from .paths import Prediction
 
 if TYPE_CHECKING:
     from ..denoiser import Denoiser
@@ -209,11 +210,13 @@ class SigmaPath:
         sigma = x.new_full((), float(level.ratio))
         return self.denoiser(x / level.alpha, sigma, self.labels).to(x.dtype)
 
-    def read(self, output: Tensor, x: Tensor, level: SigmaLevel) -> Prediction:
+    def read(self, output: Tensor, x: Tensor, level: SigmaLevel) -> Prediction[SigmaLevel]:
         """What D says: epsilon scaled by lambda, clipped."""
         return self._read(output, x, level, float(self.lambdas[level.index]))
 
-    def _read(self, output: Tensor, x: Tensor, level: SigmaLevel, lam: float) -> Prediction:
+    def _read(
+        self, output: Tensor, x: Tensor, level: SigmaLevel, lam: float
+    ) -> Prediction[SigmaLevel]:
         unscaled, sigma = x / level.alpha, level.ratio
         epsilon = divide((unscaled - output) / sigma, lam)
         x_start = unscaled - sigma * epsilon
@@ -222,7 +225,7 @@ class SigmaPath:
             epsilon = (unscaled - x_start) / sigma
         return Prediction(self, x, level, output, x_start, epsilon)
 
-    def predict(self, x: Tensor, level: SigmaLevel) -> Prediction:
+    def predict(self, x: Tensor, level: SigmaLevel) -> Prediction[SigmaLevel]:
         """call and read."""
         return self.read(self.call(x, level), x, level)
 
@@ -243,7 +246,7 @@ class AlongSigma:
         as_denoiser: as_denoiser(network, model_kwargs) -> D; see `denoiser`.
     """
 
-    as_denoiser: Callable[[Callable[..., Tensor], dict[str, Any]], Denoiser]
+    as_denoiser: Callable[[Network, dict[str, Any]], Denoiser]
     grid: SigmaGrid = field(default_factory=SigmaGrid)
     scaling: EpsilonScaling = UNSCALED
     churn: Churn = field(default_factory=Churn)
@@ -257,7 +260,7 @@ class AlongSigma:
 
     def bind(
         self,
-        model: Callable[..., Tensor],
+        model: Network,
         model_kwargs: dict[str, Any],
         guide_score: bool = True,
         device: torch.device | str = "cpu",

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
+from guided_diffusion_ip.data.image_set import ImageSet
 from guided_diffusion_ip.preparation.archives import Archive
 from guided_diffusion_ip.preparation.packed import open_with_classes, pack_images
 from guided_diffusion_ip.preparation.parts import Parts, discard
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.split == "train":
         packed = os.path.join(args.out, TRAIN)
         if not is_finished(packed, n, record):
-            pack_images(packed, open_with_classes(folder), (32, 32), 3)
+            pack_images(packed, ImageSet(open_with_classes(folder), (32, 32), 3))
         print(f"{packed}: the same images, decoded")
         reference = os.path.join(args.out, REFERENCE)
         if not is_finished(reference, n, record):

@@ -15,6 +15,8 @@ from __future__ import annotations
 import os
 
 from guided_diffusion_ip import dist_util, files
+from guided_diffusion_ip.data.image_io import size_text
+from guided_diffusion_ip.data.image_set import Images, ImageSet, open_images
 from guided_diffusion_ip.evaluation.evaluate import (
     TITLES,
     Result,
@@ -22,7 +24,6 @@ from guided_diffusion_ip.evaluation.evaluate import (
     parse_metrics,
     unavailable,
 )
-from guided_diffusion_ip.evaluation.images import ImageFile, check_sizes, open_images
 from guided_diffusion_ip.evaluation.reference import (
     StoredStatistics,
     compare_features,
@@ -43,6 +44,8 @@ from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.settings.evaluation import choose_device, open_space
 from guided_diffusion_ip.settings.sampling import say
 
+SCALE = "give --image_size to scale and crop all"
+
 
 def main() -> None:
     cfg = parse("evaluator", __doc__)
@@ -52,10 +55,10 @@ def main() -> None:
     dist_util.setup_dist()
     device = choose_device(cfg.device)
     size = parse_image_size(cfg.image_size) if cfg.image_size else None
-    samples = open_images(cfg.samples, "samples", size)
+    samples = open_images(cfg.samples, "samples", size, remedy=SCALE)
     notes = check_order(cfg)
     with_images = has_images(cfg.ref)
-    reference = open_images(cfg.ref, "reference", size) if with_images else None
+    reference = open_images(cfg.ref, "reference", size, remedy=SCALE) if with_images else None
     if reference is not None:
         check_sizes(reference, samples, has_statistics(cfg.ref))
     if cfg.json and not os.path.isdir(os.path.dirname(os.path.abspath(cfg.json))):
@@ -118,10 +121,34 @@ def check_order(cfg: Config) -> list[str]:
     ]
 
 
+def check_sizes(reference: ImageSet, samples: ImageSet, fixed: bool = False) -> None:
+    """Are the images of both sides of one height and width?
+
+    Inception would take them as they are, and measure how they were scaled.
+
+    Args:
+        fixed: the reference cannot be scaled, because it has statistics too.
+
+    Raises:
+        ValueError: they are not; names the flag that scales.
+    """
+    if reference.shape[:2] != samples.shape[:2]:
+        # An npz mostly has the size of the model already.
+        wanted = (
+            reference if fixed or reference.source.kind == "npz" != samples.source.kind else samples
+        )
+        (h, w, _), (height, width, _) = reference.shape, samples.shape
+        raise ValueError(
+            f"reference images are {h} x {w}, samples {height} x {width} (height x width), "
+            "and would differ by their scaling alone: give --image_size "
+            f"{size_text(wanted.size)} to scale and crop as training does"
+        )
+
+
 def differences(
-    reference: ImageFile | None,
+    reference: Images | None,
     stored: StoredStatistics | None,
-    samples: ImageFile,
+    samples: Images,
     made_with: dict,
     space,
 ) -> list[str]:
@@ -144,9 +171,9 @@ def differences(
 def show(
     cfg: Config,
     result: Result,
-    reference: ImageFile | None,
+    reference: Images | None,
     stored: StoredStatistics | None,
-    samples: ImageFile,
+    samples: Images,
     made_with: dict,
     space,
 ) -> None:

@@ -17,8 +17,8 @@ import os
 import numpy as np
 
 from guided_diffusion_ip import dist_util
+from guided_diffusion_ip.data.image_set import open_images
 from guided_diffusion_ip.data.npz_io import NpzWriter
-from guided_diffusion_ip.evaluation.images import Subset, open_images
 from guided_diffusion_ip.evaluation.reference import statistics_arrays
 from guided_diffusion_ip.evaluation.set_features import extract
 from guided_diffusion_ip.script_util import parse_image_size
@@ -38,7 +38,7 @@ def main() -> None:
         raise ValueError(f"--out {cfg.out} must be the name of an .npz file")
     dist_util.setup_dist()
     size = parse_image_size(cfg.image_size) if cfg.image_size else None
-    images = open_images(cfg.data, "data", size)
+    images = open_images(cfg.data, "data", size, remedy="give --image_size to scale and crop all")
     if images.n < 2:
         raise ValueError(f"{cfg.data} holds {images.n} image: a covariance needs at least 2")
     space = open_space(cfg, say)
@@ -54,7 +54,7 @@ def main() -> None:
         with NpzWriter(cfg.out) as out:
             if keep:
                 # Spread evenly over the set, whose order often is that of classes.
-                some = Subset(images, np.arange(keep) * images.n // keep)
+                some = images.subset(np.arange(keep) * images.n // keep)
                 out.write(
                     "arr_0", (keep, *images.shape), np.uint8, some.batches(0, keep, cfg.batch_size)
                 )

@@ -11,9 +11,6 @@ again continues an interrupted run.
 """
 
 import os
-from collections.abc import Sequence
-
-import torch
 
 from guided_diffusion_ip import dist_util, files, script_util
 from guided_diffusion_ip.data.image_set import ImageSet, open_image_set
@@ -50,17 +47,13 @@ def main() -> None:
         script_util.parse_image_size(cfg.image_size),
         cfg.in_channels,
         num_classes=cfg.num_classes if cfg.class_cond else None,
+        what="--data_dir",
     )
     count = min(cfg.num_samples, len(data))
     settings = what_decides_the_result(cfg, data, count)
     out_dir = files.results_folder(cfg.out_dir, default_out_dir(cfg.model_path, count, settings))
 
-    def images_for(index: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return data.images(index), data.cond(index)
-
-    run = LikelihoodRun(
-        diffusion, count, images_for, out_dir, settings, cfg.seed, cfg.clip_denoised
-    )
+    run = LikelihoodRun(diffusion, count, data, out_dir, settings, cfg.seed, cfg.clip_denoised)
     for note in cfg.notes_on_origin():
         say(note)
     say(f"images: {data.text}")

@@ -18,7 +18,6 @@ import torch
 
 from guided_diffusion_ip import dist_util, script_util
 from guided_diffusion_ip.data.image_set import ImageSet, open_image_set
-from guided_diffusion_ip.data.sources import NpzSource
 from guided_diffusion_ip.data.super_resolution import check_sizes
 from guided_diffusion_ip.interop.adm_checkpoint import load_for_sampling
 from guided_diffusion_ip.runs.base_images import TABLE, picture_names, write_table
@@ -81,7 +80,9 @@ def main() -> None:
         small,
         cfg.in_channels,
         exact=not cfg.resize_base,
-        flag="base_samples",
+        what="--base_samples",
+        remedy="add --resize_base True to have them scaled and cropped as training images are, or "
+        "give others",
         num_classes=cfg.num_classes if cfg.class_cond else None,
     )
 
@@ -92,11 +93,7 @@ def main() -> None:
         base_count=len(base),
         base_sha256=base.digest(min(len(base), cfg.num_samples)),
     )  # reads, and so checks, them all
-    names = (
-        ()
-        if isinstance(base.source, NpzSource)
-        else picture_names(base.source.names, cfg.num_samples)
-    )
+    names = () if base.source.kind == "npz" else picture_names(base.source.names, cfg.num_samples)
     run = SampleRun(
         sampler,
         cfg.num_samples,
@@ -136,7 +133,7 @@ def notes_on_base(cfg: Config, base: ImageSet) -> list[str]:
     """
     notes = []
     if (
-        not isinstance(base.source, NpzSource)
+        base.source.kind != "npz"
         and base.classes is not None
         and len(base.classes) < cfg.num_classes
     ):

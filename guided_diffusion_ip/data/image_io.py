@@ -31,9 +31,11 @@ __all__ = [
     "pil_mode",
     "random_crop_arr",
     "read_npz_rows",
+    "render",
     "save_grid",
     "save_png",
     "size_pair",
+    "size_text",
     "to_model_range",
     "to_uint8",
     "write_npz",
@@ -99,6 +101,11 @@ def size_pair(image_size: int | Sequence[int]) -> tuple[int, int]:
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"image_size={image_size} must be one positive number or (height, width)")
     return pair
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """(64, 64) as an image_size is written: 64, or HEIGHTxWIDTH."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 def pil_mode(channels: int) -> str:
@@ -173,6 +180,17 @@ def random_crop_arr(
     top = int(row * (image.height - height + 1))
     left = int(column * (image.width - width + 1))
     return np.array(image)[top : top + height, left : left + width]
+
+
+def render(
+    image: Image.Image, size: tuple[int, int], crop: Sequence[float] | None = None
+) -> np.ndarray:
+    """uint8 [H, W, C] of the wanted size, from the middle or where three uniforms `crop` say."""
+    if crop is None:
+        pixels = center_crop_arr(image, size)
+    else:
+        pixels = random_crop_arr(image, size, uniforms=crop)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def decode_image(

@@ -1,6 +1,5 @@
 """From files of images to a table of metrics; the numbers themselves are in metrics/.
 
-images      npz, folder or zip -> checked uint8 batches
 reference   statistics stored in an npz: OpenAI's, or evaluations/make_reference.py's
 features    a set of images, over all processes -> statistics, kept features, logit sums
 evaluate    two sets -> numbers

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from .. import dist_util
+from ..data.image_set import Images
 from ..features.spaces import FeatureSpace
 from ..metrics import frechet_distance, kernel_distance, precision_recall
-from .images import ImageFile
 from .reference import StoredStatistics
 from .set_features import SetFeatures, extract
 
@@ -73,9 +73,9 @@ def unavailable(name: str, space: FeatureSpace, ref_has_images: bool) -> str:
 
 
 def evaluate(
-    reference: ImageFile | SetFeatures | None,
+    reference: Images | SetFeatures | None,
     stored: StoredStatistics | None,
-    samples: ImageFile,
+    samples: Images,
     space: FeatureSpace,
     *,
     metrics: Sequence[str] = PUBLISHED,
@@ -111,7 +111,11 @@ def evaluate(
         samples.n if not num_samples else min(num_samples, samples.n), moments, manifold, "samples"
     )
     ref = reference if isinstance(reference, SetFeatures) else None
-    if isinstance(reference, ImageFile) and (keep or moments and stored is None):
+    if (
+        reference is not None
+        and not isinstance(reference, SetFeatures)
+        and (keep or moments and stored is None)
+    ):
         _enough(reference.n, moments and stored is None, manifold, "reference")
         ref = extract(
             reference,

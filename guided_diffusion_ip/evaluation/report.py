@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from .. import __version__, files
+from ..data.image_set import Images
 from .evaluate import TITLES, Metric, Result
-from .images import ImageFile
 
 
 def table(
@@ -129,7 +129,7 @@ def settings_beside(path: str) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def describe_set(path: str, images: ImageFile | None, preprocessing: str) -> dict[str, Any]:
+def describe_set(path: str, images: Images | None, preprocessing: str) -> dict[str, Any]:
     """A set of images as it goes into the JSON: name, hash of the file (folders: of names and
     bytes), number and size.
     """

@@ -10,10 +10,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .. import dist_util
+from ..data.image_set import Images
 from ..features.spaces import FeatureSpace
 from ..metrics import FeatureStatistics
 from ..metrics.score import InceptionScore
-from .images import ImageFile
 
 
 @dataclass
@@ -35,7 +35,7 @@ class SetFeatures:
 
 
 def extract(
-    images: ImageFile,
+    images: Images,
     space: FeatureSpace,
     *,
     batch_size: int,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..data.sources import Source
+from ..data.image_source import Source, SourceError
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,10 @@ class Published:
         path = self.find(source)
         try:
             return opener(path)
+        except SourceError as error:
+            raise ValueError(self.advice(error.problem)) from error
         except ValueError as error:
-            raise ValueError(self.advice(str(error).split(": --data_dir")[0])) from error
+            raise ValueError(self.advice(str(error))) from error
 
     def check(self, found: int, allow_partial: bool, expected: int | None = None) -> int:
         """`found`, if that is the published number of images, or if another one is accepted (and

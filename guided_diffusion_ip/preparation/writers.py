@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from ..data import preprocessing as made
 from ..data.image_io import NpzReader, NpzWriter, save_png, write_npz
-from ..data.sources import CLASSES, FolderSource, Source
+from ..data.image_source import Source
+from ..data.npz_source import CLASSES
+from ..data.sources import FolderSource
 from ..files import atomic_file
 from ..noise import Stream, permutation
 from .parts import Parts, discard

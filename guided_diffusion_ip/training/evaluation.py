@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from .. import dist_util, logger
+from ..data.image_set import ImageSet, in_memory, open_images
 from ..evaluation.evaluate import evaluate, parse_metrics, unavailable
-from ..evaluation.images import ArrayImages, ImageFile, Subset, open_images
 from ..evaluation.reference import has_images, has_statistics, read_statistics
 from ..evaluation.set_features import SetFeatures, extract
 from ..features.spaces import FeatureSpace, open_features
@@ -71,13 +71,12 @@ class Evaluation:
         self._stored = (
             read_statistics(reference, space, image_shape) if has_statistics(reference) else None
         )
-        self._images: ImageFile | None = (
+        self._images: ImageSet | None = (
             open_images(reference, "--eval_ref", image_shape[:2]) if has_images(reference) else None
         )
         if self._images is not None and self._images.n > _MOST_REFERENCE_IMAGES:
-            self._images = Subset(
-                self._images,
-                np.arange(_MOST_REFERENCE_IMAGES) * self._images.n // _MOST_REFERENCE_IMAGES,
+            self._images = self._images.subset(
+                np.arange(_MOST_REFERENCE_IMAGES) * self._images.n // _MOST_REFERENCE_IMAGES
             )
         self._known: SetFeatures | None = None
 
@@ -100,7 +99,7 @@ class Evaluation:
         result = evaluate(
             self._known,
             self._stored,
-            ArrayImages(images),
+            in_memory(images),
             self.space,
             metrics=self.metrics,
             batch_size=self.batch_size,

@@ -27,8 +27,11 @@ from guided_diffusion_ip.data.npz_io import NpzReader
 from guided_diffusion_ip.data.npz_source import CLASSES
 from guided_diffusion_ip.data.sources import open_source
 from guided_diffusion_ip.evaluation.report import settings_beside
-from guided_diffusion_ip.preparation.packed import open_with_classes, pack_images
-from guided_diffusion_ip.preparation.writers import write_image_folder
+from guided_diffusion_ip.preparation.writers import (
+    open_with_classes,
+    pack_images,
+    write_image_folder,
+)
 from guided_diffusion_ip.runs.sample_batch import captions
 from guided_diffusion_ip.script_util import parse_image_size
 from guided_diffusion_ip.settings.config import command, parse

@@ -1,4 +1,4 @@
-"""packed.py: a folder decoded once into a mapped npz, which trains exactly as the folder does; and
+"""pack_images: a folder decoded once into a mapped npz, which trains exactly as the folder does; and
 benchmark/loader.py.
 """
 
@@ -19,8 +19,8 @@ from guided_diffusion_ip.data.image_io import save_grid
 from guided_diffusion_ip.data.image_set import ImageSet
 from guided_diffusion_ip.data.preprocessing import recorded
 from guided_diffusion_ip.data.sources import open_source
-from guided_diffusion_ip.preparation import packed
-from guided_diffusion_ip.preparation.packed import open_with_classes, pack_images
+from guided_diffusion_ip.preparation import writers
+from guided_diffusion_ip.preparation.writers import open_with_classes, pack_images
 from tools.benchmark import loader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +121,7 @@ def test_pictures_are_sorted_and_captioned_by_the_names_of_their_classes(
 
 def test_workers_make_the_same_file_as_this_process(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        packed, "_CHUNK_BYTES", 4 * 12 * 10 * 3
+        writers, "_WORKER_BYTES", 4 * 12 * 10 * 3
     )  # six chunks, the last of three images
     for name, workers in (("a.npz", 0), ("b.npz", 2)):
         assert pack_images(
@@ -173,7 +173,7 @@ def test_zip_count_channels_and_no_classes(folder, tmp_path):
 def test_an_image_that_does_not_fit_is_named_and_nothing_is_left(
     folder, tmp_path, monkeypatch, workers
 ):
-    monkeypatch.setattr(packed, "_CHUNK_BYTES", 4 * 12 * 10 * 3)
+    monkeypatch.setattr(writers, "_WORKER_BYTES", 4 * 12 * 10 * 3)
     there = tmp_path / "set"
     there.mkdir()
     for k, image in enumerate(pictures(20)):

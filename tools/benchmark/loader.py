@@ -23,7 +23,7 @@ from guided_diffusion_ip.data.image_datasets import ImageStream, load_data
 from guided_diffusion_ip.data.image_io import center_crop_arr
 from guided_diffusion_ip.data.image_set import ImageSet
 from guided_diffusion_ip.data.sources import open_source
-from guided_diffusion_ip.preparation.packed import pack_images
+from guided_diffusion_ip.preparation.writers import pack_images
 
 PUBLISHED = "published way: one worker process decodes PNGs"
 FOLDER = "folder, decoded by worker processes"

@@ -1,7 +1,7 @@
 """Pixels: uint8 <-> [-1, 1], NHWC <-> NCHW, decoding, crops, PNG files.
 
 The only place that knows 127.5. In memory an image batch is float32 [N, C, H, W] in [-1, 1]; on
-disk uint8 [N, H, W, C]. npz reading and writing lives in npz_io and is offered here too.
+disk uint8 [N, H, W, C].
 """
 
 from __future__ import annotations
@@ -19,27 +19,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..files import atomic_file
-from .npz_io import NpzReader, NpzWriter, merge_npz, read_npz_rows, write_npz
-
-__all__ = [
-    "NpzReader",
-    "NpzWriter",
-    "atomic_file",
-    "center_crop_arr",
-    "decode_image",
-    "merge_npz",
-    "pil_mode",
-    "random_crop_arr",
-    "read_npz_rows",
-    "render",
-    "save_grid",
-    "save_png",
-    "size_pair",
-    "size_text",
-    "to_model_range",
-    "to_uint8",
-    "write_npz",
-]
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _PADDING = 2

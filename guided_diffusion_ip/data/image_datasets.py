@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ..noise import Stream, permutation
 from ..sizes import parse_size
-from .batches import BatchMaker, Failure, Order, render, stop_workers, worker_batches
-from .image_io import center_crop_arr, pil_mode, random_crop_arr, to_model_range
+from .batches import BatchMaker, Failure, Order, stop_workers, worker_batches
+from .image_io import center_crop_arr, pil_mode, random_crop_arr, render, to_model_range
 from .image_set import ImageSet
+from .image_source import SourceError
 from .prefetch import Prefetcher, uses_gpu
 from .preprocessing import of_loader
 from .sources import Source, open_source, read_image
@@ -63,7 +64,7 @@ def load_data(
             [N, H, W, C], or a remote folder gs:// or az://; or a source that is open.
         batch_size: images per rank and step.
         image_size: one number, or (height, width).
-        class_cond: also yield labels; sources.classes_of says where they come from.
+        class_cond: also yield labels; image_source.classes_of says where they come from.
         deterministic: in the order of the sorted names instead of shuffled.
         random_crop: a random piece (80 to 100 % of the shorter side) instead of the middle.
         random_flip: mirror every image with probability 1/2.
@@ -98,17 +99,18 @@ def load_data(
         raise ValueError("class_dropout needs labels: give class_cond and num_classes")
     size = parse_size(image_size)
     pil_mode(channels)
-    source = data_dir if isinstance(data_dir, Source) else open_source(data_dir, class_cond)
+    try:
+        source = data_dir if isinstance(data_dir, Source) else open_source(data_dir, class_cond)
+    except SourceError as error:
+        raise ValueError(f"data_dir: {error}") from error
     if source.classes is not None and num_classes is not None and len(source.classes) > num_classes:
         raise ValueError(
             f"{source.text}: {len(source.classes)} classes, but the model has "
             f"{num_classes}: pass --num_classes {len(source.classes)}"
         )
     maker = BatchMaker(
-        source,
+        ImageSet(source, size, channels),
         Order(len(source), batch_size, rank, world, seed, deterministic),
-        size,
-        channels,
         random_crop,
         random_flip,
         class_dropout,
@@ -153,8 +155,8 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         self.source = maker.source.text
         self.preprocessing = of_loader(
             maker.source.preprocessing,
-            maker.size,
-            maker.channels,
+            maker.images.size,
+            maker.images.channels,
             maker.random_crop,
             maker.source.shape,
         )
@@ -202,8 +204,7 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         maker = self._maker
         order = permutation(maker.order.seed, Stream.SHUFFLE, 0, self.num_images)
         index = order[torch.arange(count) % self.num_images].tolist()
-        chosen = ImageSet(maker.source, maker.size, maker.channels)
-        return chosen.images(index), chosen.cond(index)
+        return maker.images(index)
 
     def close(self) -> None:
         """Stop workers and thread, and close files. The next batch, if one is asked for, starts

@@ -294,9 +294,3 @@ class NpzReader:
                 )
             self._headers[key] = (shape, dtype, offset)
         return self._headers[key]
-
-
-def read_npz_rows(path: str | os.PathLike, key: str, start: int, stop: int) -> np.ndarray:
-    """Rows start .. stop-1 of one array; see `NpzReader`, which is faster for repeated reading."""
-    with NpzReader(path) as reader:
-        return reader.rows(key, start, stop)

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from ..data.image_io import decode_image
-from ..data.sources import Source
+from ..data.image_source import Source
 
 
 def lmdb_package() -> Any:

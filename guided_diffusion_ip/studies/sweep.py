@@ -13,20 +13,22 @@ Every combination of checkpoint, sampler, eta (DDIM only), steps, lambda and see
 
 from __future__ import annotations
 
-import difflib
+import argparse
 import hashlib
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
 
 from .. import files
+from ..settings.config import nearest
+from ..settings.flags import SCRIPTS, Flag
 
 SAMPLERS = ("ddpm", "ddim", "heun", "euler")
 _SIGMA_SAMPLERS = ("heun", "euler")  # whose steps are --edm_steps
@@ -82,6 +84,25 @@ _SET_BY_EVALUATE = {
 }
 
 
+def _steps(value: Any) -> str:
+    """a number of steps, or a respacing such as ddim50 or 10,10,20"""
+    if isinstance(value, bool) or not re.fullmatch(r"(ddim)?[1-9]\d*|\d+(,\d+)+", str(value)):
+        raise ValueError
+    return str(value)
+
+
+_OF_SAMPLING = {flag.name: flag for flag in SCRIPTS["image_sample"].flags()}
+# The axes of the grid beside checkpoints and lambda: key -> the flag that a value of it sets.
+_GRID = {
+    "sampler": replace(_OF_SAMPLING["use_ddim"], default="ddpm", choices=SAMPLERS),
+    "steps": replace(_OF_SAMPLING["timestep_respacing"], type=_steps),
+    "eta": _OF_SAMPLING["eta"],
+    "seeds": _OF_SAMPLING["seed"],
+}
+_NUM_SAMPLES = replace(_OF_SAMPLING["num_samples"], least=2)  # a covariance needs two
+_KEEP = replace(_OF_SAMPLING["save_png"], default=True)  # true or false
+
+
 @dataclass(frozen=True)
 class Scaling:
     """One entry of `lambda`: `label` names its column, "" for no scaling; `flags` are those of
@@ -93,7 +114,7 @@ class Scaling:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One set of samples. `name` is unique within the sweep; `key` is the hash of all that its
     numbers depend on.
     """
@@ -155,7 +176,7 @@ class Sweep:
     """
 
     path: str
-    cells: tuple[Cell, ...]
+    cells: tuple[GridCell, ...]
     metrics: tuple[str, ...]
     features: str
     keep_samples: bool
@@ -176,17 +197,9 @@ def read_sweep(path: str) -> Sweep:
                 f"{path}: {needed} is missing; a sweep needs checkpoints, reference and steps"
             )
     lists = {
-        "sampler": _list(content, "sampler", "ddpm"),
-        "steps": [_steps(path, v) for v in _list(content, "steps", None)],
-        "eta": [_number(path, "eta", v) for v in _list(content, "eta", 0.0)],
-        "seeds": [_whole(path, "seeds", v, 0) for v in _list(content, "seeds", 0)],
+        key: [_converted(path, key, flag, v) for v in _list(content, key, flag.default)]
+        for key, flag in _GRID.items()
     }
-    for sampler in lists["sampler"]:
-        if sampler not in SAMPLERS:
-            raise ValueError(
-                f"{path}: sampler {sampler!r} is unknown; there are {', '.join(SAMPLERS)}."
-                + _nearest(sampler, SAMPLERS)
-            )
     rules = {name: _rules(path, name, content.get(name)) for name in ("only", "exclude")}
     shared = _Shared(path, content)
     scalings = _list(content, "lambda", 1.0)
@@ -216,7 +229,7 @@ def read_sweep(path: str) -> Sweep:
         tuple(cells),
         _metrics(path, content),
         shared.features,
-        _flag(path, content, "keep_samples", True),
+        _converted(path, "keep_samples", _KEEP, content.get("keep_samples", _KEEP.default)),
         text,
     )
 
@@ -226,14 +239,15 @@ class _Shared:
 
     def __init__(self, path: str, content: dict[str, Any]) -> None:
         self.path = path
-        self.num_samples = _whole(path, "num_samples", content.get("num_samples", 10000), 2)
+        count = content.get("num_samples", _NUM_SAMPLES.default)
+        self.num_samples = _converted(path, "num_samples", _NUM_SAMPLES, count)
         self.reference = _existing(path, "reference", content["reference"])
         self.features = str(content.get("features", "inception"))
         self.sample = _more_flags(path, "sample", content, _SET_BY)
         self.evaluate = _more_flags(path, "evaluate", content, _SET_BY_EVALUATE)
         self._hashes: dict[str, str] = {}
 
-    def cell(self, place: dict[str, Any], checkpoint: dict[str, str], entry: Any) -> Cell:
+    def cell(self, place: dict[str, Any], checkpoint: dict[str, str], entry: Any) -> GridCell:
         scaling = _scaling(self.path, entry, place)
         config = [("config", checkpoint["config"])] if checkpoint.get("config") else []
         along_sigma = place["sampler"] in _SIGMA_SAMPLERS
@@ -273,7 +287,7 @@ class _Shared:
             if name not in _NO_MATTER
         ]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
-        return Cell(
+        return GridCell(
             place["checkpoint"],
             place["sampler"],
             place["eta"],
@@ -312,14 +326,10 @@ def _load(path: str) -> tuple[dict[str, Any], str]:
     for key in content:
         if key not in KEYS:
             raise ValueError(
-                f"{path}: unknown key {key!r}; allowed: {', '.join(KEYS)}." + _nearest(key, KEYS)
+                f"{path}: unknown key {key!r}; allowed: {', '.join(KEYS)}."
+                + nearest(str(key), KEYS)
             )
     return content, text
-
-
-def _nearest(word: Any, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _list(content: dict[str, Any], key: str, default: Any) -> list[Any]:
@@ -328,38 +338,13 @@ def _list(content: dict[str, Any], key: str, default: Any) -> list[Any]:
     return [v for i, v in enumerate(values) if v not in values[:i]]
 
 
-def _number(path: str, key: str, value: Any) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or value < 0
-    ):
-        raise ValueError(f"{path}: {key} {value!r} must be a number, at least 0")
-    return float(value)
-
-
-def _whole(path: str, key: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{path}: {key} {value!r} must be a whole number, at least {least}")
-    return value
-
-
-def _steps(path: str, value: Any) -> str:
-    text = str(value)
-    if isinstance(value, bool) or not re.fullmatch(r"(ddim)?[1-9]\d*|\d+(,\d+)+", text):
-        raise ValueError(
-            f"{path}: steps {value!r} must be a number of steps, or a respacing such as ddim50 or "
-            "10,10,20"
-        )
-    return text
-
-
-def _flag(path: str, content: dict[str, Any], key: str, default: bool) -> bool:
-    value = content.get(key, default)
-    if not isinstance(value, bool):
-        raise ValueError(f"{path}: {key} {value!r} must be true or false")
-    return value
+def _converted(path: str, key: str, flag: Flag, value: Any) -> Any:
+    """A value of a key as that of the flag which it sets."""
+    try:
+        return flag.convert(value)
+    except argparse.ArgumentTypeError as error:
+        known = nearest(str(value), flag.choices) if flag.choices else ""
+        raise ValueError(f"{path}: {key} {value!r}: {error}.{known}") from None
 
 
 def _existing(path: str, key: str, value: Any) -> str:
@@ -393,7 +378,7 @@ def _checkpoints(path: str, value: Any) -> dict[str, dict[str, str]]:
             if key not in ("path", "config"):
                 raise ValueError(
                     f"{path}: unknown key {key!r} in checkpoint {name}; allowed: path, config."
-                    + _nearest(key, ("path", "config"))
+                    + nearest(str(key), ("path", "config"))
                 )
         found[str(name)] = {"path": _existing(path, f"checkpoint {name}", entry.get("path"))}
         if entry.get("config"):
@@ -436,7 +421,7 @@ def _rules(path: str, key: str, value: Any) -> list[dict[str, list[str]]]:
             if name not in _RULE_KEYS:
                 raise ValueError(
                     f"{path}: unknown key {name!r} in {key}; allowed: {', '.join(_RULE_KEYS)}."
-                    + _nearest(name, _RULE_KEYS)
+                    + nearest(str(name), _RULE_KEYS)
                 )
     return [
         {

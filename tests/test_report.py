@@ -218,7 +218,7 @@ def test_everything_on_one_page(tmp_path):
         "Error accumulation",
         "lambda(t)",
         "cal.yaml (3 steps)",
-        "DDPM, 20 steps, lambda 1.02, seed 0",
+        "DDPM, steps 20, lambda 1.02, seed 0",
         "Seed 0",
         "1.25",
         "0.75",

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import yaml
 
+from guided_diffusion_ip.diffusion.solvers import SOLVERS, Solver
+from guided_diffusion_ip.runs.sampler_text import sampler_text
 from guided_diffusion_ip.studies.sweep import read_sweep
 from guided_diffusion_ip.studies.sweep_run import Launch
 from guided_diffusion_ip.studies.sweep_table import Entry, as_csv, as_markdown, best, make_table
@@ -137,6 +139,54 @@ def test_the_key_is_that_of_what_decides_the_numbers(place):
     Path("ref.npz").write_text("ref.npz")
     Path("b.pt").write_text("trained further")
     assert [a == b for a, b in zip(keys(), before)] == [True, True, False, False]
+
+
+def test_cells_of_earlier_sweeps_are_found(place):
+    """Their folders end in these hashes."""
+    cells = cells_of(
+        checkpoints={"A": "a.pt"},
+        steps=[10],
+        sampler=["ddpm", "ddim", "heun", "euler"],
+        eta=[0, 1],
+        **{"lambda": [1.0, {"ES": 1.02}]},
+    )
+    assert [cell.folder for cell in cells] == [
+        "A-ddpm-10-steps-seed-0-ecc89a2464",
+        "A-ES-ddpm-10-steps-seed-0-c3eb5a226b",
+        "A-ddim-10-steps-seed-0-bcc5188269",
+        "A-ES-ddim-10-steps-seed-0-8c1ee6196f",
+        "A-ddim-eta1-10-steps-seed-0-5d4a5ce887",
+        "A-ES-ddim-eta1-10-steps-seed-0-59935414c1",
+        "A-heun-10-steps-seed-0-ee560281bf",
+        "A-ES-heun-10-steps-seed-0-50d9b7f082",
+        "A-euler-10-steps-seed-0-1b056fa560",
+        "A-ES-euler-10-steps-seed-0-b6e41ef580",
+    ]
+
+
+def test_a_solver_of_the_registry_is_swept(place, monkeypatch):
+    """`either` takes noise levels for EDM's models, and the steps of a process for others."""
+    mine = Solver("mine", "My own", "either", SOLVERS["ddpm"].step, options=("eta",))
+    monkeypatch.setitem(SOLVERS, "mine", mine)
+    Path("edm.yaml").write_text("model: {framework: edm}\n")
+    checkpoints = {"A": "a.pt", "B": {"path": "b.pt", "config": "edm.yaml"}}
+    cells = cells_of(checkpoints=checkpoints, sampler="mine", steps=[10], eta=[0, 1])
+    assert [cell.name for cell in cells] == [
+        f"{name}, mine{eta}, 10 steps, seed 0" for name in "AB" for eta in ("", "-eta1")
+    ]
+    for cell, steps in zip(cells, ("timestep_respacing",) * 2 + ("edm_steps",) * 2, strict=True):
+        words = " ".join(cell.sample_args)
+        assert f"--{steps} 10 " in words and f"--sampler mine --eta {cell.eta:g}" in words
+    assert make_table([cells[1].describe()], [None], ["fid"], "pixels").rows[0][0] == (
+        "fid",
+        "My own, eta 1",
+        "10",
+    )
+    settings = {"solver": "mine", "eta": 0.5, "edm_steps": 18, "timestep_respacing": "10"}
+    assert sampler_text(settings) == "My own, eta 0.5, steps 10, lambda 1.0"
+    assert sampler_text({**settings, "framework": "edm"}).startswith("My own, eta 0.5, steps 18")
+    with pytest.raises(ValueError, match="ddim, .*, mine"):
+        cells_of(sampler="other")
 
 
 BAD = [

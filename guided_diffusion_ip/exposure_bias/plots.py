@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..files import atomic_file
+from ..runs.sampler_text import sampler_text
 
 # Okabe & Ito's palette, for colour-blind readers; in print, dashes tell curves apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#555555")
@@ -97,7 +98,8 @@ def save_plots(content: Mapping[str, Any], out_dir: str) -> list[str]:
         ValueError: matplotlib is not installed.
     """
     settings = {"timestep_respacing": content["num_timesteps"], **content["settings"]}
-    heading = f"{sampler_text(settings)}, {content['num_images']} images"
+    heading = f"{sampler_text(settings)}, seed {settings.get('seed', '?')}, "
+    heading += f"{content['num_images']} images"
     return [
         path
         for picture in measure_pictures([("", content)])
@@ -165,19 +167,6 @@ def _legend_text(label: str) -> str:
     """Short, and not beginning with _, which matplotlib leaves out."""
     short = label if len(label) <= _LABEL_LENGTH else "..." + label[3 - _LABEL_LENGTH :]
     return " " + short if short.startswith("_") else short
-
-
-def sampler_text(settings: Mapping[str, Any]) -> str:
-    """DDPM, 20 steps, lambda 1.02, seed 0."""
-    kind = f"DDIM, eta {settings.get('eta', 0)}" if settings.get("use_ddim") else "DDPM"
-    steps = settings.get("timestep_respacing") or settings.get("diffusion_steps", "?")
-    if "sampler" in settings:  # heun, euler
-        kind, steps = str(settings["sampler"]).capitalize(), settings.get("edm_steps", "?")
-    b, k = settings.get("eps_scaler", 1.0), settings.get("eps_scaler_k", 0.0)
-    scaling = f"lambda {b}" + (f" + {k} t" if k else "")
-    if isinstance(b, list):
-        scaling = "lambda by step"
-    return f"{kind}, {steps} steps, {scaling}, seed {settings.get('seed', '?')}"
 
 
 def is_number(value: Any) -> bool:

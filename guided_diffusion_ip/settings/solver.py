@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..diffusion.respace import space_timesteps
 from ..diffusion.solvers import SOLVERS
+from ..runs.sampler_text import sampler_text as describe_sampler
 from .config import Config
 
 
@@ -11,8 +12,7 @@ def goes_along_sigma(cfg: Config) -> bool:
     """Whether the chain goes along noise levels (--edm_steps), rather than the steps of a process
     (--timestep_respacing).
     """
-    along = SOLVERS[sampler_kind(cfg)].along
-    return along == "sigma" or along == "either" and cfg.values.get("framework") == "edm"
+    return SOLVERS[sampler_kind(cfg)].goes_along_sigma(cfg.values.get("framework") == "edm")
 
 
 def settle_sampler(cfg: Config) -> Config:
@@ -77,18 +77,4 @@ def number_of_steps(cfg: Config) -> int:
 
 def sampler_text(cfg: Config) -> str:
     """DDPM, steps 100, lambda 1.017."""
-    kind = sampler_kind(cfg)
-    if goes_along_sigma(cfg):
-        text = f"{kind.capitalize()}, steps {cfg.edm_steps}" + (
-            f", S_churn {cfg.S_churn:g}" if cfg.S_churn else ""
-        )
-    else:
-        text = (
-            f"DDIM, eta {cfg.eta:g}" if kind == "ddim" else "DDPM"
-        ) + f", steps {cfg.timestep_respacing or cfg.diffusion_steps}"
-    slope = f" + {cfg.eps_scaler_k:g} t" if cfg.eps_scaler_k else ""
-    guidance = f", guidance scale {cfg.guidance_scale:g}" if cfg.guidance_scale != 1 else ""
-    b = cfg.eps_scaler
-    if isinstance(b, list):
-        b = f"{min(b):g} to {max(b):g}, one per step"
-    return f"{text}, lambda {b}{slope}{guidance}"
+    return describe_sampler({**cfg.values, "solver": sampler_kind(cfg)})

@@ -10,21 +10,15 @@ from __future__ import annotations
 import base64
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader
 
-from ..exposure_bias.plots import (
-    Picture,
-    drawn,
-    is_number,
-    measure_pictures,
-    sampler_text,
-    save_picture,
-)
+from ..exposure_bias.plots import Picture, drawn, is_number, measure_pictures, save_picture
 from ..files import atomic_file
+from ..runs.sampler_text import sampler_text, steps_along_sigma
 from .report_curves import lambda_pictures, loss_pictures, metric_pictures
 from .report_data import (
     KINDS,
@@ -37,7 +31,7 @@ from .report_data import (
     Training,
     collect,
 )
-from .sweep_table import TITLES, Table, best, headings, make_table, note
+from .sweep_table import TITLES, Table, best, headings, make_table, note, sampler_title
 
 _MOST_GRIDS = 48
 _SAMPLE_FLAGS = (
@@ -220,7 +214,7 @@ def samples_block(runs: Sequence[Samples]) -> list[Block]:
         metrics = evaluation.metrics
         values = [f"{metrics[name]:.4g}" if name in metrics else "" for name in names]
         space = os.path.basename(evaluation.features)
-        rows.append([run.label, sampler_text(run.settings), space, evaluation.count, *values])
+        rows.append([run.label, _made_by(run.settings), space, evaluation.count, *values])
     titles = [TITLES.get(name, name) for name in names]
     grid = Grid(["samples", "made by", "features", "images", *titles], rows, texts=3)
     return [Block("Samples", grid, notes=[_COMPARABLE])]
@@ -234,13 +228,12 @@ def sample_blocks(runs: Sequence[Run]) -> list[Block]:
         seed = min((cell.place["seed"] for cell in cells), default="")
         for cell in [cell for cell in cells if cell.place["seed"] == seed][:_MOST_GRIDS]:
             place, column = cell.place, cell.place["column"]
-            eta = f", eta {place['eta']:g}" if place["eta"] else ""
-            title = f"{place['sampler'].upper()}{eta}, {place['steps']} steps, seed {seed}"
+            title = f"{sampler_title(place)}, {place['steps']} steps, seed {seed}"
             title = f"Sweep {run.label}: {title}"
             shown = image(cell.grid, f"samples of {column}, {title}", column)
             groups.setdefault(title, []).append(shown)
     for run in [run for run in of_kind(runs, Samples) if run.grid][:_MOST_GRIDS]:
-        caption = f"{run.label}: {sampler_text(run.settings)}"
+        caption = f"{run.label}: {_made_by(run.settings)}"
         title = f"Seed {run.settings.get('seed', 'not known')}"
         groups.setdefault(title, []).append(image(run.grid, f"samples in {run.label}", caption))
     for run in of_kind(runs, Training):
@@ -279,7 +272,7 @@ def measure_blocks(runs: Sequence[Measurement]) -> list[Block]:
         rows.append(
             [
                 run.label,
-                sampler_text(run.content["settings"]),
+                _made_by(run.content["settings"]),
                 str(run.content.get("num_images", "")),
                 f"{sum(ratios) / len(ratios):.4f}" if ratios else "",
                 *(f"{value:.4f}" if is_number(value) else "" for value in variances),
@@ -293,6 +286,10 @@ def measure_blocks(runs: Sequence[Measurement]) -> list[Block]:
         if run.pictures
     ]
     return [Block("In numbers", grid), *beside]
+
+
+def _made_by(settings: Mapping[str, Any]) -> str:
+    return f"{sampler_text(settings)}, seed {settings.get('seed', '?')}"
 
 
 def command_block(run: Run) -> Block:
@@ -325,10 +322,12 @@ def _sample_commands(run: Samples) -> list[list[str]]:
         return []
     model_path = checkpoint_near(run.path, str(settings["model_path"]))
     words = ["scripts/image_sample.py", "--model_path", model_path]
+    along_sigma = steps_along_sigma(settings)
+    refused = ("timestep_respacing",) if along_sigma else ("edm_steps", "S_churn")
     for name in _SAMPLE_FLAGS:
         value = settings.get(name)
-        if name == "timestep_respacing" and "sampler" in settings:
-            continue  # DDPM's and DDIM's; Heun and Euler refuse it
+        if name in refused:
+            continue
         if value not in (None, "", False) or name == "clip_denoised" and value is False:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             words += [f"--{name}", text]

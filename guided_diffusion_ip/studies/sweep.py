@@ -27,11 +27,13 @@ from typing import Any
 import yaml
 
 from .. import files
-from ..settings.config import nearest
-from ..settings.flags import SCRIPTS, Flag
+from ..diffusion.solvers import SOLVERS
+from ..settings.config import from_values
+from ..settings.flag import Flag
+from ..settings.flags import SCRIPTS
+from ..settings.sampling import adopt_beside
+from ..settings.yaml_file import nearest
 
-SAMPLERS = ("ddpm", "ddim", "heun", "euler")
-_SIGMA_SAMPLERS = ("heun", "euler")  # whose steps are --edm_steps
 KEYS = (
     "checkpoints",
     "reference",
@@ -57,6 +59,7 @@ _SET_BY = {
     "num_samples": "num_samples",
     "use_ddim": "sampler",
     "sampler": "sampler",
+    "solver": "sampler",
     "timestep_respacing": "steps",
     "edm_steps": "steps",
     "eps_scaler": "lambda",
@@ -94,7 +97,7 @@ def _steps(value: Any) -> str:
 _OF_SAMPLING = {flag.name: flag for flag in SCRIPTS["image_sample"].flags()}
 # The axes of the grid beside checkpoints and lambda: key -> the flag that a value of it sets.
 _GRID = {
-    "sampler": replace(_OF_SAMPLING["use_ddim"], default="ddpm", choices=SAMPLERS),
+    "sampler": replace(_OF_SAMPLING["solver"], default="ddpm", choices=lambda: SOLVERS),
     "steps": replace(_OF_SAMPLING["timestep_respacing"], type=_steps),
     "eta": _OF_SAMPLING["eta"],
     "seeds": _OF_SAMPLING["seed"],
@@ -133,7 +136,7 @@ class GridCell:
 
     @property
     def name(self) -> str:
-        sampler = f"ddim-eta{self.eta:g}" if self.sampler == "ddim" and self.eta else self.sampler
+        sampler = f"{self.sampler}-eta{self.eta:g}" if self.eta else self.sampler
         scaling = f"-{self.scaling.label}" if self.scaling.label else ""
         return f"{self.checkpoint}{scaling}, {sampler}, {self.steps} steps, seed {self.seed}"
 
@@ -164,9 +167,8 @@ class GridCell:
     @property
     def network_calls(self) -> int:
         """For one batch; a weight for estimates of time."""
-        return max(1, sum(int(number) for number in re.findall(r"\d+", self.steps))) * (
-            2 if self.sampler == "heun" else 1
-        )
+        steps = max(1, sum(int(number) for number in re.findall(r"\d+", self.steps)))
+        return SOLVERS[self.sampler].calls(steps)
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def read_sweep(path: str) -> Sweep:
         for sampler, eta, steps, entry, seed in itertools.product(
             lists["sampler"], lists["eta"], lists["steps"], scalings, lists["seeds"]
         ):
-            if sampler != "ddim":
+            if "eta" not in SOLVERS[sampler].options:
                 eta = 0.0  # the same cell for every eta
             place = {
                 "checkpoint": name,
@@ -250,7 +252,7 @@ class _Shared:
     def cell(self, place: dict[str, Any], checkpoint: dict[str, str], entry: Any) -> GridCell:
         scaling = _scaling(self.path, entry, place)
         config = [("config", checkpoint["config"])] if checkpoint.get("config") else []
-        along_sigma = place["sampler"] in _SIGMA_SAMPLERS
+        along_sigma = self._goes_along_sigma(place["sampler"], checkpoint)
         if along_sigma and not place["steps"].isdigit():
             raise ValueError(
                 f"{self.path}: steps {place['steps']} is a respacing for DDPM and DDIM; "
@@ -266,10 +268,13 @@ class _Shared:
             *scaling.flags,
             *self.sample,
         ]
+        # As the flags were called when the first sweeps were made: cells are found by these words.
         if place["sampler"] == "ddim":
-            sample += [("use_ddim", "True"), ("eta", f"{place['eta']:g}")]
-        elif along_sigma:
+            sample += [("use_ddim", "True")]
+        elif place["sampler"] != "ddpm":
             sample += [("sampler", place["sampler"])]
+        if "eta" in SOLVERS[place["sampler"]].options:
+            sample += [("eta", f"{place['eta']:g}")]
         evaluate = [*config, ("features", self.features), *self.evaluate]
         beside = os.path.join(os.path.dirname(checkpoint["path"]), "config.yaml")
         # Pixels of EDM's models were truncated once, and a sweep's folder may hold such cells.
@@ -298,6 +303,14 @@ class _Shared:
             _words(sample),
             (self.reference, *_words(evaluate)),
         )
+
+    def _goes_along_sigma(self, sampler: str, checkpoint: dict[str, str]) -> bool:
+        solver = SOLVERS[sampler]
+        if solver.along != "either":
+            return solver.goes_along_sigma(edm=False)
+        flags = {"model_path": checkpoint["path"], **dict(self.sample)}
+        cfg = adopt_beside(from_values("image_sample", flags, checkpoint.get("config", "")))
+        return solver.goes_along_sigma(cfg.framework == "edm")
 
     def _hash(self, path: str) -> str:
         if path not in self._hashes:
@@ -343,7 +356,7 @@ def _converted(path: str, key: str, flag: Flag, value: Any) -> Any:
     try:
         return flag.convert(value)
     except argparse.ArgumentTypeError as error:
-        known = nearest(str(value), flag.choices) if flag.choices else ""
+        known = nearest(str(value), flag.allowed)
         raise ValueError(f"{path}: {key} {value!r}: {error}.{known}") from None
 
 

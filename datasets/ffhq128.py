@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=int,
         default=SET.count,
         metavar="N",
-        help=f"images in the reference (default {SET.count}: all; fewer are drawn at random, always the same)",
+        help=f"images in the reference (default {SET.count}: all; fewer are drawn at random, always "
+        "the same)",
     )
     args = parser.parse_args(argv)
     reference_rows(1, args.reference_count)  # a wrong count is an error now, not after an hour

@@ -174,6 +174,7 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         try:
             if self._batches is None:
                 self._start()
+            assert self._batches is not None
             batch = next(self._ahead) if self._ahead is not None else _finished(self._batches)
         except BaseException:  # even Ctrl-C: a batch that was under way must not be skipped
             self._stop()
@@ -222,9 +223,8 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
             self._at_exit = atexit.register(functools.partial(_stop_at_exit, weakref.ref(self)))
         else:
             self._batches = map(self._maker.__getitem__, steps)
-        if (
-            self._prefetch or self._prefetch is None and uses_gpu()
-        ):  # after the workers: forks do not mix with threads
+        # After the workers: forks do not mix with threads.
+        if self._prefetch or self._prefetch is None and uses_gpu():
             self._ahead = Prefetcher(functools.partial(_finished, self._batches, pinned=uses_gpu()))
 
     def _stop(self) -> None:
@@ -234,7 +234,8 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         batches, self._batches = self._batches, None
         if batches is not None and self._num_workers:
             stop_workers(batches)
-            atexit.unregister(self._at_exit)
+            if self._at_exit is not None:
+                atexit.unregister(self._at_exit)
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -305,8 +306,9 @@ def _finished(
 
 
 def _stop_at_exit(stream: weakref.ref[ImageStream]) -> None:
-    if stream() is not None:
-        stream()._stop()
+    alive = stream()
+    if alive is not None:
+        alive._stop()
 
 
 def _rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:

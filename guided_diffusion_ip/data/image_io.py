@@ -243,7 +243,11 @@ def save_grid(
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     high = images.shape[1] + _PADDING + (_CAPTION_HEIGHT if captions is not None else 0)
     wide = images.shape[2] + _PADDING
-    grey = {"L": _PADDING_GREY, "RGB": (_PADDING_GREY,) * 3, "RGBA": (_PADDING_GREY,) * 3 + (255,)}
+    grey: dict[str, float | tuple[float, ...]] = {
+        "L": _PADDING_GREY,
+        "RGB": (_PADDING_GREY,) * 3,
+        "RGBA": (_PADDING_GREY,) * 3 + (255,),
+    }
     lines = -(-len(images) // columns)
     sheet = Image.new(mode, (columns * wide + _PADDING, lines * high + _PADDING), grey[mode])
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()

@@ -32,6 +32,7 @@ from .sources import open_source
 _CHUNK = 64  # images read at a time where a whole set is gone through
 _DECODERS = 8  # threads; Pillow decodes outside the interpreter lock
 _LOOKED_AT = 16  # a coloured set may begin with one grey picture, hardly with so many
+Numbers = Sequence[int] | np.ndarray  # of images
 SCALE = "give an image size to have all scaled and cropped"
 
 
@@ -146,7 +147,7 @@ class ImageSet:
         """Where the images come from, in one line."""
         return self.source.text
 
-    def pixels(self, index: Sequence[int]) -> np.ndarray:
+    def pixels(self, index: Numbers) -> np.ndarray:
         """The images numbered `index`, uint8 [n, H, W, C].
 
         Raises:
@@ -181,15 +182,15 @@ class ImageSet:
             if waiting is not None:
                 yield waiting.result()
 
-    def images(self, index: Sequence[int]) -> Tensor:
+    def images(self, index: Numbers) -> Tensor:
         """The images numbered `index`, float32 [n, C, H, W] in [-1, 1]."""
         return to_model_range(self.pixels(index))
 
-    def cond(self, index: Sequence[int]) -> dict[str, Tensor]:
+    def cond(self, index: Numbers) -> dict[str, Tensor]:
         """{"y": int64 [n]}, or {} without classes."""
         return {} if self.labels is None else {"y": torch.from_numpy(self.labels[list(index)])}
 
-    def __call__(self, index: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, index: Numbers) -> tuple[Tensor, dict[str, Tensor]]:
         """`images` and `cond` of the images numbered `index`."""
         return self.images(index), self.cond(index)
 
@@ -208,7 +209,7 @@ class ImageSet:
             sha.update(self.labels[:count].astype("<i8").tobytes())
         return sha.hexdigest()
 
-    def subset(self, index: Sequence[int]) -> ImageSet:
+    def subset(self, index: Numbers) -> ImageSet:
         """The images numbered `index`, as a set of their own, numbered from 0."""
         part = copy.copy(self)
         part.source = SubsetSource(self.source, index)
@@ -259,10 +260,9 @@ def open_image_set(
         source = open_source(path, class_cond=num_classes is not None)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-    if num_classes is not None and len(source.classes) > num_classes:
-        raise ValueError(
-            f"{source.text}: {len(source.classes)} classes, but the model knows {num_classes}"
-        )
+    found = len(source.classes or ())
+    if num_classes is not None and found > num_classes:
+        raise ValueError(f"{source.text}: {found} classes, but the model knows {num_classes}")
     return ImageSet(source, size, channels, exact=exact, remedy=remedy)
 
 

@@ -31,7 +31,7 @@ class SourceError(ValueError):
 
 
 class Source:
-    """Images in the order of their numbers. May be sent to worker processes, which open files again.
+    """Images in the order of their numbers. Worker processes may have it; they open files again.
 
     Attributes:
         kind: "folder", "zip", "npz", ... path: where the images are.
@@ -55,7 +55,7 @@ class Source:
         self.text = f"{self.kind} {path}, {len(self.names)} images"
         if class_cond:
             self.classes, self.labels, rule = classes_of(self.names, path)
-            self._add_classes_to_text(rule)
+            self._add_classes_to_text(self.classes, rule)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -69,7 +69,7 @@ class Source:
         raise NotImplementedError
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Images start .. stop-1 as they are stored, uint8 [n, *shape]; only where `shape` is set."""
+        """Images start .. stop-1 as stored, uint8 [n, *shape]; only where `shape` is set."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -78,9 +78,9 @@ class Source:
     def _hint(self) -> str:
         return ""
 
-    def _add_classes_to_text(self, rule: str) -> None:
-        shown = ", ".join(self.classes[:4]) + (", ..." if len(self.classes) > 4 else "")
-        self.text += f", {len(self.classes)} classes from {rule} ({shown})"
+    def _add_classes_to_text(self, classes: Sequence[str], rule: str) -> None:
+        shown = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
+        self.text += f", {len(classes)} classes from {rule} ({shown})"
 
 
 class ArraySource(Source):
@@ -104,7 +104,7 @@ class ArraySource(Source):
 class SubsetSource(Source):
     """The images of another source that are numbered `index` [n], in that order."""
 
-    def __init__(self, source: Source, index: Sequence[int]) -> None:
+    def __init__(self, source: Source, index: Sequence[int] | np.ndarray) -> None:
         self._source = source
         self._index = np.asarray(index, dtype=np.int64)
         self.kind, self.path, self.text = source.kind, source.path, source.text

@@ -1,4 +1,4 @@
-"""Images in an npz: arr_0 uint8 [N, H, W, C], arr_1 int labels [N] and maybe `classes`, their names."""
+"""Images in an npz: arr_0 uint8 [N, H, W, C], arr_1 int labels [N], maybe `classes`, their names."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class NpzSource(Source):
     """
 
     kind = "npz"
+    shape: tuple[int, int, int]
 
     def __init__(self, path: str, class_cond: bool, rules: PixelRules = TRAINING) -> None:
         self.path = path
@@ -52,15 +53,15 @@ class NpzSource(Source):
         self.classes = self.labels = None
         reader = self._open()
         self.keys = reader.keys
-        n, *shape = check_pixels(reader, rules)
-        self.shape = tuple(shape)
+        n, height, width, channels = check_pixels(reader, rules)
+        self.shape = (height, width, channels)
         self._floats = reader.dtype("arr_0") != np.uint8
         self.names = range(n)  # type: ignore[assignment]  # rows have no names
         self.text = f"npz {path}, {n} images"
         if class_cond:
             self.labels = _read_labels(reader, n)
             self.classes = _read_classes(reader, int(self.labels.max()) + 1)
-            self._add_classes_to_text("arr_1")
+            self._add_classes_to_text(self.classes, "arr_1")
 
     @property
     def pixels(self) -> np.ndarray:

@@ -46,8 +46,8 @@ def _open_local(path: str, class_cond: bool, rules: PixelRules) -> Source:
     kind = os.path.splitext(path)[1].lower()
     if kind == ".npy":
         raise ValueError(
-            f"{path} is a .npy file: numpy.savez({path[:-4]!r}, arr_0=numpy.load({path!r})) makes an "
-            "npz of it"
+            f"{path} is a .npy file: numpy.savez({path[:-4]!r}, arr_0=numpy.load({path!r})) makes "
+            "an npz of it"
         )
     if kind not in (".zip", ".npz"):
         raise SourceError(f"{path} is a file of another kind")
@@ -118,6 +118,7 @@ class ZipSource(Source):
 
     def __init__(self, path: str, class_cond: bool) -> None:
         self._zip: zipfile.ZipFile | None = None
+        self._owner = 0  # the process that has opened it
         self.path = path
         names = [name for name in self._open().namelist() if _is_image(name)]
         super().__init__(path, names, class_cond)

@@ -26,7 +26,7 @@ def check_sizes(large: tuple[int, int], small: tuple[int, int]) -> None:
             f"{shown}: there is nothing to enlarge; give a small_size that divides large_size"
         )
     factors = [max(2, round(a / b)) for a, b in zip(large, small)]
-    better = tuple(b * f for b, f in zip(small, factors))
+    better = (small[0] * factors[0], small[1] * factors[1])
     raise ValueError(
         f"{shown}, but large_size must be a multiple of small_size, such as --large_size "
         f"{size_text(better)}"

@@ -227,7 +227,7 @@ def _curves(
 
 
 def _finished(measured: Measured, key: str) -> list[Curve]:
-    """A number of the measure `variance`, which belongs to the finished images, after the last step."""
+    """A number of the measure `variance`, which is of the finished images, after the last step."""
     curves = []
     for color, (_, content) in enumerate(measured):
         value = content.get("measures", {}).get("variance", {}).get(key)
@@ -371,8 +371,8 @@ TITLES = {
 NOTES = {
     "norm": "Above 1, the network predicts more noise along its own chain than on training inputs. "
     "Bands: two standard errors. The last step (t = 0) is left out of the ratio.",
-    "delta": "The chain forgets the x_0 from whose noise it started: even a perfect sampler ends at "
-    "std = sqrt(2) std(x_0), well above 0. Compare methods with each other, not with 0.",
+    "delta": "The chain forgets the x_0 from whose noise it started: even a perfect sampler ends "
+    "at std = sqrt(2) std(x_0), well above 0. Compare methods with each other, not with 0.",
     "variance": "A perfect sampler has no variance error at any t. Above 0, the samples spread too "
     "much. The points at the right end are the finished images.",
     "prediction": "The grey line beside gamma is the IP paper's constant. Shown for comparison; no "

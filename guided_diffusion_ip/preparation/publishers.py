@@ -1,5 +1,6 @@
 """Data sets as their publishers hand them out: where to download them, what their files are called,
-how many images they hold; and the archives that the files come in, which are never unpacked to disk.
+how many images they hold; and the archives that the files come in, which are never unpacked to
+disk.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ def reading(name: str) -> Iterator[None]:
 
 
 class Archive:
-    """A folder, .zip, .tar or .tar.gz: the files called `wanted` (base names, in whatever folder), in the order in which they are
-    stored.
+    """A folder, .zip, .tar or .tar.gz: the files called `wanted` (base names, in whatever folder),
+    in the order in which they are stored.
 
     Raises:
         ValueError: `path` is neither a folder nor a zip or tar file, or it is damaged.
@@ -165,7 +166,10 @@ class Archive:
             if isinstance(self._archive, zipfile.ZipFile):
                 yield stack.enter_context(self._archive.open(member))
             elif self._archive is not None:
-                yield stack.enter_context(self._archive.extractfile(member))
+                data = self._archive.extractfile(member)
+                if data is None:
+                    raise tarfile.ReadError("it is no file")
+                yield stack.enter_context(data)
             else:
                 yield stack.enter_context(open(member, "rb"))
 

@@ -95,7 +95,7 @@ def write_image_npz(
     path: str | os.PathLike,
     images: Iterable[np.ndarray],
     shape: Sequence[int],
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int] | np.ndarray | None = None,
     preprocessing: str = "",
     classes: Sequence[str] | None = None,
 ) -> None:
@@ -135,8 +135,8 @@ def render_npz(
     """Write OUT_DIR/train.npz: arr_0 uint8 [N, H, W, 3], the images of the source in its order,
     each through `render`.
 
-    Images are decoded in threads (Pillow works outside the interpreter lock), 48 MB at a time. A set
-    that is there already is left as it is.
+    Images are decoded in threads (Pillow works outside the interpreter lock), 48 MB at a time. A
+    set that is there already is left as it is.
 
     Args:
         render: RGB image and its name -> uint8 [H, W, 3].

@@ -232,17 +232,17 @@ def sample_blocks(runs: Sequence[Run]) -> list[Block]:
             title = f"Sweep {run.label}: {title}"
             shown = image(cell.grid, f"samples of {column}, {title}", column)
             groups.setdefault(title, []).append(shown)
-    for run in [run for run in of_kind(runs, Samples) if run.grid][:_MOST_GRIDS]:
-        caption = f"{run.label}: {_made_by(run.settings)}"
-        title = f"Seed {run.settings.get('seed', 'not known')}"
-        groups.setdefault(title, []).append(image(run.grid, f"samples in {run.label}", caption))
-    for run in of_kind(runs, Training):
-        if run.grids:
+    for made in [samples for samples in of_kind(runs, Samples) if samples.grid][:_MOST_GRIDS]:
+        caption = f"{made.label}: {_made_by(made.settings)}"
+        title = f"Seed {made.settings.get('seed', 'not known')}"
+        groups.setdefault(title, []).append(image(made.grid, f"samples in {made.label}", caption))
+    for training in of_kind(runs, Training):
+        if training.grids:
             grids = [
-                image(path, f"samples of {run.label}", os.path.basename(path))
-                for path in few(run.grids, 4)
+                image(path, f"samples of {training.label}", os.path.basename(path))
+                for path in few(training.grids, 4)
             ]
-            groups[f"During training: {run.label}"] = grids
+            groups[f"During training: {training.label}"] = grids
     return [Block(title, images=images) for title, images in groups.items()]
 
 

@@ -66,7 +66,7 @@ def _over_steps(
 
 def lambda_pictures(runs: Sequence[Run]) -> list[Picture]:
     """lambda(t) of schedules, and of measurements that were made with one."""
-    curves = []
+    curves: list[Curve] = []
     for run in runs:
         values = run.lambdas if isinstance(run, Schedule) else []
         if isinstance(run, Measurement) and isinstance(run.content.get("lambda"), list):

@@ -155,8 +155,8 @@ def note(table: Table) -> str:
     if table.samples:
         spread += f"Each value from {' or '.join(map(str, table.samples))} samples. "
     return (
-        spread
-        + f"Bold: the best mean of a row, whether or not the difference means anything. Features: {table.features}."
+        spread + "Bold: the best mean of a row, whether or not the difference means anything. "
+        f"Features: {table.features}."
     )
 
 

@@ -22,7 +22,7 @@ def parse_size(size: ImageSize) -> tuple[int, int]:
     except ValueError:
         sides = []
     if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"image_size is {size}: give one positive side, or (height, width)")
+        raise ValueError(f"image_size={size}: give one positive side, or (height, width)")
     return sides[0], sides[1]
 
 

@@ -45,9 +45,9 @@ def main() -> None:
     model, diffusion = load_model_and_diffusion(cfg)
     size = parse_size(cfg.image_size)
     sampler, real = make_sampler(cfg, diffusion, size), open_real_images(cfg, size)
-    kind = f"ddim{cfg.eta:g}" if cfg.use_ddim else "ddpm"
+    kind = sampler.solver + "".join(f"{value:g}" for value in sampler.options.values())
     out = cfg.out or os.path.join(
-        files.folder_beside(cfg.model_path), f"eps_schedule-{kind}-{diffusion.num_timesteps}.yaml"
+        files.folder_beside(cfg.model_path), f"eps_schedule-{kind}-{sampler.num_steps}.yaml"
     )
     if files.is_remote(out) or os.path.isdir(out):
         raise ValueError(
@@ -58,7 +58,7 @@ def main() -> None:
         dist_util.say(note)
     dist_util.say(
         f"images: {len(real)} spread over {real.text}\n"
-        f"calibrating {kind} at {diffusion.num_timesteps} steps with {cfg.model_path}, by {cfg.by}"
+        f"calibrating {kind} at {sampler.num_steps} steps with {cfg.model_path}, by {cfg.by}"
     )
     found = calibrate(sampler, model, real, len(real), cfg.batch_size, dist_util.dev(), cfg.by)
     dist_util.say(table(found))

@@ -42,7 +42,7 @@ def main() -> None:
     model, diffusion = load_model_and_diffusion(cfg)
     size = parse_size(cfg.image_size)
     sampler, real = make_sampler(cfg, diffusion, size), open_real_images(cfg, size)
-    measures = asked_for(cfg, diffusion.num_timesteps)
+    measures = asked_for(cfg, sampler.num_steps)
     settings = what_decides(
         cfg,
         real,

@@ -179,3 +179,13 @@ def test_two_batch_sizes_that_contradict_each_other():
     cfg = parse("image_train", "", ["--batch_size", "9", "--global_batch_size", "8"])
     with pytest.raises(ValueError, match="contradict"):
         settle_batch(cfg)
+
+
+def test_a_script_reads_its_own_flag_though_a_section_has_one_of_that_name(tmp_path):
+    """eval_interval counts validations of the classifier, and evaluations of image_train's samples."""
+    path = tmp_path / "config.yaml"
+    path.write_text("train: {eval_interval: 1000}\nclassifier_train: {eval_interval: 7}\n")
+    assert parse("classifier_train", "", ["--config", str(path)]).eval_interval == 7
+    assert parse("image_train", "", ["--config", str(path)]).eval_interval == 1000
+    path.write_text("train: {eval_interval: 1000}\n")
+    assert parse("classifier_train", "", ["--config", str(path)]).eval_interval == 5

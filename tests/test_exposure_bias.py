@@ -13,12 +13,13 @@ import torch
 from test_closed_forms import S, eps_slope, exact_network, make
 
 from guided_diffusion_ip.diffusion import ModelMeanType, ModelVarType
-from guided_diffusion_ip.diffusion.epsilon_scaling import UNSCALED
+from guided_diffusion_ip.diffusion.epsilon_scaling import UNSCALED, EpsilonScaling
+from guided_diffusion_ip.diffusion.solvers.sigma_path import AlongSigma, SigmaGrid
 from guided_diffusion_ip.exposure_bias.measures import NAMES, create_measures, measure
 from guided_diffusion_ip.exposure_bias.walks import CHAIN, Batch, Walk, noised, step_noise, walk
 from guided_diffusion_ip.features.spaces import PixelSpace
 from guided_diffusion_ip.noise import Stream, normal
-from guided_diffusion_ip.runs.sample_batch import process_sampler
+from guided_diffusion_ip.runs.sample_batch import Sampler, process_sampler
 
 T, N, SIDE = 25, 400, 16
 NUMBERS = N * SIDE**2  # 102,400: a variance has a standard error of 0.44 %, a norm of 0.22 %
@@ -325,3 +326,47 @@ def test_one_image_and_a_diverged_network_are_refused():
         measure(["norm"], how, exact_network(process), gaussian_batches(1))
     with pytest.raises(ValueError, match="'norm' met values that are not finite"):
         measure(["norm"], how, lambda x, t: x * math.nan, gaussian_batches(4))
+
+
+class ExactDenoiser:
+    """D(x, sigma) for data N(0, S^2), its epsilon multiplied by `c`."""
+
+    sigma_min, sigma_max, label_dim = 0.0, math.inf, 0
+
+    def __init__(self, c=1.0):
+        self.c = c
+
+    def round_sigma(self, sigma):
+        return sigma
+
+    def __call__(self, x, sigma, labels=None, augment_labels=None):
+        return x - self.c * sigma**2 / (S**2 + sigma**2) * x
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("c", [1.0, 1.02])
+def test_measures_along_noise_levels(solver, order, c):
+    """EDM's solvers on Gaussian data: the variance obeys V(sigma) = (S^2 + sigma^2)^c up to the
+    solver's own error, and lambda = c undoes c.
+    """
+
+    def measured(n, lam=1.0):
+        along = AlongSigma(lambda network, kwargs: ExactDenoiser(c), SigmaGrid(n))
+        how = Sampler(along.with_scaling(EpsilonScaling(lam)), (1, SIDE, SIDE), solver=solver)
+        names = ["norm", "delta", "variance", "prediction"]
+        return how.bind(None), measure(names, how, None, gaussian_batches())
+
+    steps, tolerance = (40, 0.25) if order == 1 else (80, 0.015)
+    path, found = measured(steps)
+    sigma = path.sigmas
+    np.testing.assert_allclose(found["delta"]["expected_std"], sigma)
+    rows = found["variance"]
+    real = rows["final_expected"]
+    np.testing.assert_allclose(rows["expected"], real + sigma**2)
+    power = ((S**2 + sigma**2) / (S**2 + sigma[-1] ** 2)) ** c * sigma[-1] ** 2
+    np.testing.assert_allclose(rows["chain"], power, rtol=tolerance)
+    # On training inputs epsilon is c times the exact one.
+    norms = found["norm"]["inputs"] / SIDE
+    np.testing.assert_allclose(norms, c * sigma / np.sqrt(S**2 + sigma**2), rtol=0.01)
+    repaired = measured(steps, lam=c)[1]["variance"]["final"]
+    assert repaired == pytest.approx(real, rel=0.02 if order == 2 else 0.2)

@@ -421,7 +421,7 @@ def test_a_schedule_of_another_sampler_is_refused(more, complaint, calibrated):
 
 def test_a_schedule_of_another_eta_is_refused(calibrated, tmp_path):
     content = yaml.safe_load(calibrated[1].read_text())
-    content["settings"].update(solver="ddim", eta=0.0, timestep_respacing="ddim5")
+    content["settings"].update(use_ddim=True, eta=0.0, timestep_respacing="ddim5")
     (tmp_path / "eps.yaml").write_text(yaml.safe_dump(content))
     ddim = ["--use_ddim", "True", "--timestep_respacing", "ddim5"]
     settle(calibrated[0], tmp_path / "eps.yaml", *ddim)

@@ -2,6 +2,7 @@
 sigma, and what is refused.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -572,3 +573,27 @@ def test_compiled_networks_train_and_sample_alike(images, tmp_path, capsys, monk
         assert code in (0, None), err
         pictures.append(np.load(out / "samples_4x8x8x1.npz")["arr_0"].astype(int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+def test_the_laboratory_measures_edm_models(solver, edm, images, tmp_path):  # noqa: F811
+    """exposure_bias.py takes them, and calibrate_eps.py where a step is one network call."""
+    common = ["--model_path", str(edm[0] / "ema_0.5_000004.pt"), "--data_dir", images]
+    common += ["--num_images", "8", "--batch_size", "4", "--edm_steps", "4", "--solver", solver]
+
+    def script(name, *more):
+        command = [sys.executable, f"scripts/{name}.py", *common, *more]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = script("exposure_bias", "--out_dir", str(tmp_path), "--plots", "True")
+    assert done.returncode == 0, done.stderr
+    assert f"{solver.capitalize()}, steps 4, lambda 1" in done.stdout
+    content = json.loads((tmp_path / "measures.json").read_text())
+    assert len(content["sigma"]) == 4 and content["sigma"][-1] == 80 and content["alpha"] == [1] * 4
+    assert (tmp_path / "norm.png").exists() and len(content["measures"]["norm"]["ratio"]) == 4
+    done = script("calibrate_eps", "--out", str(tmp_path / "eps.yaml"))
+    if solver == "heun":
+        assert done.returncode == 2 and "--solver ddpm, ddim or euler" in done.stderr
+    else:
+        assert done.returncode in (0, 2), done.stderr  # 2: nothing to be solved in four steps
+        assert not done.returncode or "nothing was solved" in done.stderr

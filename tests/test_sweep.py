@@ -183,7 +183,7 @@ def test_a_solver_of_the_registry_is_swept(place, monkeypatch):
         "10",
     )
     settings = {"solver": "mine", "eta": 0.5, "edm_steps": 18, "timestep_respacing": "10"}
-    assert sampler_text(settings) == "My own, eta 0.5, steps 10, lambda 1.0"
+    assert sampler_text(settings) == "My own, eta 0.5, steps 10, lambda 1"
     assert sampler_text({**settings, "framework": "edm"}).startswith("My own, eta 0.5, steps 18")
     with pytest.raises(ValueError, match="ddim, .*, mine"):
         cells_of(sampler="other")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..diffusion.epsilon_scaling import EpsilonScaling
 from ..diffusion.solvers import SOLVERS
 
 
@@ -45,7 +46,8 @@ def sampler_text(settings: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _scaling(b: Any, k: float) -> str:
-    if isinstance(b, list):
-        b = f"{min(b):g} to {max(b):g}, one per step"
-    return f"lambda {b}" + (f" + {k:g} t" if k else "")
+def _scaling(b: Any, k: Any) -> str:
+    try:
+        return f"lambda {EpsilonScaling.of(b, k)}"
+    except (TypeError, ValueError):  # of somebody else's program
+        return f"lambda {b}"

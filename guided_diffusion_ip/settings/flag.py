@@ -126,7 +126,8 @@ class Flag:
         finite: refuse NaN and infinity.
         quiet: leave the flag out of a run's identity where it has its default. For flags that are
             newer than the folders that are to be continued.
-        solvers: of which solvers it is: "sigma" for those that step along noise levels; "" for all.
+        solvers: of which solvers it is: "sigma" for those that step along noise levels, or the name
+            of one; "" for all.
         in_weights: names and shapes of a checkpoint tell it.
         saved: it is written into config.yaml.
     """

@@ -142,7 +142,7 @@ _NOT_FOR_CLASSIFIERS = (
     "class_dropout",
     *(flag.name for flag in LOSS_WEIGHTING),
 )
-_NOT_MEASURED = ("compile", "num_samples", "class_ids", "save_png", "solver", *_SIGMA)
+_NOT_MEASURED = ("compile", "num_samples", "class_ids", "save_png")
 
 SCRIPTS = {
     # Training on respaced steps only happens by an explicit flag, never through a config's sampling
@@ -307,7 +307,7 @@ SCRIPTS = {
         positional=("sweep",),
     ),
     "exposure_bias": Script(
-        ("model", "diffusion", "sample"),
+        ("model", "edm", "diffusion", "sample"),
         (
             *MEASURED_IMAGES,
             Flag(
@@ -346,7 +346,7 @@ SCRIPTS = {
         _NOT_MEASURED,
     ),
     "calibrate_eps": Script(
-        ("model", "diffusion", "sample"),
+        ("model", "edm", "diffusion", "sample"),
         (
             *MEASURED_IMAGES,
             Flag(

@@ -78,7 +78,7 @@ def check_origin(path: str | os.PathLike, sampler: str, wanted: Mapping[str, Any
     was written by hand.
 
     Args:
-        sampler: ddpm, ddim, heun or euler.
+        sampler: the name of the solver.
         wanted: eta, diffusion_steps, timestep_respacing, model_sha256 ('' if unknown), and whatever
             else is to be compared.
 
@@ -91,7 +91,9 @@ def check_origin(path: str | os.PathLike, sampler: str, wanted: Mapping[str, Any
         return []
     again = "calibrate for it (scripts/calibrate_eps.py)"
     kind = sampler
-    if isinstance(made_for.get("use_ddim"), bool):
+    if isinstance(made_for.get("sampler"), str):
+        kind = made_for["sampler"]
+    elif isinstance(made_for.get("use_ddim"), bool):
         kind = "ddim" if made_for["use_ddim"] else "ddpm"
     if kind != sampler:
         raise ValueError(

@@ -10,15 +10,13 @@ from torch import Tensor
 from ..diffusion.denoiser import BoundDenoiser, Denoiser
 from ..diffusion.epsilon_scaling import EpsilonScaling
 from ..diffusion.process_denoiser import ProcessDenoiser
-from ..diffusion.solvers import SOLVERS
+from ..diffusion.solvers import SOLVERS, Solver
 from ..diffusion.solvers.paths import AlongProcess
 from ..diffusion.solvers.sigma_path import AlongSigma, Churn, SigmaGrid
 from ..runs.sample_batch import Sampler
 from .config import Config
-from .flags import names
-from .solver import goes_along_sigma, sampler_kind
-
-_SIGMA = names("sample", solvers="sigma")
+from .flags import SECTIONS
+from .solver import along, goes_along_sigma, sampler_kind
 
 
 def make_sampler(cfg: Config, diffusion: Any, image_size: tuple[int, int]) -> Sampler:
@@ -71,7 +69,9 @@ def _along(cfg: Config, diffusion: Any, null_label: int | None) -> AlongProcess 
         cfg.noise_level_schedule or "linear",
         cfg.noise_level_scaling or "none",
     )
-    scaling = EpsilonScaling.of(cfg.eps_scaler, cfg.eps_scaler_k)
+    scaling = EpsilonScaling.of(
+        cfg.values.get("eps_scaler", 1.0), cfg.values.get("eps_scaler_k", 0.0)
+    )
     churn = Churn(cfg.S_churn, cfg.S_min, cfg.S_max, cfg.S_noise)
     return AlongSigma(as_denoiser, grid, scaling, churn, cfg.clip_denoised)
 
@@ -89,32 +89,38 @@ def check_solver(cfg: Config) -> None:
             f"--solver {solver.name} is for image_sample: {cfg.script} steers each step of DDPM "
             "or DDIM (by a classifier or a low-resolution image), which EDM's samplers do not have"
         )
-    _check_flags_of(solver.name, cfg)
+    _check_flags_of(solver, cfg)
     if cfg.guidance_scale != 1:
         _check_guidance(cfg)
 
 
-def _check_flags_of(kind: str, cfg: Config) -> None:
-    """Refuse what was asked of another sampler: it would be ignored in silence."""
-    if cfg.eta and kind != "ddim":
+def _check_flags_of(solver: Solver, cfg: Config) -> None:
+    """Refuse what was asked of another solver: it would be ignored in silence."""
+    sigma = goes_along_sigma(cfg)
+    if cfg.eta and "eta" not in solver.options:
         raise ValueError(
-            f"--eta {cfg.eta} is DDIM's noise and means nothing for {kind.upper()}: add --use_ddim "
-            "True, or leave it out"
-            + (" (--S_churn adds noise to EDM's samplers)" if goes_along_sigma(cfg) else "")
+            f"--eta {cfg.eta} is DDIM's noise and means nothing for {solver.title}: add "
+            "--use_ddim True, or leave it out"
+            + (" (--S_churn adds noise to EDM's samplers)" if sigma else "")
         )
-    if goes_along_sigma(cfg):
-        if cfg.on_command_line("timestep_respacing") and cfg.timestep_respacing:
+    if sigma and cfg.on_command_line("timestep_respacing") and cfg.timestep_respacing:
+        raise ValueError(
+            f"--timestep_respacing {cfg.timestep_respacing} chooses steps of a process; "
+            f"{solver.title} takes --edm_steps of them along sigma"
+        )
+    for flag in SECTIONS["sample"]:
+        if not flag.solvers or not cfg.on_command_line(flag.name):
+            continue
+        if flag.solvers == "sigma":
+            fits = sigma and (solver.churn or not flag.name.startswith("S_"))
+            owners = " and ".join(along("sigma"))
+        else:
+            fits, owners = flag.name in solver.options, flag.solvers
+        if not fits:
+            instead = "use --timestep_respacing" if flag.name == "edm_steps" else "leave it out"
             raise ValueError(
-                f"--timestep_respacing {cfg.timestep_respacing} chooses steps of DDPM and DDIM; "
-                f"{kind} takes --edm_steps of them along sigma"
-            )
-        return
-    for name in _SIGMA:
-        if cfg.on_command_line(name):
-            raise ValueError(
-                f"--{name} {cfg.values[name]} belongs to --solver heun and euler, and means "
-                f"nothing for {kind.upper()}"
-                + (": use --timestep_respacing" if name == "edm_steps" else ": leave it out")
+                f"--{flag.name} {cfg.values[flag.name]} belongs to --solver {owners}, and means "
+                f"nothing for {solver.title}: {instead}"
             )
 
 

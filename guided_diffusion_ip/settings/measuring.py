@@ -52,7 +52,7 @@ def what_decides(cfg: Config, real: ImageSet, **more: Any) -> dict[str, Any]:
         "num_images": len(real),
         **{name: value for name, value in deciding.items() if name not in more},
         **more,
-        **described(cfg, ("model", "diffusion")),
+        **described(cfg, ("model", "edm" if cfg.framework == "edm" else "diffusion")),
     }
 
 

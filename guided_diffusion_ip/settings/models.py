@@ -222,7 +222,7 @@ def process_flags(cfg: Config) -> dict[str, Any]:
             )
         return {}
     flags = cfg.sampling_process()
-    if "eps_scaler" not in cfg.values or not goes_along_sigma(cfg):
+    if "use_ddim" not in cfg.values or not goes_along_sigma(cfg):
         flags |= {
             "timestep_respacing": cfg.timestep_respacing,
             "eps_scaler": cfg.values.get("eps_scaler", 1.0),

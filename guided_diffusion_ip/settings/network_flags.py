@@ -127,7 +127,7 @@ LOSS_WEIGHTING = (
         "loss_weighting",
         "uniform",
         Role.LOSS,
-        "weight of each timestep's MSE: uniform, or by its signal-to-noise ratio; training only",
+        "weight of each timestep's MSE, by its signal-to-noise ratio: {choices}; training only",
         choices=lambda: RULES,
         aliases=("loss_weight",),
     ),

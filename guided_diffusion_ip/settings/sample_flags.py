@@ -120,8 +120,8 @@ SAMPLE = (
         "solver",
         "",
         Role.IMAGES,
-        "ddpm, ddim (as --use_ddim), heun or euler (EDM's, for any model); default: ddpm, for "
-        "EDM's models heun",
+        "how to step: {choices} (ddim as --use_ddim; EDM's for any model); default: ddpm, for EDM's "
+        "models heun",
         choices=lambda: ("", *SOLVERS),
         aliases=("sampler",),
     ),

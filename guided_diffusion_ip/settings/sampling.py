@@ -227,15 +227,16 @@ def adopt_beside(cfg: Config) -> Config:
 
 
 def complete_settings(cfg: Config) -> Config:
-    """What a script that studies a checkpoint needs besides its flags: the config beside it, and
-    lambda(t) settled.
+    """What a script that studies a checkpoint needs besides its flags: the config beside it, the
+    solver and lambda(t) settled.
 
     Raises:
         ValueError: no checkpoint is given, or its settings contradict the flags.
     """
     if not cfg.model_path:
         raise ValueError(NO_CHECKPOINT)
-    cfg = adopt_beside(cfg)
+    cfg = settle_sampler(adopt_beside(cfg))
+    check_solver(cfg)
     return settle_lambda(cfg) if "eps_schedule" in cfg.values else cfg
 
 

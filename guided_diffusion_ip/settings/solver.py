@@ -15,6 +15,11 @@ def goes_along_sigma(cfg: Config) -> bool:
     return SOLVERS[sampler_kind(cfg)].goes_along_sigma(cfg.values.get("framework") == "edm")
 
 
+def along(*kinds: str) -> list[str]:
+    """The solvers that go along paths of these kinds: process, sigma, either."""
+    return [name for name, solver in SOLVERS.items() if solver.along in kinds]
+
+
 def settle_sampler(cfg: Config) -> Config:
     """`cfg` with --solver and --use_ddim, two ways to say it, in agreement, and with clip_denoised
     settled; what is on the command line wins over a config file.
@@ -38,17 +43,17 @@ def settle_sampler(cfg: Config) -> Config:
 
 
 def sampler_kind(cfg: Config) -> str:
-    """ddpm, ddim, heun or euler; for scripts without --solver, by --use_ddim.
+    """A name in SOLVERS; for scripts without --solver, by --use_ddim.
 
     Raises:
-        ValueError: an EDM model is to be sampled by DDPM or DDIM.
+        ValueError: an EDM model is to be sampled along the steps of a process.
     """
     edm = cfg.values.get("framework") == "edm"
     kind = cfg.values.get("solver") or ("ddim" if cfg.use_ddim else "heun" if edm else "ddpm")
-    if edm and kind in ("ddpm", "ddim"):
+    if edm and SOLVERS[kind].along == "process":
         raise ValueError(
-            f"{kind.upper()} steps along the alpha_bar of a process, and EDM's models have none: "
-            "use --solver heun or euler"
+            f"{SOLVERS[kind].title} steps along the alpha_bar of a process, and EDM's models have "
+            f"none: use --solver {' or '.join(along('sigma', 'either'))}"
         )
     return kind
 

@@ -88,11 +88,14 @@ def read_yaml(path: str) -> Content:
 def values_from_yaml(
     content: Content, sections: Iterable[str], path: str, ignore: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """The values of some sections, converted and checked: {flag name: value}; those to `ignore` are
-    left out.
+    """The values of some sections, converted and checked: {flag name: value}.
+
+    Args:
+        ignore: flags to leave out; a script's own section may have a flag of such a name.
     """
     values: dict[str, Any] = {}
     for section in sections:
+        left_out = ignore if section in SECTIONS else ()
         declared = SECTIONS[section] if section in SECTIONS else SCRIPTS[section].extra
         flags = {name: flag for flag in declared for name in (flag.name, *flag.aliases)}
         for key, raw in content.get(section, {}).items():
@@ -105,12 +108,14 @@ def values_from_yaml(
                 value = flag.convert(raw)
             except argparse.ArgumentTypeError as error:
                 raise ValueError(f"{path}: {section}.{key}: {error}") from None
+            if flag.name in left_out:
+                continue
             if flag.name in values and values[flag.name] != value:
                 raise ValueError(
                     f"{path}: {key} and another spelling of it have different values: keep one"
                 )
             values[flag.name] = value
-    return {name: value for name, value in values.items() if name not in ignore}
+    return values
 
 
 def is_state(path: str) -> bool:

@@ -104,7 +104,8 @@ class _TablesAnew:
     def at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
         values = np.asarray(getattr(self, table), dtype=np.float64)
         chosen = torch.from_numpy(values).to(device=t.device)[t].float()
-        return chosen.view(-1, *[1] * (like.ndim - 1)).expand(like.shape)
+        table = chosen.view(-1, *[1] * (like.ndim - 1))
+        return table.expand(like.shape) if isinstance(like, Tensor) else table
 
     def _map_on(self, device: torch.device) -> Tensor:
         return torch.tensor(self.timestep_map, device=device)

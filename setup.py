@@ -18,6 +18,7 @@ setup(
     python_requires=">=3.10",
     # Top-level `datasets` and `tests` would shadow other people's packages: only ours is installed.
     packages=find_packages(include=["guided_diffusion_ip", "guided_diffusion_ip.*"]),
+    package_data={"guided_diffusion_ip.studies": ["report.html"]},
     install_requires=[
         # 2.6: before it, torch.load(weights_only=True) could be made to run code (CVE-2025-32434).
         # It also is the first release with CUDA 12.6 builds, which still know the V100 (sm_70).
@@ -39,9 +40,9 @@ setup(
         # 0.30: the first with DiTTransformer2DModel.
         "diffusers": ["diffusers>=0.30"],
         "convert": ["safetensors>=0.4"],
-        # scipy: the normality test of the prediction error.
-        "plots": ["matplotlib>=3.6", "scipy>=1.10"],
-        "demo": ["scikit-learn>=1.2", "matplotlib>=3.6", "scipy>=1.10"],
+        # scipy: the normality test of the prediction error; jinja2 (which torch needs too): reports.
+        "plots": ["matplotlib>=3.6", "scipy>=1.10", "jinja2>=3.0"],
+        "demo": ["scikit-learn>=1.2", "matplotlib>=3.6", "scipy>=1.10", "jinja2>=3.0"],
         "test": [
             "pytest>=7.0",
             "pytest-xdist>=3.0",

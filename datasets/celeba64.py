@@ -15,8 +15,7 @@ distances between one and another are meaningless:
 --crop ddim    what DDIM's code makes: the 128 x 128 around column 89, row 121, halved with Pillow's
                bilinear filter.
 
-Writes DIR/train.npz and DIR/reference.npz (50,000 random images, always the same). An interrupted
-run goes on if started again.
+Writes DIR/train.npz and DIR/reference.npz (50,000 random images, always the same).
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from PIL import Image
 from guided_diffusion_ip.data.image_io import center_crop_arr
 from guided_diffusion_ip.data.preprocessing import of_loader
 from guided_diffusion_ip.data.sources import open_source
-from guided_diffusion_ip.preparation.published import Published
+from guided_diffusion_ip.preparation.publishers import PublishedSet
 from guided_diffusion_ip.preparation.writers import render_npz, write_reference
 from guided_diffusion_ip.settings.config import command
 
-SET = Published(
+SET = PublishedSet(
     "CelebA (align and crop)",
     "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
     ("img_align_celeba", "img_align_celeba.zip"),

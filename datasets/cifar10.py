@@ -9,7 +9,7 @@ is read (data/safe_pickle.py).
 Writes DIR/train/airplane/00000.png ...; DIR/train.npz, the same images decoded, in the folder's
 order and with its classes, which --data_dir takes too and reads faster; and DIR/reference.npz
 (arr_0 uint8 [50000, 32, 32, 3], in the order of the batches). With --split test DIR/test/... from
-the 10,000 test images. An interrupted run goes on if started again.
+the 10,000 test images.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from guided_diffusion_ip.preparation.archives import Archive
-from guided_diffusion_ip.preparation.packed import open_with_classes, pack_images
-from guided_diffusion_ip.preparation.parts import Parts, discard
-from guided_diffusion_ip.preparation.published import Published
+from guided_diffusion_ip.data.image_set import ImageSet
+from guided_diffusion_ip.preparation.publishers import Archive, PublishedSet
 from guided_diffusion_ip.preparation.safe_pickle import load_batch
 from guided_diffusion_ip.preparation.writers import (
     REFERENCE,
     TRAIN,
     is_finished,
+    open_with_classes,
+    pack_images,
     write_image_folder,
     write_image_npz,
 )
 from guided_diffusion_ip.settings.config import command
 
-SET = Published(
+SET = PublishedSet(
     "CIFAR-10",
     "https://www.cs.toronto.edu/~kriz/cifar.html",
     (
@@ -123,17 +123,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = f"cifar10{'-test' if args.split == 'test' else ''} 32x32x3"
     folder = os.path.join(args.out, args.split)
     if not is_finished(folder, n, record):
-        parts = Parts(args.out, args.split, f"{record}; {n} images")
         items = ((image, CLASSES[label]) for image, label in zip(images, labels))
-        write_image_folder(
-            folder, tqdm(items, folder, n, unit="img", disable=None), 5, record, parts
-        )
-    discard(args.out, args.split)
+        bar = tqdm(items, folder, n, unit="img", disable=None)
+        write_image_folder(folder, bar, 5, record)
     print(f"{folder}: {n:,} images in {len(CLASSES)} classes")
     if args.split == "train":
         packed = os.path.join(args.out, TRAIN)
         if not is_finished(packed, n, record):
-            pack_images(packed, open_with_classes(folder), (32, 32), 3)
+            pack_images(packed, ImageSet(open_with_classes(folder), (32, 32), 3))
         print(f"{packed}: the same images, decoded")
         reference = os.path.join(args.out, REFERENCE)
         if not is_finished(reference, n, record):

@@ -10,7 +10,7 @@ one of them for training and reference. From a folder that holds both, the thumb
 
 Writes DIR/train.npz and DIR/reference.npz. How many reference images the published FIDs were
 computed with is not stated; the paper speaks of whole training sets, hence the default of
---reference_count. An interrupted run goes on if started again.
+--reference_count.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from PIL import Image
 from guided_diffusion_ip.data.image_io import center_crop_arr
 from guided_diffusion_ip.data.preprocessing import of_loader
 from guided_diffusion_ip.data.sources import open_source
-from guided_diffusion_ip.preparation.published import Published
+from guided_diffusion_ip.preparation.publishers import PublishedSet
 from guided_diffusion_ip.preparation.writers import reference_rows, render_npz, write_reference
 from guided_diffusion_ip.settings.config import command
 
-SET = Published(
+SET = PublishedSet(
     "FFHQ",
     "https://github.com/NVlabs/ffhq-dataset",
     ("thumbnails128x128", "images1024x1024"),
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=int,
         default=SET.count,
         metavar="N",
-        help=f"images in the reference (default {SET.count}: all; fewer are drawn at random, always the same)",
+        help=f"images in the reference (default {SET.count}: all; fewer are drawn at random, always "
+        "the same)",
     )
     args = parser.parse_args(argv)
     reference_rows(1, args.reference_count)  # a wrong count is an error now, not after an hour

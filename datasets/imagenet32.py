@@ -8,8 +8,7 @@ zipped or unpacked: train_data_batch_1 to train_data_batch_10. The npz version i
 both are; of pickles nothing but arrays, lists and text is read (data/safe_pickle.py).
 
 Writes DIR/train.npz: arr_0 uint8 [1281167, 32, 32, 3], arr_1 int64 [1281167] labels 0 to 999
-(published: 1 to 1000). DIR/reference.npz is another name of the same file. An interrupted run goes
-on if started again.
+(published: 1 to 1000). DIR/reference.npz is another name of the same file.
 """
 
 from __future__ import annotations
@@ -22,15 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from guided_diffusion_ip.data import preprocessing
-from guided_diffusion_ip.data.npz_io import NpzReader, NpzWriter
-from guided_diffusion_ip.preparation.archives import Archive
-from guided_diffusion_ip.preparation.parts import Parts, discard
-from guided_diffusion_ip.preparation.published import Published
+from guided_diffusion_ip.data.npz_io import NpzReader, NpzWriter, merge_npz
+from guided_diffusion_ip.preparation.publishers import Archive, PublishedSet
 from guided_diffusion_ip.preparation.safe_pickle import load_batch
-from guided_diffusion_ip.preparation.writers import TRAIN, is_finished, write_reference
+from guided_diffusion_ip.preparation.writers import TRAIN, is_finished, scratch, write_reference
 from guided_diffusion_ip.settings.config import command
 
-SET = Published(
+SET = PublishedSet(
     "downsampled ImageNet 32x32 (train)",
     "https://image-net.org/download-images.php",
     (
@@ -77,31 +74,6 @@ def read_batch(file: IO[bytes], name: str, where: str) -> tuple[np.ndarray, np.n
     return data, labels.astype(np.int64) - 1
 
 
-def write_parts(parts: Parts, archive: Archive, chosen: Sequence[str]) -> None:
-    """Store each batch that is not there yet as an npz of its own."""
-    missing = parts.missing([piece(name) for name in chosen])
-    with tqdm(
-        desc="batches",
-        total=len(chosen),
-        initial=len(chosen) - len(missing),
-        unit="batch",
-        disable=None,
-    ) as bar:
-        for name in chosen:
-            if piece(name) in missing:
-                with archive.open(name) as file:
-                    planes, labels = read_batch(file, name, f"{archive.path}: {name}")
-                with NpzWriter(parts.path(piece(name))) as out:
-                    out.write("arr_0", (len(planes), 32, 32, 3), np.uint8, _pixels(planes))
-                    out.write("arr_1", labels.shape, labels.dtype, [labels])
-                bar.update()
-
-
-def piece(name: str) -> str:
-    """The file name of a batch's piece."""
-    return f"{name.removesuffix('.npz')}.npz"
-
-
 def _pixels(planes: np.ndarray) -> Iterator[np.ndarray]:
     """uint8 [n, 3072], plane after plane -> chunks uint8 [., 32, 32, 3]."""
     for start in range(0, len(planes), _CHUNK):
@@ -121,14 +93,21 @@ def make_training_set(out: str, source: str, allow_partial: bool) -> int:
                 f"{path} holds {len(chosen)} of {len(BATCHES)} batches: download the rest "
                 "(--allow_partial takes what is there)"
             )
-        parts = Parts(out, "train", f"{RECORD}; {len(chosen)} batches")
-        write_parts(parts, archive, chosen)
-    pieces = [piece(name) for name in chosen]
-    n = SET.check(parts.rows(pieces), allow_partial)
-    print("joining the batches", flush=True)
-    parts.join(
-        pieces, os.path.join(out, TRAIN), {preprocessing.KEY: preprocessing.as_array(RECORD)}
-    )
+        train, n = os.path.join(out, TRAIN), 0
+        with scratch(train) as place:
+            pieces = [os.path.join(place, f"{k}.npz") for k in range(len(chosen))]
+            for name, piece in zip(tqdm(chosen, "batches", disable=None), pieces):
+                with archive.open(name) as file:
+                    planes, labels = read_batch(file, name, f"{archive.path}: {name}")
+                with NpzWriter(piece) as npz:
+                    npz.write("arr_0", (len(planes), 32, 32, 3), np.uint8, _pixels(planes))
+                    npz.write("arr_1", labels.shape, labels.dtype, [labels])
+                n += len(planes)
+            SET.check(n, allow_partial)
+            print("joining the batches", flush=True)
+            record = {preprocessing.KEY: preprocessing.as_array(RECORD)}
+            merge_npz(os.path.join(place, TRAIN), pieces, n, record)
+            os.replace(os.path.join(place, TRAIN), train)
     return n
 
 
@@ -140,7 +119,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         with NpzReader(train) as reader:
             n = SET.check(reader.shape("arr_0")[0], args.allow_partial)
         is_finished(train, n, RECORD)  # an error if it is another set
-        discard(args.out, "train")
     else:
         n = make_training_set(args.out, args.source, args.allow_partial)
     print(f"{train}: {n:,} images, {CLASSES} classes")

@@ -8,7 +8,7 @@ until its shorter side is 64, the middle 64 x 64 cut out. (The training loader, 
 would halve them twice, and round twice: 0.7 grey levels brighter.)
 
 Writes DIR/train.npz (one file rather than 708,264) and DIR/reference.npz (50,000 random images,
-always the same). An interrupted run goes on if started again.
+always the same).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 from PIL import Image
 
 from guided_diffusion_ip.preparation.lmdb_source import LmdbSource, lmdb_package
-from guided_diffusion_ip.preparation.published import Published
+from guided_diffusion_ip.preparation.publishers import PublishedSet
 from guided_diffusion_ip.preparation.writers import render_npz, write_reference
 from guided_diffusion_ip.settings.config import command
 
-SET = Published("LSUN tower", "https://www.yf.io/p/lsun", ("tower_train_lmdb",), 708_264)
+SET = PublishedSet("LSUN tower", "https://www.yf.io/p/lsun", ("tower_train_lmdb",), 708_264)
 SIZE = 64
 REFERENCE_COUNT = 50_000
 RECORD = f"lsun-tower > crop=center resize=box {SIZE}x{SIZE}x3"

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from . import dist_util
 from .data.image_set import ImageSet
-from .data.sources import NpzSource
 from .diffusion.guidance import classifier_gradient
 from .dist_util import say
 from .interop.adm_checkpoint import load_for_sampling
@@ -100,15 +99,10 @@ def measure_likelihood(request: LikelihoodRequest) -> dict[str, Any]:
     dist_util.setup_dist()
     model, process = create_for_sampling(request.network, request.process)
     load_for_sampling(model, request.model_path, request.network, request.precision, request.given)
-    images = request.images
-
-    def images_for(index: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        return images.images(index), images.cond(index)
-
     run = LikelihoodRun(
         process,
         request.count,
-        images_for,
+        request.images,
         request.out_dir,
         request.identity,
         request.seed,
@@ -116,7 +110,7 @@ def measure_likelihood(request: LikelihoodRequest) -> dict[str, Any]:
     )
     for note in request.notes:
         say(note)
-    say(f"images: {images.text}")
+    say(f"images: {request.images.text}")
     if note := _note_on_count(request):
         say(note)
     say(
@@ -157,7 +151,7 @@ def _conditions(request: SamplingRequest) -> Callable[[list[int]], dict[str, Any
 
 
 def _picture_names(base: ImageSet, count: int) -> Sequence[str]:
-    return () if isinstance(base.source, NpzSource) else picture_names(base.source.names, count)
+    return () if base.source.kind == "npz" else picture_names(base.source.names, count)
 
 
 def _without_labels(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -197,7 +191,7 @@ def _notes_on_base(request: SamplingRequest, base: ImageSet) -> list[str]:
     """Labels counted off a part of the classes, and many more images than there are bases."""
     notes = []
     known = request.network["num_classes"]
-    numbered = not isinstance(base.source, NpzSource) and base.classes is not None
+    numbered = base.source.kind != "npz" and base.classes is not None
     if numbered and len(base.classes) < known:
         last = len(base.classes) - 1
         notes.append(

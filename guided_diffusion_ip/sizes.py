@@ -24,5 +24,10 @@ def parse_size(size: ImageSize) -> tuple[int, int]:
     except ValueError:
         sides = []
     if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"image_size is {size}: give one positive side, or (height, width)")
+        raise ValueError(f"image_size={size}: give one positive side, or (height, width)")
     return sides[0], sides[1]
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """(64, 64) as it is written: 64, or HEIGHTxWIDTH."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"

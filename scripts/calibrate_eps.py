@@ -57,12 +57,10 @@ def main() -> None:
     for note in cfg.notes_on_origin():
         dist_util.say(note)
     dist_util.say(
-        f"images: {len(real.chosen)} spread over {real.images.text}\n"
+        f"images: {len(real)} spread over {real.text}\n"
         f"calibrating {kind} at {sampler.num_steps} steps with {cfg.model_path}, by {cfg.by}"
     )
-    found = calibrate(
-        sampler, model, real, len(real.chosen), cfg.batch_size, dist_util.dev(), cfg.by
-    )
+    found = calibrate(sampler, model, real, len(real), cfg.batch_size, dist_util.dev(), cfg.by)
     dist_util.say(table(found))
     require_some_solved(found, out)
     if dist_util.is_main():

@@ -16,8 +16,9 @@ import sys
 
 import numpy as np
 
-from guided_diffusion_ip.data.image_io import save_grid, write_npz
-from guided_diffusion_ip.evaluation.images import open_images
+from guided_diffusion_ip.data.image_io import save_grid
+from guided_diffusion_ip.data.image_set import open_images
+from guided_diffusion_ip.data.npz_io import write_npz
 from guided_diffusion_ip.settings.config import command
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -55,11 +55,11 @@ def main() -> None:
     out_dir = files.results_folder(
         cfg.out_dir, place_beside(cfg.model_path, "exposure_bias", settings)
     )
-    run = MeasureRun(measures, sampler, len(real.chosen), real, out_dir, settings)
+    run = MeasureRun(measures, sampler, len(real), real, out_dir, settings)
     for note in cfg.notes_on_origin():
         dist_util.say(note)
     dist_util.say(
-        f"images: {len(real.chosen)} spread over {real.images.text}\n"
+        f"images: {len(real)} spread over {real.text}\n"
         f"measuring {cfg.measures} with {cfg.model_path}, {sampler_text(cfg)}, into {out_dir}"
     )
     content = run(model, cfg.batch_size, dist_util.dev())

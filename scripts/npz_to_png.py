@@ -22,15 +22,21 @@ import os
 from tqdm.auto import tqdm
 
 from guided_diffusion_ip.data.image_io import save_grid
+from guided_diffusion_ip.data.image_set import ImageSet, open_images
 from guided_diffusion_ip.data.npz_io import NpzReader
-from guided_diffusion_ip.data.sources import CLASSES, open_source
-from guided_diffusion_ip.evaluation.images import ImageFile, open_images
+from guided_diffusion_ip.data.npz_source import CLASSES
+from guided_diffusion_ip.data.sources import open_source
 from guided_diffusion_ip.evaluation.published import settings_beside
-from guided_diffusion_ip.preparation.packed import open_with_classes, pack_images
-from guided_diffusion_ip.preparation.writers import write_image_folder
+from guided_diffusion_ip.preparation.writers import (
+    open_with_classes,
+    pack_images,
+    write_image_folder,
+)
 from guided_diffusion_ip.runs.sample_batch import captions
 from guided_diffusion_ip.script_util import parse_image_size
 from guided_diffusion_ip.settings.config import command, parse
+
+SCALE = "give --image_size to scale and crop all"
 
 
 def main() -> None:
@@ -50,10 +56,10 @@ def main() -> None:
         )
     by_class = cfg.classes
     size = parse_image_size(cfg.image_size) if cfg.image_size else None
-    images = open_images(cfg.data, "images", size)
+    images = open_images(cfg.data, "images", size, remedy=SCALE)
     count, shape = min(cfg.count or images.n, images.n), images.shape
     if cfg.out.lower().endswith(".npz"):
-        if images.kind == "npz":
+        if images.source.kind == "npz":
             raise ValueError(
                 f"{cfg.data} is an npz already; --out {cfg.out} asks for another: give a folder or "
                 "a .png"
@@ -61,10 +67,10 @@ def main() -> None:
         source = (
             open_with_classes(cfg.data) if by_class else open_source(cfg.data, class_cond=False)
         )
-        channels = cfg.channels or images.shape[2]
-        _, *shape = pack_images(
-            cfg.out, source, size, channels, count, grey=not cfg.channels and channels == 1
-        )
+        channels = cfg.channels or images.channels
+        colours = "" if cfg.channels else "give --channels 3 (or 1, to lose them)"
+        wanted = ImageSet(source, size, channels, remedy=SCALE, grey_remedy=colours)
+        _, *shape = pack_images(cfg.out, wanted, count)
     elif cfg.out.lower().endswith(".png"):
         save_grid(images.rows(0, count), cfg.out, captions=read_classes(images, count))
     else:
@@ -77,16 +83,16 @@ def main() -> None:
     print(f"{cfg.out}: {count} of {images.n} images, {' x '.join(map(str, shape))}")
 
 
-def read_classes(images: ImageFile, count: int) -> list[str] | None:
+def read_classes(images: ImageSet, count: int) -> list[str] | None:
     """The names of the first `count` images' classes, or their numbers as text; None without
     labels.
     """
-    if images.kind != "npz":
+    if images.source.kind != "npz":
         return None
-    with NpzReader(images.path) as reader:
+    with NpzReader(images.source.path) as reader:
         if "arr_1" not in reader.keys or reader.shape("arr_1") != (images.n,):
             return None
-        names = settings_beside(images.path).get(CLASSES, [])
+        names = settings_beside(images.source.path).get(CLASSES, [])
         named = CLASSES in reader.keys and reader.dtype(CLASSES).kind == "U"
         if named and len(reader.shape(CLASSES)) == 1:
             names = reader.rows(CLASSES, 0, *reader.shape(CLASSES)).tolist()

@@ -6,7 +6,7 @@ like the papers'.
     python scripts/sweep.py cifar10.yaml --out_dir runs/sweep --launcher "torchrun --standalone --nproc_per_node 4"
 
 The same command again continues an interrupted sweep, or one whose file has grown; finished cells
-are not computed again. Several of these commands may work on one folder. The table:
+are not computed again. A second command on the same folder waits for the first. The table:
 OUT_DIR/table.md, table.csv. More: docs/sweep.md.
 """
 
@@ -24,7 +24,7 @@ from guided_diffusion_ip.metrics.registry import parse_metrics
 from guided_diffusion_ip.settings.config import command, parse
 from guided_diffusion_ip.settings.sampling import complete_settings
 from guided_diffusion_ip.studies.sweep import Sweep, read_sweep
-from guided_diffusion_ip.studies.sweep_run import How, Outcome, run_sweep
+from guided_diffusion_ip.studies.sweep_run import Launch, Outcome, run_sweep
 from guided_diffusion_ip.studies.sweep_table import as_csv, as_markdown, make_table
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -62,7 +62,7 @@ def main() -> None:
         )
         + "\n",
     )
-    outcome = run_sweep(sweep, out_dir, How(SCRIPTS, launcher, cfg.processes, gpus()))
+    outcome = run_sweep(sweep, out_dir, Launch(SCRIPTS, launcher, cfg.processes, gpus()))
     report(sweep, out_dir, outcome)
     if outcome.errors:
         sys.exit(1)

@@ -40,6 +40,7 @@ from tools.benchmark.rows import (
     measure_sampling,
     measure_training,
 )
+from tools.benchmark.settings import NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -136,9 +137,7 @@ def test_gradient_checkpointing_does_not_count_as_work():
 
 def test_the_cifar10_architecture_at_64_channels():
     cfg = parse(
-        "benchmark",
-        "",
-        ["--config", str(ROOT / "configs" / "cifar10.yaml"), "--num_channels", "64"],
+        NAME, "", ["--config", str(ROOT / "configs" / "cifar10.yaml"), "--num_channels", "64"]
     )
 
     def build():

@@ -1,6 +1,4 @@
-"""dataset_prep.py and parts.py: sets that go on where they were interrupted, and reference images
-that are always the same.
-"""
+"""writers.py: sets that are whole or not there, and reference images that are always the same."""
 
 import io
 import os
@@ -14,7 +12,6 @@ from PIL import Image
 
 from guided_diffusion_ip.data.preprocessing import recorded
 from guided_diffusion_ip.preparation import writers as dataset_prep
-from guided_diffusion_ip.preparation.parts import Parts, discard
 from guided_diffusion_ip.preparation.writers import (
     is_finished,
     reference_rows,
@@ -50,7 +47,7 @@ def render(image, name):
     return np.asarray(image)
 
 
-def test_an_interrupted_folder_goes_on_and_writes_nothing_twice(tmp_path):
+def test_an_interrupted_folder_is_not_there_and_what_was_left_goes(tmp_path):
     def items(count):
         for k, image in enumerate(pictures(9)[:count]):
             yield image, "ab"[k % 2]
@@ -59,31 +56,26 @@ def test_an_interrupted_folder_goes_on_and_writes_nothing_twice(tmp_path):
 
     out = tmp_path / "out" / "train"
     with pytest.raises(RuntimeError):
-        write_image_folder(out, items(5), 5, "made so", Parts(tmp_path / "out", "train", "s"))
-    begun = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")}
-    assert len(begun) == 5 and not out.exists()
-    assert (
-        write_image_folder(out, items(9), 5, "made so", Parts(tmp_path / "out", "train", "s")) == 9
-    )
+        write_image_folder(out, items(5), 5, "made so")
+    assert os.listdir(tmp_path / "out") == []
+    left = tmp_path / "out" / ".train.making" / "set" / "a"  # of a process that was killed
+    left.mkdir(parents=True)
+    (left / "77777.png").write_bytes(b"of another set")
+    assert write_image_folder(out, items(9), 5, "made so") == 9
     assert os.listdir(tmp_path / "out") == ["train"] and recorded(out) == "made so"
-    later = {path.name: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    assert all(later[path.name] == time for path, time in begun.items()) and len(later) == 9
+    assert len(list(out.rglob("*.png"))) == 9
     assert np.array_equal(Image.open(out / "b" / "00003.png"), pictures(9)[3])
 
 
-def test_an_interrupted_npz_goes_on_after_its_last_whole_piece(tmp_path):
+def test_an_interrupted_npz_is_not_there_and_begins_anew(tmp_path):
     with pytest.raises(ValueError, match=r"^77.png cannot be read"):
         render_npz(str(tmp_path / "out"), source(120, {77}), render, (4, 5), "line 4x5x3")
-    pieces = sorted(os.listdir(tmp_path / "out" / ".parts" / "train"))
-    assert pieces == [f"{start:08d}.npz" for start in range(0, 75, 3)] + ["settings.txt"]
-    again = source(120)
-    render_npz(str(tmp_path / "out"), again, render, (4, 5), "line 4x5x3")
-    assert sorted(again.asked) == list(range(75, 120))
-    render_npz(str(tmp_path / "whole"), source(120), render, (4, 5), "line 4x5x3")
+    assert os.listdir(tmp_path / "out") == []
+    left = tmp_path / "out" / ".train.npz.making"
+    left.mkdir()
+    (left / "train.npz").write_bytes(b"killed here")
+    render_npz(str(tmp_path / "out"), source(120), render, (4, 5), "line 4x5x3")
     assert os.listdir(tmp_path / "out") == ["train.npz"]
-    assert (tmp_path / "out" / "train.npz").read_bytes() == (
-        tmp_path / "whole" / "train.npz"
-    ).read_bytes()
     with np.load(tmp_path / "out" / "train.npz") as arrays:
         assert (
             np.array_equal(arrays["arr_0"], pictures(120))
@@ -94,49 +86,32 @@ def test_an_interrupted_npz_goes_on_after_its_last_whole_piece(tmp_path):
     assert not finished.asked
 
 
-def test_bar_shows_the_time_left_and_what_was_there(tmp_path, monkeypatch):
+def test_bar_shows_the_time_left(tmp_path, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
-    with pytest.raises(ValueError):
-        render_npz(str(tmp_path), source(120, {77}), render, (4, 5), "line")
     monkeypatch.setattr(sys, "stderr", terminal)
     render_npz(str(tmp_path), source(120), render, (4, 5), "line")
-    assert re.search(r"train\.npz: +62%.* 75/120 \[.*<", terminal.getvalue())
     assert re.search(r"100%.* 120/120 \[\d\d:\d\d<\d\d:\d\d, .*img/s", terminal.getvalue())
 
 
-def test_pieces_are_bounded_in_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset_prep, "_PART_BYTES", 2 * 4 * 5 * 3)
-    with pytest.raises(ValueError):
-        render_npz(str(tmp_path), source(500, {9}), render, (4, 5), "line")
-    assert sorted(os.listdir(tmp_path / ".parts" / "train"))[:2] == ["00000000.npz", "00000002.npz"]
+def test_images_are_rendered_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_prep, "_CHUNK_BYTES", 2 * 4 * 5 * 3)
+    images = source(500, {9})
+    with pytest.raises(ValueError, match=r"^9.png"):
+        render_npz(str(tmp_path), images, render, (4, 5), "line")
+    assert max(images.asked) < 11
+    render_npz(str(tmp_path), source(7), render, (4, 5), "line")
+    with np.load(tmp_path / "train.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], pictures(7))
 
 
-def test_other_settings_do_not_mix_and_leftovers_go(tmp_path):
-    with pytest.raises(ValueError):
-        render_npz(str(tmp_path), source(120, {77}), render, (4, 5), "line")
-    left = tmp_path / ".parts" / "train" / ".joined.npz.x.tmp"
-    left.write_bytes(b"killed here")
-    for n, line in ((120, "other line"), (119, "line")):
-        with pytest.raises(ValueError, match="was begun with .*remove it"):
-            render_npz(str(tmp_path), source(n), render, (4, 5), line)
+def test_another_set_is_not_overwritten(tmp_path):
     render_npz(str(tmp_path), source(120), render, (4, 5), "line")
-    assert os.listdir(tmp_path) == ["train.npz"]
     for n, line in ((120, "other line"), (119, "line")):
         with pytest.raises(
             ValueError, match="is there already and is another set: 120 images, 'line'"
         ):
             render_npz(str(tmp_path), source(n), render, (4, 5), line)
-
-
-def test_what_a_process_killed_at_the_very_end_left_is_removed(tmp_path):
-    Parts(tmp_path, "train", "s")
-    Parts(tmp_path, "test", "s")
-    discard(tmp_path, "train")
-    discard(tmp_path, "train")
-    assert os.listdir(tmp_path / ".parts") == ["test"]
-    discard(tmp_path, "test")
-    assert os.listdir(tmp_path) == []
 
 
 def test_reference_rows_are_the_documented_ones():

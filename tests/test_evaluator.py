@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 
 from guided_diffusion_ip.data.image_io import center_crop_arr
+from guided_diffusion_ip.data.image_set import open_images
 from guided_diffusion_ip.evaluation.evaluate import parse_metrics
-from guided_diffusion_ip.evaluation.images import open_images
 from guided_diffusion_ip.evaluation.published import published_values
 from guided_diffusion_ip.metrics import frechet_distance, precision_recall
 
@@ -252,11 +252,8 @@ BAD = {
     "float in between": (dict(arr_0=np.full((8, 8, 8, 3), 7.25)), "whole numbers"),
     "not finite": (dict(arr_0=np.full((8, 8, 8, 3), np.nan)), "not finite"),
     "NCHW": (dict(arr_0=np.zeros((8, 3, 8, 8), np.uint8)), "looks like [N, C, H, W]"),
-    "another type": (dict(arr_0=np.zeros((8, 8, 8, 3), np.int32)), "expected uint8"),
-    "grey without channels": (
-        dict(arr_0=np.zeros((8, 8, 8), np.uint8)),
-        "expected uint8 [N, H, W, 3]",
-    ),
+    "another type": (dict(arr_0=np.zeros((8, 8, 8, 3), np.int32)), "but must be uint8 0..255"),
+    "grey without channels": (dict(arr_0=np.zeros((8, 8, 8), np.uint8)), "needs a channel axis"),
     "other keys": (dict(images=np.zeros((8, 8, 8, 3), np.uint8)), "images may be what is meant"),
     "another size": (
         dict(arr_0=np.zeros((8, 16, 16, 3), np.uint8)),

@@ -25,7 +25,6 @@ from guided_diffusion_ip.runs.sample_batch import process_sampler
 from guided_diffusion_ip.script_util import create_model_and_diffusion
 from guided_diffusion_ip.settings.config import parse
 from guided_diffusion_ip.settings.lambdas import settle_lambda
-from guided_diffusion_ip.settings.measuring import RealImages
 from guided_diffusion_ip.settings.solver import settle_sampler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +53,7 @@ def measuring(out, images, checkpoint, batch_size, model=None, **settings):
     """A MeasureRun in this process: what it returns."""
     network, diffusion = create_model_and_diffusion(**TINY, timestep_respacing="5", eps_scaler=1.01)
     network.load_state_dict(torch.load(checkpoint, weights_only=True))
-    real = RealImages(open_image_set(images, (8, 8), 1, num_classes=3), spread_over(SET, COUNT))
+    real = open_image_set(images, (8, 8), 1, num_classes=3).subset(spread_over(SET, COUNT))
     work = MeasureRun(
         create_measures(NAMES, (2, 5), PixelSpace()),
         process_sampler(diffusion, (1, 8, 8)),

@@ -359,7 +359,7 @@ def test_npz_of_the_right_shape_is_not_copied(tmp_path):
         (dict(arr_0=coded().astype(np.float32)), r"float32 .* must be uint8"),
         (dict(arr_0=coded(height=9).transpose(0, 3, 1, 2).copy()), r"looks like \[N, C, H, W\]"),
         (dict(arr_0=coded()[..., 0]), r"needs a channel axis"),
-        (dict(arr_0=coded()[..., :2].copy()), r"C of 1, 3 or 4"),
+        (dict(arr_0=coded()[..., :2].copy()), r"C of 1 or 3 or 4"),
         (dict(arr_0=coded()[:0]), r"N >= 1"),
         (dict(arr_0=coded()), r"has no labels"),
         (dict(arr_0=coded(), arr_1=np.arange(5)), r"integers \[23\]"),

@@ -14,19 +14,20 @@ from PIL import Image
 
 from guided_diffusion_ip.data import image_io
 from guided_diffusion_ip.data.image_io import (
-    NpzReader,
-    NpzWriter,
     center_crop_arr,
     decode_image,
-    merge_npz,
     random_crop_arr,
-    read_npz_rows,
     save_grid,
     save_png,
     to_model_range,
     to_uint8,
-    write_npz,
 )
+from guided_diffusion_ip.data.npz_io import NpzReader, NpzWriter, merge_npz, write_npz
+
+
+def read_npz_rows(path, key, start, stop):
+    with NpzReader(path) as reader:
+        return reader.rows(key, start, stop)
 
 
 def pixels(*shape, seed=0):

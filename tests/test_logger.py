@@ -307,30 +307,22 @@ def test_profile_adds_up_the_seconds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key, value, text",
+    "value, text",
     [
-        ("step", 1234567, "1,234,567"),
-        ("samples", 12800000, "12.8M"),
-        ("n", 12345, "12,345"),
-        ("loss", 0.051234, "0.05123"),
-        ("lr", 1e-4, "0.0001"),
-        ("lr", 3e-6, "3e-06"),
-        ("loss_scale", 65536.0, "65.54k"),
-        ("images/s", 1234.56, "1235"),
-        ("n_bytes", 3_200_000_000, "3.2GB"),
-        ("data_wait_%", 12.6, "13%"),
-        ("time_s", 12.345, "12.35"),
-        ("time_s", 3723.0, "1h02m"),
-        ("time_s", 83.2, "1m23s"),
-        ("eta", "2h", "2h"),
-        ("x", math.nan, "nan"),
-        ("x", -math.inf, "-inf"),
-        ("x", 0, "0"),
-        ("x", -2.5e6, "-2.5M"),
+        (1234567, "1,234,567"),
+        (0, "0"),
+        (0.051234, "0.05123"),
+        (1e-4, "0.0001"),
+        (3e-6, "3e-06"),
+        (65536.0, "65,536"),
+        (1234.56, "1,235"),
+        ("2h", "2h"),
+        (math.nan, "nan"),
+        (-math.inf, "-inf"),
     ],
 )
-def test_human_units(key, value, text):
-    assert logger.outputs.human(key, value) == text
+def test_numbers_as_text(value, text):
+    assert logger.outputs.number_text(value) == text
 
 
 @pytest.mark.parametrize(
@@ -347,14 +339,11 @@ def test_a_quartile_without_samples_keeps_its_place(seen, shown, capsys):
     assert capsys.readouterr().out.splitlines() == [f"step 8  mse_q {shown}  mse_q10 7"]
 
 
-def test_lines_align_and_quartiles_share_a_cell(capsys):
-    dump(samples=9, loss_q1=0.2, loss_q0=0.5, loss=1.5, data_wait_=3, step=8)
-    dump(samples=9, loss_q1=0.25, loss_q0=0.5, loss=12.25, data_wait_=3, step=1000)
-    dump(samples=9, loss_q1=0.2, loss_q0=0.5, loss=1.5, data_wait_=3, step=1200)
-    first, second, third = capsys.readouterr().out.splitlines()
-    assert first == "step 8  loss 1.5  samples 9  loss_q 0.5/0.2/-/-  data_wait 3"
-    assert second == "step 1,000  loss 12.25  samples 9  loss_q 0.5/0.25/-/-  data_wait 3"
-    assert third == "step 1,200  loss   1.5  samples 9  loss_q  0.5/0.2/-/-  data_wait 3"
+def test_step_and_loss_come_first_and_quartiles_share_a_cell(capsys):
+    row = {"samples": 9, "loss_q1": 0.2, "loss_q0": 0.5, "loss": 1.5, "data_wait_%": 3.0}
+    dump(**row, step=1000)
+    text = "step 1,000  loss 1.5  samples 9  loss_q 0.5/0.2/-/-  data_wait_% 3"
+    assert capsys.readouterr().out.splitlines() == [text]
 
 
 def test_lines_do_not_tear_progress_bars(monkeypatch):

@@ -20,18 +20,17 @@ from PIL import Image
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
-from guided_diffusion_ip.preparation import writers as dataset_prep
+from guided_diffusion_ip.preparation import writers
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.data.image_io import to_uint8
 from guided_diffusion_ip.data.image_set import open_image_set
 from guided_diffusion_ip.preparation.lmdb_source import LmdbSource
 from guided_diffusion_ip.data.npz_io import NpzReader, merge_npz, write_npz
-from guided_diffusion_ip.preparation.packed import pack_images
-from guided_diffusion_ip.preparation.parts import Parts
+from guided_diffusion_ip.preparation.writers import pack_images
 from guided_diffusion_ip.data.sources import open_source
 from guided_diffusion_ip.diffusion import *
 from guided_diffusion_ip.evaluation.compare import Reference, compare
-from guided_diffusion_ip.evaluation.images import open_images
+from guided_diffusion_ip.data.image_set import open_images
 from guided_diffusion_ip.evaluation.report import describe_set
 from guided_diffusion_ip.exposure_bias.measure_run import PartialSums
 from guided_diffusion_ip.studies.report_data import collect
@@ -57,15 +56,6 @@ def merge():
     merge_npz("all.npz", [f"{i}.npz" for i in range(N)], N)
     with np.load("all.npz") as npz:
         assert np.array_equal(npz["arr_0"], images) and np.array_equal(npz["arr_1"], np.arange(N))
-
-
-def parts():
-    own = Parts(".", "train", "settings")
-    for i in range(N):
-        write_npz(own.path(f"{i}.npz"), {"arr_0": images[i:i + 1]})
-    own.join([f"{i}.npz" for i in range(N)], "train.npz", {"extra": np.arange(3)})
-    with np.load("train.npz") as npz:
-        assert np.array_equal(npz["arr_0"], images) and npz["extra"].tolist() == [0, 1, 2]
 
 
 def sampling():
@@ -157,7 +147,7 @@ def image_sets_and_training_batches():
         own = open_image_set(path, (4, 4), 3)
         assert np.array_equal(own.pixels(range(N)), images) and own.digest(N)
         for workers in (0, 2):
-            pack_images("packed.npz", open_source(path, class_cond=False), (4, 4), 3, workers=workers)
+            pack_images("packed.npz", own, workers=workers)
             with np.load("packed.npz") as npz:
                 assert np.array_equal(npz["arr_0"], images)
             stream = load_data(data_dir=path, batch_size=5, image_size=4, random_flip=False, deterministic=True,
@@ -168,19 +158,18 @@ def image_sets_and_training_batches():
 
 
 def preparation():
-    class Rows:  # as many pieces as render_npz makes of a set
+    class Rows:
         names = [str(i) for i in range(N)]
         image = staticmethod(lambda i, channels: Image.fromarray(images[i]))
         __len__ = staticmethod(lambda: N)
-    dataset_prep._MOST_PARTS = N
-    dataset_prep.render_npz(".", Rows(), lambda image, name: np.asarray(image), (4, 4), "line 4x4x3")
-    dataset_prep.write_reference(".", N // 2, "line 4x4x3")
+    writers.render_npz(".", Rows(), lambda image, name: np.asarray(image), (4, 4), "line 4x4x3")
+    writers.write_reference(".", N // 2, "line 4x4x3")
     with np.load("train.npz") as npz:
         assert np.array_equal(npz["arr_0"], images)
 
 
 results = {}
-for case in (evaluation, image_sets_and_training_batches, preparation, merge, parts, sampling, likelihood,
+for case in (evaluation, image_sets_and_training_batches, preparation, merge, sampling, likelihood,
              measures, folder_and_zip, one_npz_after_another, lmdb, report):
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -213,7 +202,6 @@ def results():
         "image_sets_and_training_batches",
         "preparation",
         "merge",
-        "parts",
         "sampling",
         "likelihood",
         "measures",

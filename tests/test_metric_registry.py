@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from guided_diffusion_ip.data.image_set import ImageSet, in_memory
 from guided_diffusion_ip.evaluation.compare import Reference, compare, unavailable
 from guided_diffusion_ip.evaluation.evaluate import PUBLISHED, EvaluationRequest, evaluate
-from guided_diffusion_ip.evaluation.images import ArrayImages
 from guided_diffusion_ip.evaluation.opening import FeatureChoice
 from guided_diffusion_ip.evaluation.reference_file import ReferenceRequest, make_reference
 from guided_diffusion_ip.evaluation.report import as_json, table
@@ -82,14 +82,14 @@ def test_needs_decide_what_is_extracted_and_what_is_left_out(monkeypatch):
     assert "no classes" in unavailable("is", space, True)
     assert "statistics only" in unavailable("kid", space, False)
     assert not unavailable("fid", space, False)
-    reference = Reference(ArrayImages(images(60, 0)))
+    reference = Reference(in_memory(images(60, 0)))
     assert reference.measured(["is"], space).known is None, "nothing to extract"
     moments = reference.measured(["fid"], space).known
     assert moments.pool.n == 60 and moments.rows.size == 0
     rows = reference.measured(["kid"], space).known
     assert rows.rows.shape == (60, 48) and rows.pool.n == 0
     known = reference.measured(["fid", "kid"], space)
-    monkeypatch.setattr(ArrayImages, "batches", None)
+    monkeypatch.setattr(ImageSet, "batches", None)
     assert known.measured(["kid"], space) is known, "measured once"
 
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_done_is_one_line(change, words):
 def test_an_unknown_metric_in_compare_is_named():
     with pytest.raises(ValueError, match="ssim is no metric"):
         space = open_features("pixels", device="cpu")
-        compare(Reference(), ArrayImages(images(9, 0)), space, ["ssim"], say=quiet)
+        compare(Reference(), in_memory(images(9, 0)), space, ["ssim"], say=quiet)
 
 
 def test_the_spaces_in_the_registry_are_those_of_the_message():

@@ -304,7 +304,7 @@ def tiny(cls=UNetModel, **changes):
             dict(attention_resolutions="16,8"),
             "downsample rates such as .*: attention_downsample_rates",
         ),
-        (dict(image_size=(8, 8, 8)), r"image_size is \(8, 8, 8\): give"),
+        (dict(image_size=(8, 8, 8)), r"image_size=\(8, 8, 8\): give"),
         (
             dict(cls=EncoderUNetModel, pool="mean"),
             "'mean': use one of adaptive, attention, spatial",

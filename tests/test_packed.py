@@ -1,4 +1,4 @@
-"""packed.py: a folder decoded once into a mapped npz, which trains exactly as the folder does; and
+"""pack_images: a folder decoded once into a mapped npz, which trains exactly as the folder does; and
 benchmark/loader.py.
 """
 
@@ -16,10 +16,11 @@ from PIL import Image
 
 from guided_diffusion_ip.data.image_datasets import load_data
 from guided_diffusion_ip.data.image_io import save_grid
+from guided_diffusion_ip.data.image_set import ImageSet
 from guided_diffusion_ip.data.preprocessing import recorded
 from guided_diffusion_ip.data.sources import open_source
-from guided_diffusion_ip.preparation import packed
-from guided_diffusion_ip.preparation.packed import open_with_classes, pack_images
+from guided_diffusion_ip.preparation import writers
+from guided_diffusion_ip.preparation.writers import open_with_classes, pack_images
 from tools.benchmark import loader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,11 +121,11 @@ def test_pictures_are_sorted_and_captioned_by_the_names_of_their_classes(
 
 def test_workers_make_the_same_file_as_this_process(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        packed, "_CHUNK_BYTES", 4 * 12 * 10 * 3
+        writers, "_WORKER_BYTES", 4 * 12 * 10 * 3
     )  # six chunks, the last of three images
     for name, workers in (("a.npz", 0), ("b.npz", 2)):
         assert pack_images(
-            tmp_path / name, open_with_classes(folder), None, 3, workers=workers
+            tmp_path / name, ImageSet(open_with_classes(folder), None, 3), workers=workers
         ) == (23, 12, 10, 3)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with np.load(tmp_path / "a.npz") as arrays:
@@ -138,7 +139,7 @@ def test_workers_make_the_same_file_as_this_process(folder, tmp_path, monkeypatc
 
 
 def test_pixels_as_they_are_can_be_cropped_at_random(folder, tmp_path):
-    pack_images(tmp_path / "a.npz", open_with_classes(folder), None, 3)
+    pack_images(tmp_path / "a.npz", ImageSet(open_with_classes(folder), None, 3))
     streams = [
         load_data(data_dir=data, batch_size=5, image_size=8, random_crop=True, num_workers=0)
         for data in (folder, tmp_path / "a.npz")
@@ -153,7 +154,7 @@ def test_zip_count_channels_and_no_classes(folder, tmp_path):
         file.writestr("preprocessing.txt", "mine")
     source = open_with_classes(tmp_path / "a.zip")
     assert source.labels is None
-    assert pack_images(tmp_path / "a.npz", source, (8, 8), 1, count=5) == (5, 8, 8, 1)
+    assert pack_images(tmp_path / "a.npz", ImageSet(source, (8, 8), 1), count=5) == (5, 8, 8, 1)
     assert recorded(tmp_path / "a.npz") == "mine > crop=center resize=box+bicubic 8x8x1"
     with np.load(tmp_path / "a.npz") as arrays:
         assert sorted(arrays.files) == ["arr_0", "preprocessing"]
@@ -172,7 +173,7 @@ def test_zip_count_channels_and_no_classes(folder, tmp_path):
 def test_an_image_that_does_not_fit_is_named_and_nothing_is_left(
     folder, tmp_path, monkeypatch, workers
 ):
-    monkeypatch.setattr(packed, "_CHUNK_BYTES", 4 * 12 * 10 * 3)
+    monkeypatch.setattr(writers, "_WORKER_BYTES", 4 * 12 * 10 * 3)
     there = tmp_path / "set"
     there.mkdir()
     for k, image in enumerate(pictures(20)):
@@ -182,18 +183,19 @@ def test_an_image_that_does_not_fit_is_named_and_nothing_is_left(
         with pytest.raises(ValueError, match="^[^\n]*$") as caught:
             pack_images(
                 tmp_path / "a.npz",
-                open_source(there, False),
-                **{"size": None, "channels": 3} | options,
+                ImageSet(open_source(there, False), **{"size": None, "channels": 3} | options),
                 workers=workers,
             )
         assert os.listdir(tmp_path) == ["set"]
         return str(caught.value)
 
     Image.fromarray(pictures(1, 12, 11)[0]).save(there / "17.png")
-    assert "17.png is 12 x 11, but 00.png is 12 x 10: give --image_size" in complaint()
+    assert "17.png is 12 x 11, but 00.png is 12 x 10: give an image size" in complaint()
     (there / "17.png").write_bytes((there / "16.png").read_bytes()[:99])
     assert "17.png cannot be read as an image" in complaint(size=(8, 8))
-    assert "00.png has colours" in complaint(channels=1, grey=True)
+    assert "00.png has colours, the first images have none: do that" in complaint(
+        channels=1, grey_remedy="do that"
+    )
 
 
 def test_grey_pictures_give_one_channel_unless_a_later_one_has_colours(tmp_path, npz_to_png):

@@ -692,7 +692,7 @@ def test_bad_input_for_training(case, large, tmp_path, capsys, monkeypatch):
 BAD_SAMPLING = {
     "no base": (["--base_samples="], "--base_samples"),
     "missing base": (["--base_samples", "{tmp}/none.npz"], "none.npz does not exist"),
-    "the flag is named": (["--base_samples", "{tmp}/none.npz"], "--base_samples must name"),
+    "the flag is named": (["--base_samples", "{tmp}/none.npz"], "--base_samples: "),
     "empty folder": (["--base_samples", "{tmp}/empty"], "holds no images"),
     "other kind": (["--base_samples", "{tmp}/truncated.pt"], "another kind"),
     "truncated": (["--base_samples", "{tmp}/truncated.npz"], "truncated.npz"),

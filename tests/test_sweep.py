@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import yaml
 
+from guided_diffusion_ip.diffusion.solvers import SOLVERS, Solver
+from guided_diffusion_ip.runs.sampler_text import sampler_text
 from guided_diffusion_ip.studies.sweep import read_sweep
-from guided_diffusion_ip.studies.sweep_run import How
+from guided_diffusion_ip.studies.sweep_run import Launch
 from guided_diffusion_ip.studies.sweep_table import Entry, as_csv, as_markdown, best, make_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,6 +141,54 @@ def test_the_key_is_that_of_what_decides_the_numbers(place):
     assert [a == b for a, b in zip(keys(), before)] == [True, True, False, False]
 
 
+def test_cells_of_earlier_sweeps_are_found(place):
+    """Their folders end in these hashes."""
+    cells = cells_of(
+        checkpoints={"A": "a.pt"},
+        steps=[10],
+        sampler=["ddpm", "ddim", "heun", "euler"],
+        eta=[0, 1],
+        **{"lambda": [1.0, {"ES": 1.02}]},
+    )
+    assert [cell.folder for cell in cells] == [
+        "A-ddpm-10-steps-seed-0-ecc89a2464",
+        "A-ES-ddpm-10-steps-seed-0-c3eb5a226b",
+        "A-ddim-10-steps-seed-0-bcc5188269",
+        "A-ES-ddim-10-steps-seed-0-8c1ee6196f",
+        "A-ddim-eta1-10-steps-seed-0-5d4a5ce887",
+        "A-ES-ddim-eta1-10-steps-seed-0-59935414c1",
+        "A-heun-10-steps-seed-0-ee560281bf",
+        "A-ES-heun-10-steps-seed-0-50d9b7f082",
+        "A-euler-10-steps-seed-0-1b056fa560",
+        "A-ES-euler-10-steps-seed-0-b6e41ef580",
+    ]
+
+
+def test_a_solver_of_the_registry_is_swept(place, monkeypatch):
+    """`either` takes noise levels for EDM's models, and the steps of a process for others."""
+    mine = Solver("mine", "My own", "either", SOLVERS["ddpm"].step, options=("eta",))
+    monkeypatch.setitem(SOLVERS, "mine", mine)
+    Path("edm.yaml").write_text("model: {framework: edm}\n")
+    checkpoints = {"A": "a.pt", "B": {"path": "b.pt", "config": "edm.yaml"}}
+    cells = cells_of(checkpoints=checkpoints, sampler="mine", steps=[10], eta=[0, 1])
+    assert [cell.name for cell in cells] == [
+        f"{name}, mine{eta}, 10 steps, seed 0" for name in "AB" for eta in ("", "-eta1")
+    ]
+    for cell, steps in zip(cells, ("timestep_respacing",) * 2 + ("edm_steps",) * 2, strict=True):
+        words = " ".join(cell.sample_args)
+        assert f"--{steps} 10 " in words and f"--sampler mine --eta {cell.eta:g}" in words
+    assert make_table([cells[1].describe()], [None], ["fid"], "pixels").rows[0][0] == (
+        "fid",
+        "My own, eta 1",
+        "10",
+    )
+    settings = {"solver": "mine", "eta": 0.5, "edm_steps": 18, "timestep_respacing": "10"}
+    assert sampler_text(settings) == "My own, eta 0.5, steps 10, lambda 1"
+    assert sampler_text({**settings, "framework": "edm"}).startswith("My own, eta 0.5, steps 18")
+    with pytest.raises(ValueError, match="ddim, .*, mine"):
+        cells_of(sampler="other")
+
+
 BAD = [
     (dict(step=[1]), "unknown key 'step'.*Did you mean steps"),
     (dict(reference="no.npz"), "no.npz does not exist"),
@@ -172,7 +222,7 @@ def test_bad_files_are_one_line(changes, words, place):
 
 def test_launchers():
     def first(*words):
-        return How(("s.py", "e.py"), words).command("s.py", ["--x", "1"])
+        return Launch(("s.py", "e.py"), words).command("s.py", ["--x", "1"])
 
     assert first() == [sys.executable, "s.py", "--x", "1"]
     assert first("torchrun", "--nproc_per_node", "2") == [
@@ -261,12 +311,12 @@ SWEEP = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from guided_diffusion_ip.studies.sweep import read_sweep
-from guided_diffusion_ip.studies.sweep_run import How, run_sweep
+from guided_diffusion_ip.studies.sweep_run import Launch, run_sweep
 from guided_diffusion_ip.studies.sweep_table import as_csv, make_table
 sweep = read_sweep("sweep.yaml")
 open(f"ready-{os.getpid()}", "w").close()
 while "GO" in os.environ and not os.path.exists(os.environ["GO"]): time.sleep(0.01)
-done = run_sweep(sweep, sys.argv[1], How(("sample.py", "evaluate.py"), (), int(sys.argv[2])))
+done = run_sweep(sweep, sys.argv[1], Launch(("sample.py", "evaluate.py"), (), int(sys.argv[2])))
 results = [done.results.get(cell.folder) for cell in sweep.cells]
 table = make_table([cell.describe() for cell in sweep.cells], results, sweep.metrics, "pixels")
 open(sys.argv[1] + ".csv", "w").write(as_csv(table))
@@ -341,7 +391,7 @@ def test_killed_and_continued(processes, programs):
     assert len(starts()) == before
 
 
-def test_two_at_once_compute_each_cell_once(programs):
+def test_the_second_of_two_waits_and_each_cell_is_computed_once(programs):
     both = [start("out", 2, SLEEP="0.3", GO="go"), start("out", 2, SLEEP="0.3", GO="go")]
     for _ in range(1000):
         if len(list(programs.glob("ready-*"))) == 2:
@@ -350,8 +400,9 @@ def test_two_at_once_compute_each_cell_once(programs):
     Path("go").touch()
     said = [finish(process) for process in both]
     assert sorted(starts()) == sorted(set(starts())) and len(starts()) == 8
-    counts = [int(text.splitlines()[-1].split()[0]) for text in said]
-    assert sum(counts) == 8 and all(counts), counts
+    counts = sorted(int(text.splitlines()[-1].split()[0]) for text in said)
+    assert counts == [0, 8], said
+    assert sum("waiting for process" in text for text in said) == 1, said
     assert len(list(csv.DictReader(io.StringIO(Path("out.csv").read_text())))) == 2
 
 

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ..noise import Stream, permutation
 from ..sizes import parse_size
-from .batches import BatchMaker, Failure, Order, render, stop_workers, worker_batches
-from .image_io import center_crop_arr, pil_mode, random_crop_arr, to_model_range
+from .batches import BatchMaker, Failure, Order, stop_workers, worker_batches
+from .image_io import center_crop_arr, pil_mode, random_crop_arr, render, to_model_range
 from .image_set import ImageSet
+from .image_source import SourceError
 from .prefetch import Prefetcher, uses_gpu
 from .preprocessing import of_loader
 from .sources import Source, open_source, read_image
@@ -63,7 +64,7 @@ def load_data(
             [N, H, W, C], or a remote folder gs:// or az://; or a source that is open.
         batch_size: images per rank and step.
         image_size: one number, or (height, width).
-        class_cond: also yield labels; sources.classes_of says where they come from.
+        class_cond: also yield labels; image_source.classes_of says where they come from.
         deterministic: in the order of the sorted names instead of shuffled.
         random_crop: a random piece (80 to 100 % of the shorter side) instead of the middle.
         random_flip: mirror every image with probability 1/2.
@@ -98,17 +99,18 @@ def load_data(
         raise ValueError("class_dropout needs labels: give class_cond and num_classes")
     size = parse_size(image_size)
     pil_mode(channels)
-    source = data_dir if isinstance(data_dir, Source) else open_source(data_dir, class_cond)
+    try:
+        source = data_dir if isinstance(data_dir, Source) else open_source(data_dir, class_cond)
+    except SourceError as error:
+        raise ValueError(f"data_dir: {error}") from error
     if source.classes is not None and num_classes is not None and len(source.classes) > num_classes:
         raise ValueError(
             f"{source.text}: {len(source.classes)} classes, but the model has "
             f"{num_classes}: pass --num_classes {len(source.classes)}"
         )
     maker = BatchMaker(
-        source,
+        ImageSet(source, size, channels),
         Order(len(source), batch_size, rank, world, seed, deterministic),
-        size,
-        channels,
         random_crop,
         random_flip,
         class_dropout,
@@ -153,8 +155,8 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         self.source = maker.source.text
         self.preprocessing = of_loader(
             maker.source.preprocessing,
-            maker.size,
-            maker.channels,
+            maker.images.size,
+            maker.images.channels,
             maker.random_crop,
             maker.source.shape,
         )
@@ -172,6 +174,7 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         try:
             if self._batches is None:
                 self._start()
+            assert self._batches is not None
             batch = next(self._ahead) if self._ahead is not None else _finished(self._batches)
         except BaseException:  # even Ctrl-C: a batch that was under way must not be skipped
             self._stop()
@@ -202,8 +205,7 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         maker = self._maker
         order = permutation(maker.order.seed, Stream.SHUFFLE, 0, self.num_images)
         index = order[torch.arange(count) % self.num_images].tolist()
-        chosen = ImageSet(maker.source, maker.size, maker.channels)
-        return chosen.images(index), chosen.cond(index)
+        return maker.images(index)
 
     def close(self) -> None:
         """Stop workers and thread, and close files. The next batch, if one is asked for, starts
@@ -221,9 +223,8 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
             self._at_exit = atexit.register(functools.partial(_stop_at_exit, weakref.ref(self)))
         else:
             self._batches = map(self._maker.__getitem__, steps)
-        if (
-            self._prefetch or self._prefetch is None and uses_gpu()
-        ):  # after the workers: forks do not mix with threads
+        # After the workers: forks do not mix with threads.
+        if self._prefetch or self._prefetch is None and uses_gpu():
             self._ahead = Prefetcher(functools.partial(_finished, self._batches, pinned=uses_gpu()))
 
     def _stop(self) -> None:
@@ -233,7 +234,8 @@ class ImageStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
         batches, self._batches = self._batches, None
         if batches is not None and self._num_workers:
             stop_workers(batches)
-            atexit.unregister(self._at_exit)
+            if self._at_exit is not None:
+                atexit.unregister(self._at_exit)
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -304,8 +306,9 @@ def _finished(
 
 
 def _stop_at_exit(stream: weakref.ref[ImageStream]) -> None:
-    if stream() is not None:
-        stream()._stop()
+    alive = stream()
+    if alive is not None:
+        alive._stop()
 
 
 def _rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Pixels: uint8 <-> [-1, 1], NHWC <-> NCHW, decoding, crops, PNG files.
 
 The only place that knows 127.5. In memory an image batch is float32 [N, C, H, W] in [-1, 1]; on
-disk uint8 [N, H, W, C]. npz reading and writing lives in npz_io and is offered here too.
+disk uint8 [N, H, W, C].
 """
 
 from __future__ import annotations
@@ -20,24 +20,6 @@ from torch import Tensor
 
 from ..files import atomic_file
 from ..sizes import parse_size
-from .npz_io import NpzReader, NpzWriter, merge_npz, read_npz_rows, write_npz
-
-__all__ = [
-    "NpzReader",
-    "NpzWriter",
-    "atomic_file",
-    "center_crop_arr",
-    "decode_image",
-    "merge_npz",
-    "pil_mode",
-    "random_crop_arr",
-    "read_npz_rows",
-    "save_grid",
-    "save_png",
-    "to_model_range",
-    "to_uint8",
-    "write_npz",
-]
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _PADDING = 2
@@ -163,6 +145,17 @@ def random_crop_arr(
     return np.array(image)[top : top + height, left : left + width]
 
 
+def render(
+    image: Image.Image, size: tuple[int, int], crop: Sequence[float] | None = None
+) -> np.ndarray:
+    """uint8 [H, W, C] of the wanted size, from the middle or where three uniforms `crop` say."""
+    if crop is None:
+        pixels = center_crop_arr(image, size)
+    else:
+        pixels = random_crop_arr(image, size, uniforms=crop)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
 def decode_image(
     file: bytes | IO[bytes] | str | os.PathLike, channels: int, name: str
 ) -> Image.Image:
@@ -250,7 +243,11 @@ def save_grid(
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     high = images.shape[1] + _PADDING + (_CAPTION_HEIGHT if captions is not None else 0)
     wide = images.shape[2] + _PADDING
-    grey = {"L": _PADDING_GREY, "RGB": (_PADDING_GREY,) * 3, "RGBA": (_PADDING_GREY,) * 3 + (255,)}
+    grey: dict[str, float | tuple[float, ...]] = {
+        "L": _PADDING_GREY,
+        "RGB": (_PADDING_GREY,) * 3,
+        "RGBA": (_PADDING_GREY,) * 3 + (255,),
+    }
     lines = -(-len(images) // columns)
     sheet = Image.new(mode, (columns * wide + _PADDING, lines * high + _PADDING), grey[mode])
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()

@@ -14,6 +14,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import IO
 
 import numpy as np
@@ -76,9 +77,14 @@ class NpzWriter:
         if rows != (shape[0] if shape else 1):
             raise ValueError(f"{self.path}: {key} was announced as {list(shape)}, got {rows} rows")
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._zip = None
-        self._stack.__exit__(*error)
+        self._stack.__exit__(kind, error, trace)
 
 
 def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
@@ -237,7 +243,7 @@ class NpzReader:
         return {"path": self.path}  # for worker processes: open again instead of copying the pixels
 
     def __setstate__(self, state: dict[str, str]) -> None:
-        self.__init__(state["path"])
+        NpzReader.__init__(self, state["path"])
 
     def _stored(self, key: str) -> bool:
         info = self._members[key]
@@ -294,9 +300,3 @@ class NpzReader:
                 )
             self._headers[key] = (shape, dtype, offset)
         return self._headers[key]
-
-
-def read_npz_rows(path: str | os.PathLike, key: str, start: int, stop: int) -> np.ndarray:
-    """Rows start .. stop-1 of one array; see `NpzReader`, which is faster for repeated reading."""
-    with NpzReader(path) as reader:
-        return reader.rows(key, start, stop)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..sizes import size_text
 from .image_datasets import ImageStream
 
 
@@ -19,16 +20,16 @@ def check_sizes(large: tuple[int, int], small: tuple[int, int]) -> None:
     """
     if all(a % b == 0 for a, b in zip(large, small)) and large != small:
         return
-    shown = f"large_size is {_text(large)} and small_size {_text(small)}"
+    shown = f"large_size is {size_text(large)} and small_size {size_text(small)}"
     if large == small:
         raise ValueError(
             f"{shown}: there is nothing to enlarge; give a small_size that divides large_size"
         )
     factors = [max(2, round(a / b)) for a, b in zip(large, small)]
-    better = tuple(b * f for b, f in zip(small, factors))
+    better = (small[0] * factors[0], small[1] * factors[1])
     raise ValueError(
         f"{shown}, but large_size must be a multiple of small_size, such as --large_size "
-        f"{_text(better)}"
+        f"{size_text(better)}"
     )
 
 
@@ -88,7 +89,3 @@ class SuperResolutionStream(Iterator[tuple[Tensor, dict[str, Tensor]]]):
 
     def _pair(self, images: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return images, {"low_res": area_average(images, self.small_size), **cond}
-
-
-def _text(size: tuple[int, int]) -> str:
-    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"

@@ -1,6 +1,5 @@
 """From files of images to a table of metrics; the numbers themselves are in metrics/.
 
-images          npz, folder or zip -> checked uint8 batches
 opening         what a user names -> a device, a feature space, the images of one side
 reference       statistics stored in an npz: OpenAI's, or evaluations/make_reference.py's
 reference_file  images -> such an npz

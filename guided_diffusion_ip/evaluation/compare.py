@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from ..data.image_set import Images
 from ..features.space import FeatureSpace
 from ..metrics import METRICS, FeatureStatistics
 from ..metrics.entry import (
@@ -21,7 +22,6 @@ from ..metrics.entry import (
     Value,
 )
 from ..metrics.registry import check_metrics
-from .images import ImageFile
 from .reference import StoredStatistics
 from .set_features import extract
 
@@ -64,7 +64,7 @@ class Reference:
         known: what has been extracted from the images before.
     """
 
-    images: ImageFile | None = None
+    images: Images | None = None
     stored: StoredStatistics | None = None
     known: SetFeatures | None = None
 
@@ -120,7 +120,7 @@ def unavailable(name: str, space: FeatureSpace, ref_has_images: bool) -> str:
 
 def compare(
     reference: Reference,
-    samples: ImageFile,
+    samples: Images,
     space: FeatureSpace,
     metrics: Sequence[str],
     options: MetricOptions = DEFAULT_OPTIONS,

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..data.image_set import Images
 from ..features.space import FeatureSpace
 from ..metrics import METRICS
 from ..metrics.entry import MetricOptions
 from ..metrics.manifold import ARITHMETIC
 from ..metrics.registry import check_metrics, parse_metrics
 from .compare import Reference, Result, compare, unavailable
-from .images import ImageFile, check_sizes
-from .opening import FeatureChoice, Images, choose_device, open_side, path_of
+from .opening import FeatureChoice, GivenImages, check_sizes, choose_device, open_side, path_of
 from .published import settings_beside
 from .reference import compare_features, has_images, has_statistics, read_statistics
 
@@ -49,8 +49,8 @@ class EvaluationRequest:
         ValueError: an unknown metric or arithmetic, numbers out of range.
     """
 
-    reference: Images
-    samples: Images
+    reference: GivenImages
+    samples: GivenImages
     features: str | FeatureChoice | FeatureSpace = "inception"
     metrics: tuple[str, ...] | None = None
     num_samples: int = 0
@@ -85,7 +85,7 @@ class Evaluation:
 
     request: EvaluationRequest
     reference: Reference
-    samples: ImageFile
+    samples: Images
     features: dict[str, Any]
     made_with: dict[str, Any]
     result: Result
@@ -174,11 +174,7 @@ def _allowed(
 
 
 def _differences(
-    path: str,
-    reference: Reference,
-    samples: ImageFile,
-    made_with: dict[str, Any],
-    space: FeatureSpace,
+    path: str, reference: Reference, samples: Images, made_with: dict[str, Any], space: FeatureSpace
 ) -> list[str]:
     """What a reader of the numbers must know about the two sides, in words.
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import dist_util
+from ..data.image_set import Images, in_memory, open_images
 from ..features.space import FeatureSpace, image_tensor
 from ..features.spaces import open_features
-from .images import ArrayImages, ImageFile, open_images
+from ..sizes import size_text
 
 # The path of an npz, folder or zip; an array uint8 [N, H, W, C]; or a set that is open already.
-Images = str | os.PathLike | np.ndarray | Tensor | ImageFile
+GivenImages = str | os.PathLike | np.ndarray | Tensor | Images
+_SCALE = "give --image_size to scale and crop all"
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,16 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cpu") if device == "cpu" else dist_util.dev()
 
 
-def path_of(images: Images) -> str:
+def path_of(images: GivenImages) -> str:
     """The path of a set on disk; '' for one in memory."""
-    if isinstance(images, ImageFile):
+    if isinstance(images, Images):
         return images.path if os.path.exists(images.path) else ""
     if isinstance(images, np.ndarray | Tensor):
         return ""
     return os.fspath(images)
 
 
-def open_side(images: Images, what: str, image_size: tuple[int, int] | None) -> ImageFile:
+def open_side(images: GivenImages, what: str, image_size: tuple[int, int] | None) -> Images:
     """The images of one side.
 
     Args:
@@ -91,12 +93,12 @@ def open_side(images: Images, what: str, image_size: tuple[int, int] | None) -> 
         ValueError: no images, of another type or shape, or in memory and not of this size.
     """
     if isinstance(images, str | os.PathLike):
-        return open_images(images, what, image_size)
-    if not isinstance(images, ImageFile):
+        return open_images(images, what, image_size, remedy=_SCALE)
+    if not isinstance(images, Images):
         if len(images) == 0:
             raise ValueError(f"{what}: there are no images")
         try:
-            images = ArrayImages(image_tensor(images).cpu().numpy())
+            images = in_memory(image_tensor(images).cpu().numpy())
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
     if image_size is not None and images.shape[:2] != tuple(image_size):
@@ -105,3 +107,30 @@ def open_side(images: Images, what: str, image_size: tuple[int, int] | None) -> 
             f"{image_size[0]} x {image_size[1]}: pass the path of a file, or scale them before"
         )
     return images
+
+
+def check_sizes(reference: Images, samples: Images, fixed: bool = False) -> None:
+    """Are the images of both sides of one height and width?
+
+    Inception would take them as they are, and measure how they were scaled.
+
+    Args:
+        fixed: the reference cannot be scaled, because it has statistics too.
+
+    Raises:
+        ValueError: they are not; names the flag that scales.
+    """
+    (h, w, _), (height, width, _) = reference.shape, samples.shape
+    if (h, w) != (height, width):
+        # An npz mostly has the size of the model already.
+        as_reference = fixed or (_is_npz(reference) and not _is_npz(samples))
+        wanted = (h, w) if as_reference else (height, width)
+        raise ValueError(
+            f"reference images are {h} x {w}, samples {height} x {width} (height x width), "
+            "and would differ by their scaling alone: give --image_size "
+            f"{size_text(wanted)} to scale and crop as training does"
+        )
+
+
+def _is_npz(images: Images) -> bool:
+    return images.path.lower().endswith(".npz")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import dist_util
+from ..data.image_set import Images
 from ..data.npz_io import NpzWriter
 from ..features.space import FeatureSpace
 from ..metrics.entry import MOMENTS, SPATIAL_MOMENTS, SetFeatures
-from .images import ImageFile, Subset
-from .opening import FeatureChoice, Images, choose_device, open_side
+from .opening import FeatureChoice, GivenImages, choose_device, open_side
 from .reference import statistics_arrays
 from .set_features import extract
 
@@ -33,7 +33,7 @@ class ReferenceRequest:
         ValueError: `out` is not the name of an .npz file, or batch_size is below 1.
     """
 
-    data: Images
+    data: GivenImages
     out: str
     features: FeatureChoice = FeatureChoice()
     keep_images: int = 0
@@ -74,7 +74,7 @@ def make_reference(request: ReferenceRequest, say: Callable[[str], object] = pri
 
 
 def _write(
-    request: ReferenceRequest, images: ImageFile, features: SetFeatures, space: FeatureSpace
+    request: ReferenceRequest, images: Images, features: SetFeatures, space: FeatureSpace
 ) -> str:
     """Returns what was written, in a line."""
     arrays = statistics_arrays(features, space)
@@ -84,9 +84,9 @@ def _write(
     with NpzWriter(request.out) as out:
         if keep:
             # Spread evenly over the set, whose order often is that of classes.
-            some = Subset(images, np.arange(keep) * images.n // keep)
-            batches = some.batches(0, keep, request.batch_size)
-            out.write("arr_0", (keep, *images.shape), np.uint8, batches)
+            chosen = [k * images.n // keep for k in range(keep)]
+            some = (images.rows(i, i + 1) for i in chosen)
+            out.write("arr_0", (keep, *images.shape), np.uint8, some)
         for name, array in arrays.items():
             out.write(name, array.shape, array.dtype, [array])
     kept = f", and {keep} of them as arr_0" if keep else ""

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from .. import __version__, dist_util, files
+from ..data.image_set import Images
 from ..metrics import METRICS
+from ..sizes import size_text
 from .compare import Score
 from .evaluate import Evaluation
-from .images import ImageFile, size_text
-from .opening import Images, choose_device, path_of
+from .opening import GivenImages, choose_device, path_of
 from .published import published_values
 
 
@@ -79,7 +80,7 @@ def published_for(evaluation: Evaluation, paper: Mapping[str, Any]) -> dict[str,
     return published_values(paper, evaluation.made_with)
 
 
-def describe_set(side: Images, images: ImageFile | None, preprocessing: str) -> dict[str, Any]:
+def describe_set(side: GivenImages, images: Images | None, preprocessing: str) -> dict[str, Any]:
     """A set of images as it goes into the JSON: name, hash of the file (folders: of names and
     bytes; memory: of the pixels), number and size.
 

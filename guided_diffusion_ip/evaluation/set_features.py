@@ -11,14 +11,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import dist_util
+from ..data.image_set import Images
 from ..features.space import FeatureSpace
 from ..metrics import FeatureStatistics, InceptionScore
 from ..metrics.entry import LOGITS, MOMENTS, ROWS, SPATIAL_MOMENTS, SetFeatures
-from .images import ImageFile
 
 
 def extract(
-    images: ImageFile,
+    images: Images,
     space: FeatureSpace,
     needs: Collection[str],
     *,

@@ -86,7 +86,8 @@ def load_for_sampling(
     fp32, fp16 or bf16, eval.
     """
     load_network(model, path, flags, given)
-    model.to(device=dist_util.dev(), memory_format=torch.channels_last)
+    # Its types leave the layout out.
+    model.to(device=dist_util.dev(), memory_format=torch.channels_last)  # type: ignore[call-overload]
     keep_freed_memory(dist_util.dev())
     if precision != "fp32":
         convert = getattr(model, f"convert_to_{precision}", None)

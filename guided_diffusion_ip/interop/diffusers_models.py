@@ -62,6 +62,8 @@ class DiffusersModel(nn.Module):
             children.
     """
 
+    unet: Any
+
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         library = import_diffusers()
@@ -146,7 +148,7 @@ class DiffusersModel(nn.Module):
                 if self.wants_text
                 else "got encoder_hidden_states, but this network looks at no text: leave them out"
             )
-        if self.wants_text:
+        if encoder_hidden_states is not None:
             cond["encoder_hidden_states"] = encoder_hidden_states.to(self.dtype)
         if y is not None:
             cond["class_labels"] = y
@@ -161,7 +163,9 @@ class DiffusersModel(nn.Module):
                 else f"got no labels, but this network is class-conditional: pass y, [{batch}]"
             )
         # As in networks/trunk.py: reading labels on an accelerator would make the host wait for it.
-        if y is not None and not y.is_floating_point() and y.device.type == "cpu" and batch:
+        if y is None or self.num_classes is None or not batch:
+            return
+        if not y.is_floating_point() and y.device.type == "cpu":
             low, high = int(y.min()), int(y.max())
             if low < 0 or high >= self.num_classes:
                 raise ValueError(
@@ -172,8 +176,9 @@ class DiffusersModel(nn.Module):
 
 def _number_of_labels(unet: nn.Module) -> int | None:
     """The rows of the label embedding; None: the network takes no labels."""
-    if getattr(unet.config, "num_embeds_ada_norm", None):
-        return unet.config.num_embeds_ada_norm + 1  # DiT: one more for "no class"
+    known: Any = unet.config
+    if getattr(known, "num_embeds_ada_norm", None):
+        return known.num_embeds_ada_norm + 1  # DiT: one more for "no class"
     embedding = getattr(unet, "class_embedding", None)
     if embedding is None:
         return None

@@ -37,7 +37,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,12 +96,10 @@ def EpsilonScaled(
                 "of them"
             )
         b = schedule
-    b = (
-        [float(value) for value in b]
-        if isinstance(b, Sequence) or hasattr(b, "tolist")
-        else float(b)
-    )
-    scaled = object.__new__(_scaled_class(type(scheduler).__name__))
+    values: Any = b
+    several = isinstance(values, Sequence) or hasattr(values, "tolist")
+    b = [float(value) for value in values] if several else float(values)
+    scaled: Any = object.__new__(_scaled_class(type(scheduler).__name__))
     scaled.__dict__.update(scheduler.__dict__)
     scaled.register_to_config(eps_scaler=b, eps_scaler_k=float(k), eps_x0_only=bool(x0_only))
     scaled._prepare_scaling()
@@ -110,6 +108,17 @@ def EpsilonScaled(
 
 class EpsilonScaling:
     """What the scaled schedulers have before their own class in the order of inheritance."""
+
+    # Of the scheduler that comes after it, which is diffusers'.
+    config: Any
+    timesteps: Tensor
+    sigmas: Tensor
+    step_index: Any
+    num_inference_steps: int
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: Tensor
+    _init_step_index: Callable[[Any], None]
+    _get_variance: Callable[[int, int], Any]
 
     def _prepare_scaling(self) -> None:
         config = self.config
@@ -280,7 +289,7 @@ def _scaled_class(name: str) -> type:
         self._prepare_scaling()
 
     # from_config passes what the signature names.
-    __init__.__signature__ = inspect.Signature(
+    __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             *inspect.signature(base.__init__).parameters.values(),
             *(

@@ -21,7 +21,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +148,7 @@ def _parameter(data: Any, *_: Any) -> Tensor:
     return data
 
 
-_ALLOWED = {
+_ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     **NUMBERS,
     ("collections", "OrderedDict"): _dict,
     ("dnnlib.util", "EasyDict"): _dict,
@@ -336,7 +336,7 @@ def _settings(checkpoint: EDMCheckpoint, precond: str) -> tuple[dict[str, Any], 
         raise ValueError(
             f"the file does not say with which {' and '.join(missing)} the network was made"
         )
-    defaults = {"label_dim": 0, "use_fp16": False}
+    defaults: dict[str, Any] = {"label_dim": 0, "use_fp16": False}
     for kind in (PRECONDITIONINGS[precond], NETWORKS[model_type]):
         defaults |= {
             key: list(p.default) if isinstance(p.default, tuple) else p.default

@@ -240,6 +240,7 @@ def get_dir() -> str:
     if folder is None:
         configure()
         folder = get_current().get_dir()
+        assert folder is not None  # configure gives it one
     return folder
 
 

@@ -32,13 +32,10 @@ class Output:
 
 
 class Terminal(Output):
-    """Messages, and one aligned line per row, on standard output."""
-
-    def __init__(self) -> None:
-        self._layout = LineLayout()
+    """Messages, and one line per row, on standard output."""
 
     def write_values(self, values: Mapping[str, Value]) -> None:
-        self.write_line(self._layout.line(values))
+        self.write_line(line(values))
 
     def write_line(self, text: str) -> None:
         bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
@@ -52,11 +49,10 @@ class TextFile(Output):
     """The terminal's text, in a file."""
 
     def __init__(self, path: str) -> None:
-        self._layout = LineLayout()
         self._file = open(path, "a", encoding="utf-8")
 
     def write_values(self, values: Mapping[str, Value]) -> None:
-        self.write_line(self._layout.line(values))
+        self.write_line(line(values))
 
     def write_line(self, text: str) -> None:
         self._file.write(text + "\n")
@@ -209,62 +205,28 @@ def make_output_format(
     return FORMATS[format](ev_dir, log_suffix, resume_step)
 
 
-class LineLayout:
-    """A row of values as one line; a column keeps its width, so that successive lines align."""
+def line(values: Mapping[str, Value]) -> str:
+    """A row of values for reading: `step 1,200  loss 0.05123  loss_q 0.12/0.05/-/0.02`.
 
-    def __init__(self) -> None:
-        self._widths: dict[str, int] = {}
-
-    def line(self, values: Mapping[str, Value]) -> str:
-        """`step  1,200  loss 0.05123  loss_q 0.12/0.05/-/0.02  samples  1.23M`
-
-        `-` is a quartile that no sample fell into.
-        """
-        cells: dict[str, str] = {}
-        for key in [*filter(values.__contains__, _FIRST), *values]:
-            if quartile := _QUARTILE.fullmatch(
-                key
-            ):  # quarters of the time range: one cell, not four
-                name = f"{quartile[1]}_q"
-                parts = [values.get(f"{name}{q}") for q in range(4)]
-                cells[name] = "/".join(
-                    "-" if part is None else human(name, part, digits=3) for part in parts
-                )
-            elif key not in cells:
-                cells[key] = human(key, values[key])
-        for name, text in cells.items():
-            self._widths[name] = max(self._widths.get(name, 0), len(text))
-        return "  ".join(
-            f"{name.rstrip('%').rstrip('_')} {text.rjust(self._widths[name])}"
-            for name, text in cells.items()
-        )
+    `loss_q0` to `loss_q3`, quarters of the time range, share a cell; `-` is one that no sample fell
+    into.
+    """
+    cells: dict[str, str] = {}
+    for key in [*filter(values.__contains__, _FIRST), *values]:
+        if quarter := _QUARTILE.fullmatch(key):
+            name = f"{quarter[1]}_q"
+            parts = [values.get(f"{name}{q}", "-") for q in range(4)]
+            cells[name] = "/".join(number_text(part, digits=3) for part in parts)
+        else:
+            cells[key] = number_text(values[key])
+    return "  ".join(f"{name} {text}" for name, text in cells.items())
 
 
-def human(key: str, value: Value, digits: int = 4) -> str:
-    """A value for reading: the key's ending tells the unit (`_bytes`, `_s` seconds, `%`)."""
-    if isinstance(value, str) or not math.isfinite(value):
-        return str(value)
-    if key == "step":
-        return f"{int(value):,}"
-    if key.endswith("%"):
-        return f"{value:.0f}%"
-    if key.endswith("_bytes"):
-        return _scaled(value, digits) + "B"
-    if key.endswith("_s") and value >= 60:
-        minutes, seconds = divmod(round(value), 60)
-        return f"{minutes}m{seconds:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
-    if isinstance(value, int) and abs(value) < 1_000_000:
-        return f"{value:,}"
-    return _scaled(value, digits)
-
-
-def _scaled(value: float, digits: int) -> str:
-    """Four digits and k, M, G or T; beyond that range, and for tiny numbers, an exponent."""
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if factor <= abs(value) < 1e15:
-            scale = 1e3 if letter == "k" else factor
-            return f"{value / scale:.{digits}g}{letter}"
-    return f"{value:.{digits}g}"
+def number_text(value: Value, digits: int = 4) -> str:
+    """Numbers from 1000 on without decimals, others with `digits` of them; text as it is."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def _drop_torn_line(path: str) -> None:

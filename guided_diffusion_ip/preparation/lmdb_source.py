@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from ..data.image_io import decode_image
-from ..data.sources import Source
+from ..data.image_source import Source
 
 
 def lmdb_package() -> Any:
@@ -39,6 +39,7 @@ class LmdbSource(Source):
     def __init__(self, path: str) -> None:
         self.path = path
         self._env: Any = None
+        self._owner = 0  # the process that has opened it
         if not os.path.isfile(os.path.join(path, "data.mdb")):
             packed = " (unpack the zip first)" if path.lower().endswith(".zip") else ""
             raise ValueError(f"{path} is no LMDB folder, which has a file data.mdb{packed}")

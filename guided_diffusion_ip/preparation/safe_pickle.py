@@ -62,6 +62,8 @@ class Array(Buildable):
 
     def array(self) -> np.ndarray:
         """The numbers; not a copy, and not writable."""
+        if self.parts is None:
+            raise Refused("an array made of nothing")
         data, kind, shape, fortran = self.parts
         if not isinstance(data, (bytes, bytearray)) or not isinstance(kind, _Type):
             raise Refused(f"an array made of {type(data).__name__}")
@@ -139,7 +141,7 @@ class _Instructions(dict):
     """
 
     def __missing__(self, byte: int) -> Callable[[Any], None]:
-        known = pickletools.code2op.get(chr(byte))
+        known = next((op for op in pickletools.opcodes if op.code == chr(byte)), None)
 
         def refuse(_: Any) -> None:
             if known is None:
@@ -193,6 +195,13 @@ class SafeUnpickler(pickle._Unpickler):
             "bytes" to keep it.
     """
 
+    # What the instructions work with, of Python's machine.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+    read: Callable[[int], bytes]
+    readline: Callable[[], bytes]
+
     dispatch = _Instructions(
         {
             getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
@@ -226,9 +235,8 @@ class SafeUnpickler(pickle._Unpickler):
             raise Refused(f"a state for {type(target).__name__}, which has none")
         target.build(state)
 
-    def _old_instance(
-        self,
-    ) -> None:  # names a class without asking for it first, so that the name is worth telling
+    def _old_instance(self) -> None:
+        # It names a class without asking for it first, so that the name is worth telling.
         self.find_class(*(self.readline()[:-1].decode("ascii") for _ in range(2)))
         raise Refused("the instruction INST, which could run code")
 
@@ -241,8 +249,8 @@ class SafeUnpickler(pickle._Unpickler):
         _require(self.stack[-1], list, "APPENDS").extend(items)
 
     def _dict(self) -> None:
-        items, new = self.pop_mark(), {}
-        _update(new, items, "DICT")
+        new: dict[Any, Any] = {}
+        _update(new, self.pop_mark(), "DICT")
         self.append(new)
 
     def _set_item(self) -> None:
@@ -260,9 +268,8 @@ class SafeUnpickler(pickle._Unpickler):
     def _frozen_set(self) -> None:
         self.append(frozenset(_keys(self.pop_mark())))
 
-    def _byte_array(
-        self,
-    ) -> None:  # Python's own makes room, all zero, for as many bytes as the file claims to have
+    def _byte_array(self) -> None:
+        # Python's own makes room, all zero, for as many bytes as the file claims to have.
         self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
     dispatch.update(

@@ -2,16 +2,14 @@
 images from it.
 
 The scripts in datasets/ read their sources; the writing is done here, so that a set is either
-complete under its final name or not there at all, and goes on where it was interrupted (`parts`).
+complete under its final name or not there at all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,16 +18,37 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import preprocessing as made
-from ..data.image_io import NpzReader, NpzWriter, save_png, write_npz
-from ..data.sources import CLASSES, FolderSource, Source
+from ..data.batches import BatchMaker, Failure, Order, stop_workers, worker_batches
+from ..data.image_io import save_png
+from ..data.image_set import ImageSet
+from ..data.image_source import Source
+from ..data.npz_io import NpzReader, NpzWriter
+from ..data.npz_source import CLASSES
+from ..data.sources import FolderSource, open_source
 from ..files import atomic_file
 from ..noise import Stream, permutation
-from .parts import Parts, discard
 
 TRAIN = "train.npz"
 REFERENCE = "reference.npz"
-_PART_BYTES = 48 << 20  # of pixels: what memory holds, and what an interruption costs
-_MOST_PARTS = 50  # of a set that is small
+_CHUNK_BYTES = 48 << 20  # of pixels that are rendered at a time
+_WORKER_BYTES = 4 << 20  # of pixels, on their way from a worker; several wait in memory
+_FEW = 1000  # images that are decoded sooner than workers start
+
+
+@contextlib.contextmanager
+def scratch(path: str | os.PathLike) -> Iterator[str]:
+    """A temporary folder beside `path`, for what will be moved there once it is whole.
+
+    What a killed process left of an earlier one is removed first. Not for two processes at a time.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    place = os.path.join(folder, f".{name}.making")
+    shutil.rmtree(place, ignore_errors=True)
+    os.makedirs(place)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def write_image_folder(
@@ -37,17 +56,16 @@ def write_image_folder(
     items: Iterable[tuple[np.ndarray, str | None]],
     digits: int = 4,
     preprocessing: str = "",
-    parts: Parts | None = None,
 ) -> int:
     """Write PNGs OUT_DIR/CLASS/0000.png, numbered through the whole set; returns how many.
+
+    The folder appears when it is complete.
 
     Args:
         items: pairs of uint8 [H, W, C] (1, 3 or 4 channels) and class name; without a name the file
             goes to OUT_DIR itself.
         digits: of the numbers, at least.
         preprocessing: how the images were made, written beside them.
-        parts: where to gather the PNGs, to be continued if interrupted: those that are there
-            already are not written again. Without it an interrupted set vanishes.
 
     Raises:
         ValueError: out_dir has something in it, no items, or a class name that is no folder name.
@@ -55,15 +73,12 @@ def write_image_folder(
     out_dir = os.path.abspath(out_dir)
     if os.path.exists(out_dir) and not (os.path.isdir(out_dir) and not os.listdir(out_dir)):
         raise ValueError(f"{out_dir} is not empty: remove it or choose another folder")
-    os.makedirs(os.path.dirname(out_dir), exist_ok=True)
-    with _gathering(out_dir, parts) as inside:
-        count = 0
+    with scratch(out_dir) as place:
+        inside, count = os.path.join(place, "set"), 0
         for image, name in items:
             if name is not None and (not name or name != os.path.basename(name) or name[0] == "."):
                 raise ValueError(f"class name {name!r} cannot be the name of a folder")
-            path = os.path.join(inside, name or "", f"{count:0{digits}d}.png")
-            if parts is None or not os.path.exists(path):
-                save_png(image, path)
+            save_png(image, os.path.join(inside, name or "", f"{count:0{digits}d}.png"))
             count += 1
         if not count:
             raise ValueError(f"there are no images to write to {out_dir}")
@@ -76,27 +91,11 @@ def write_image_folder(
     return count
 
 
-@contextlib.contextmanager
-def _gathering(out_dir: str, parts: Parts | None) -> Iterator[str]:
-    """The folder that will become out_dir. Made by makedirs, hence open to the group, as usual."""
-    if parts is not None:
-        yield parts.path("set")
-        parts.remove()
-        return
-    temporary = tempfile.mkdtemp(
-        prefix=f".{os.path.basename(out_dir)}.", dir=os.path.dirname(out_dir)
-    )
-    try:
-        yield os.path.join(temporary, "set")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def write_image_npz(
     path: str | os.PathLike,
     images: Iterable[np.ndarray],
     shape: Sequence[int],
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int] | np.ndarray | None = None,
     preprocessing: str = "",
     classes: Sequence[str] | None = None,
 ) -> None:
@@ -111,16 +110,19 @@ def write_image_npz(
     """
     if labels is not None and len(labels) != shape[0]:
         raise ValueError(f"{len(labels)} labels for {shape[0]} images: one each is needed")
-    with NpzWriter(path) as out:
-        out.write("arr_0", shape, np.uint8, (image[None] for image in images))
-        if labels is not None:
-            out.write("arr_1", (shape[0],), np.int64, [np.asarray(labels, dtype=np.int64)])
-        if classes is not None:
-            names = np.array(list(classes))
-            out.write(CLASSES, names.shape, names.dtype, [names])
-        if preprocessing:
-            text = made.as_array(preprocessing)
-            out.write(made.KEY, text.shape, text.dtype, [text])
+    with scratch(path) as place:
+        whole = os.path.join(place, os.path.basename(path))
+        with NpzWriter(whole) as out:
+            out.write("arr_0", shape, np.uint8, (image[None] for image in images))
+            if labels is not None:
+                out.write("arr_1", (shape[0],), np.int64, [np.asarray(labels, dtype=np.int64)])
+            if classes is not None:
+                names = np.array(list(classes))
+                out.write(CLASSES, names.shape, names.dtype, [names])
+            if preprocessing:
+                text = made.as_array(preprocessing)
+                out.write(made.KEY, text.shape, text.dtype, [text])
+        os.replace(whole, path)
 
 
 def render_npz(
@@ -133,8 +135,8 @@ def render_npz(
     """Write OUT_DIR/train.npz: arr_0 uint8 [N, H, W, 3], the images of the source in its order,
     each through `render`.
 
-    Images are decoded in threads (Pillow works outside the interpreter lock) and stored in pieces;
-    the same call again goes on after the last whole one. Memory holds one piece, 48 MB.
+    Images are decoded in threads (Pillow works outside the interpreter lock), 48 MB at a time. A
+    set that is there already is left as it is.
 
     Args:
         render: RGB image and its name -> uint8 [H, W, 3].
@@ -145,29 +147,20 @@ def render_npz(
     """
     path, n = os.path.join(out_dir, TRAIN), len(source)
     if is_finished(path, n, preprocessing):
-        discard(out_dir, "train")
         return
-    names = hashlib.sha256("\n".join(source.names).encode()).hexdigest()
-    parts = Parts(out_dir, "train", f"{preprocessing}; {n} images, names {names[:16]}")
-    rows = max(1, min(_PART_BYTES // (size[0] * size[1] * 3), -(-n // _MOST_PARTS)))
-    pieces = {f"{start:08d}.npz": range(start, min(start + rows, n)) for start in range(0, n, rows)}
-    missing = parts.missing(list(pieces))
-    done = n - sum(len(pieces[name]) for name in missing)
+    rows = max(1, _CHUNK_BYTES // (size[0] * size[1] * 3))
+
+    def rendered() -> Iterator[np.ndarray]:
+        for start in range(0, n, rows):
+            numbers = range(start, min(start + rows, n))
+            yield from pool.map(lambda i: render(source.image(i, 3), source.names[i]), numbers)
+
     pool = ThreadPoolExecutor()
     try:
-        with tqdm(desc=path, total=n, initial=done, unit="img", disable=None) as bar:
-            for name in missing:
-                pixels = np.empty((len(pieces[name]), *size, 3), np.uint8)
-                rendered = pool.map(
-                    lambda i: render(source.image(i, 3), source.names[i]), pieces[name]
-                )
-                for k, image in enumerate(rendered):
-                    pixels[k] = image
-                    bar.update()
-                write_npz(parts.path(name), {"arr_0": pixels})
+        images = tqdm(rendered(), path, n, unit="img", disable=None)
+        write_image_npz(path, images, (n, *size, 3), preprocessing=preprocessing)
     finally:
         pool.shutdown(cancel_futures=True)
-    parts.join(list(pieces), path, {made.KEY: made.as_array(preprocessing)})
 
 
 def write_reference(out_dir: str, count: int, preprocessing: str) -> str:
@@ -230,7 +223,7 @@ def is_finished(path: str, n: int, preprocessing: str) -> bool:
         raise ValueError(
             f"{path} is there already and is another set: {found} images, "
             f"{record or 'of unknown making'!r}; wanted are {n}, {preprocessing!r}: remove it, or "
-            "choose another --out"
+            "choose another folder"
         )
     return True
 
@@ -240,3 +233,74 @@ def count_images(folder: str | os.PathLike) -> int:
     if not os.path.isdir(folder) or not os.listdir(folder):
         return 0
     return len(FolderSource(os.fspath(folder), class_cond=False))
+
+
+def open_with_classes(path: str | os.PathLike) -> Source:
+    """The images at `path`, with their classes if any are found.
+
+    Raises:
+        ValueError: nothing usable there.
+    """
+    plain = open_source(path, class_cond=False)
+    try:
+        return open_source(path, class_cond=True)
+    except ValueError:
+        return plain
+
+
+def pack_images(
+    path: str | os.PathLike, images: ImageSet, count: int = 0, workers: int | None = None
+) -> tuple[int, int, int, int]:
+    """Write the images of a set, in its order, decoded, into one npz that all processes can map.
+
+    It has the form that `load_data` reads anyway, not compressed: pixels lie in it as in memory.
+    Labels, class names and the line about the making travel with them.
+
+    Training on the file gives the same batches as training on the source, bit for bit. Memory holds
+    a few MB per worker.
+
+    Args:
+        images: labels and class names are written too if it has any.
+        count: only the first `count` images; 0: all.
+        workers: decoding processes; 0: this one; default one per core.
+
+    Returns: [N, H, W, C] of what was written.
+
+    Raises:
+        ValueError: an image cannot be read, or is not as the set wants it; names it.
+    """
+    count = min(count or len(images), len(images))
+    if workers is None:
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
+        workers = cores if count > _FEW and cores > 1 else 0
+    decoded = tqdm(
+        _decoded(images, count, workers), os.fspath(path), count, unit="img", disable=None
+    )
+    labels = None if images.labels is None else images.labels[:count]
+    shape = (count, *images.shape)
+    write_image_npz(path, decoded, shape, labels, images.preprocessing, images.classes)
+    return shape
+
+
+def _decoded(images: ImageSet, count: int, workers: int) -> Iterator[np.ndarray]:
+    """Images uint8 [H, W, C], made by the training loader's own code."""
+    chunks_wanted = -(-count // max(1, _WORKER_BYTES // int(np.prod(images.shape))))
+    # Evenly: what the last batch has beyond the end is decoded too, for nothing.
+    rows = -(-count // chunks_wanted)
+    order = Order(len(images), rows, rank=0, world=1, seed=0, deterministic=True)
+    maker = BatchMaker(images, order, random_crop=False, random_flip=False)
+    steps = range(-(-count // rows))
+    chunks = worker_batches(maker, steps, workers) if workers else map(maker.__getitem__, steps)
+    try:
+        for step, chunk in zip(steps, chunks):
+            if isinstance(chunk, Failure):
+                raise ValueError(chunk.message)
+            # The last batch begins again at the top.
+            yield from chunk[0].numpy()[: count - step * rows]
+    finally:
+        if workers:
+            stop_workers(chunks)

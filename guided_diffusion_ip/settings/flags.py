@@ -14,7 +14,7 @@ from .evaluate_flags import EVALUATE, FEATURES
 from .flag import Flag, Role, size_or_none
 from .network_flags import CLASSIFIER, DIFFUSION, EDM, LOSS_WEIGHTING, MODEL, SUPER_RES
 from .sample_flags import LIKELIHOOD, MEASURED_IMAGES, RESPACING, SAMPLE
-from .train_flags import EVALUATING, SAVING, STOPPING, TRAIN
+from .train_flags import EVALUATING, TRAIN
 
 SECTIONS: dict[str, tuple[Flag, ...]] = {
     "model": MODEL,
@@ -365,71 +365,5 @@ SCRIPTS = {
             ),
         ),
         (*_NOT_MEASURED, "eps_scaler", "eps_scaler_k", "eps_schedule", "out_dir"),
-    ),
-    # Measures the step that image_train makes, on images in memory, and the network calls that
-    # image_sample makes.
-    "benchmark": Script(
-        ("model", "diffusion", "train"),
-        (
-            TRAIN_RESPACING,
-            Flag("use_ddim", False, Role.TELLING, "sample by DDIM instead of DDPM"),
-            Flag(
-                "eta", 0.0, Role.TELLING, "DDIM's noise: 0 deterministic, 1 that of DDPM", least=0
-            ),
-            Flag(
-                "what",
-                "train,sample",
-                Role.TELLING,
-                "what to measure, separated by commas: train, sample, optimizer, gather, loader, "
-                "startup",
-            ),
-            Flag(
-                "baseline",
-                False,
-                Role.TELLING,
-                "also measure the published way of each, in turn with ours, and say the ratio",
-            ),
-            Flag(
-                "precision", "fp32", Role.TELLING, "number format", choices=("fp32", "bf16", "fp16")
-            ),
-            Flag(
-                "device",
-                "auto",
-                Role.TELLING,
-                "auto: a GPU if there is one",
-                choices=("auto", "cpu", "cuda"),
-            ),
-            Flag("threads", 0, Role.TELLING, "CPU threads; 0: PyTorch's choice", least=0),
-            Flag("repeats", 15, Role.TELLING, "timed repeats of each thing", least=1),
-            Flag(
-                "matrix_size",
-                4096,
-                Role.TELLING,
-                "side of the matrices that the machine's rate is measured with",
-                least=1,
-            ),
-            Flag("json", "", Role.PLACE, "also write every number to this file"),
-        ),
-        (
-            "use_fp16",
-            "lr_warmup_steps",
-            "grad_clip",
-            "lr_anneal_steps",
-            "log_interval",
-            "sample_interval",
-            "sample_count",
-            "sample_respacing",
-            "fp16_scale_growth",
-            "class_dropout",
-            "random_flip",
-            "random_crop",
-            "cache_mb",
-            "out_dir",
-            "global_batch_size",
-            "precision",
-            "ema_warmup",
-            *(flag.name for flag in STOPPING + SAVING + EVALUATING),
-        ),
-        {"batch_size": 16},
     ),
 }

@@ -55,7 +55,11 @@ class LikelihoodRequest:
     def images(self) -> ImageSet:
         """Opened on first use. ValueError if they cannot be, or do not fit."""
         return open_image_set(
-            self.data_dir, self.image_size, self.channels, num_classes=self.num_classes
+            self.data_dir,
+            self.image_size,
+            self.channels,
+            num_classes=self.num_classes,
+            what="--data_dir",
         )
 
     @property

@@ -7,13 +7,8 @@ attributes.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from ..data.image_set import ImageSet, open_image_set
 from ..exposure_bias.measure_run import spread_over
@@ -22,34 +17,8 @@ from .flag import numbers as parse_numbers  # noqa: F401 (its former place)
 from .identity import deciding_values, default_folder, described, of_file
 
 
-@dataclass(frozen=True)
-class RealImages:
-    """`count` images evenly spread over a set, numbered 0 .. count - 1 here."""
-
-    images: ImageSet
-    chosen: Sequence[int]
-
-    def __call__(self, index: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """x_0 float32 [n, C, H, W] in [-1, 1], and model_kwargs."""
-        wanted = [self.chosen[i] for i in index]
-        return self.images.images(wanted), self.images.cond(wanted)
-
-    def digest(self) -> str:
-        """sha256 of these images and their labels. Reads them all, so that a damaged one is found
-        now.
-        """
-        sha = hashlib.sha256(
-            repr((len(self.chosen), self.images.size, self.images.channels)).encode()
-        )
-        for i in self.chosen:
-            sha.update(self.images.pixels([i]).tobytes())
-        if self.images.labels is not None:
-            sha.update(self.images.labels[list(self.chosen)].astype("<i8").tobytes())
-        return sha.hexdigest()
-
-
-def open_real_images(cfg: Config, size: tuple[int, int]) -> RealImages:
-    """The images that --data_dir and --num_images name.
+def open_real_images(cfg: Config, size: tuple[int, int]) -> ImageSet:
+    """--num_images images, evenly spread over --data_dir.
 
     Raises:
         ValueError: no images, no labels for a class-conditional model, or fewer than two.
@@ -57,14 +26,18 @@ def open_real_images(cfg: Config, size: tuple[int, int]) -> RealImages:
     if not cfg.data_dir:
         raise ValueError("no images: give --data_dir, a folder, a zip or an npz of real images")
     images = open_image_set(
-        cfg.data_dir, size, cfg.in_channels, num_classes=cfg.num_classes if cfg.class_cond else None
+        cfg.data_dir,
+        size,
+        cfg.in_channels,
+        num_classes=cfg.num_classes if cfg.class_cond else None,
+        what="--data_dir",
     )
     if len(images) < 2:
         raise ValueError(f"{images.text}: one image has no spread: give a --data_dir with more")
-    return RealImages(images, spread_over(len(images), min(cfg.num_images, len(images))))
+    return images.subset(spread_over(len(images), min(cfg.num_images, len(images))))
 
 
-def what_decides(cfg: Config, real: RealImages, **more: Any) -> dict[str, Any]:
+def what_decides(cfg: Config, real: ImageSet, **more: Any) -> dict[str, Any]:
     """All that the result depends on, as plain values: the checkpoint and the images by content,
     all flags that decide what comes out, and `more`, which stands where it stood in earlier
     folders.
@@ -76,7 +49,7 @@ def what_decides(cfg: Config, real: RealImages, **more: Any) -> dict[str, Any]:
         **of_file("model", cfg.model_path),
         "data_dir": os.path.basename(os.path.normpath(cfg.data_dir)),
         "data_sha256": real.digest(),
-        "num_images": len(real.chosen),
+        "num_images": len(real),
         **{name: value for name, value in deciding.items() if name not in more},
         **more,
         **described(cfg, ("model", "edm" if cfg.framework == "edm" else "diffusion")),

@@ -74,7 +74,9 @@ class BaseImages:
             self.size,
             self.channels,
             exact=not self.resize,
-            flag="base_samples",
+            what="--base_samples",
+            remedy="add --resize_base True to have them scaled and cropped as training images are, "
+            "or give others",
             num_classes=self.num_classes,
         )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..diffusion.epsilon_scaling import EpsilonScaling
 from ..diffusion.respace import space_timesteps
 from ..diffusion.solvers import SOLVERS
+from ..runs.sampler_text import sampler_text as describe_sampler
 from .config import Config
 
 
@@ -12,8 +12,7 @@ def goes_along_sigma(cfg: Config) -> bool:
     """Whether the chain goes along noise levels (--edm_steps), rather than the steps of a process
     (--timestep_respacing).
     """
-    along = SOLVERS[sampler_kind(cfg)].along
-    return along == "sigma" or along == "either" and cfg.values.get("framework") == "edm"
+    return SOLVERS[sampler_kind(cfg)].goes_along_sigma(cfg.values.get("framework") == "edm")
 
 
 def along(*kinds: str) -> list[str]:
@@ -83,15 +82,4 @@ def number_of_steps(cfg: Config) -> int:
 
 def sampler_text(cfg: Config) -> str:
     """DDPM, steps 100, lambda 1.017."""
-    solver = SOLVERS[sampler_kind(cfg)]
-    words = [solver.title, *(f"{name} {cfg.values[name]:g}" for name in solver.options)]
-    if goes_along_sigma(cfg):
-        words.append(f"steps {cfg.edm_steps}")
-        if cfg.S_churn:
-            words.append(f"S_churn {cfg.S_churn:g}")
-    else:
-        words.append(f"steps {cfg.timestep_respacing or cfg.diffusion_steps}")
-    words.append(f"lambda {EpsilonScaling.of(cfg.eps_scaler, cfg.eps_scaler_k)}")
-    if cfg.guidance_scale != 1:
-        words.append(f"guidance scale {cfg.guidance_scale:g}")
-    return ", ".join(words)
+    return describe_sampler({**cfg.values, "solver": sampler_kind(cfg)})

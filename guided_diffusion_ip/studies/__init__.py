@@ -2,6 +2,6 @@
 
 sweep        a grid of settings from one YAML (sweep_run computes its cells, sweep_table makes the
              table)
-report       one HTML page about runs, sweeps and measurements (report_data, report_curves,
-             report_plots, report_html)
+report       one HTML page about runs, sweeps and measurements (report_data reads them,
+             report_curves and exposure_bias/plots draw, report.html is the template)
 """

@@ -1,35 +1,37 @@
 """One self-contained HTML page about training runs, samples, sweeps and measurements.
 
-report_data     folders -> Run
-report          Run -> sections (this file), and report_curves: Run -> plots
-report_plots    plots -> SVG, PNG
-report_html     sections -> a page
+report_data     folders -> values of the kinds that can be shown
+report          values -> sections of blocks -> report.html (Jinja's; it escapes everything)
+report_curves   values -> pictures; those of measures are exposure_bias/plots.py's
 """
 
 from __future__ import annotations
 
+import base64
 import os
 import shlex
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from jinja2 import Environment, FileSystemLoader
+
+from ..exposure_bias.plots import Picture, drawn, is_number, measure_pictures, save_picture
 from ..files import atomic_file
-from .report_curves import lambda_plots, loss_plots, measure_plots, metric_plots
+from ..runs.sampler_text import sampler_text, steps_along_sigma
+from .report_curves import lambda_pictures, loss_pictures, metric_pictures
 from .report_data import (
-    MEASURES,
-    PICTURES,
-    SAMPLES,
-    SCHEDULE,
-    SWEEP,
-    TRAINING,
+    KINDS,
+    Measurement,
+    Pictures,
     Run,
+    Samples,
+    Schedule,
+    SweepRun,
+    Training,
     collect,
-    is_number,
-    valid_result,
 )
-from .report_html import Html, figure, folded, join, page, picture, svg_figure, table, tag
-from .report_plots import Plot, inline_svg, save_files
-from .sweep_table import TITLES, Entry, Table, best, headings, make_table, note
+from .sweep_table import TITLES, Table, best, headings, make_table, note, sampler_title
 
 _MOST_GRIDS = 48
 _SAMPLE_FLAGS = (
@@ -47,422 +49,302 @@ _SAMPLE_FLAGS = (
     "class_ids",
     "guidance_scale",
 )
-KIND_NAMES = {
-    TRAINING: "training runs",
-    SAMPLES: "sets of samples",
-    SWEEP: "sweeps",
-    MEASURES: "measurements",
-    SCHEDULE: "lambda schedules",
-    PICTURES: "folders of pictures",
-}
+_COMPARABLE = (
+    "Only values from the same features, reference and number of images compare; FID is a Frechet "
+    "distance of Inception's features, of others it is just a Frechet distance."
+)
+Kind = TypeVar("Kind", bound=Run)
+
+
+@dataclass(frozen=True)
+class Best:
+    """A cell of a table that is shown in bold."""
+
+    text: str
+    best: bool = True
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table whose first `texts` columns are names, the others numbers; a row of one cell is a
+    heading of those below it.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str | Best]]
+    texts: int
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture in the page itself; `src` is "" if the file is none."""
+
+    src: str
+    alt: str
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of a section: whatever of these there is, in this order."""
+
+    heading: str = ""
+    table: Grid | None = None
+    failures: Sequence[str] = ()
+    plot: Image | None = None
+    images: Sequence[Image] = ()
+    notes: Sequence[str] = ()
+    code: str = ""
+    folded: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """`anchor` is its id in the page."""
+
+    anchor: str
+    title: str
+    blocks: Sequence[Block]
 
 
 def write_report(paths: Sequence[str], out: str, plots_dir: str = "", title: str = "") -> list[str]:
-    """Write the page to `out`, and with `plots_dir` its curves as NAME.svg and NAME.png; returns
+    """Write the page to `out`, and with `plots_dir` its pictures as NAME.svg and NAME.png; returns
     all paths written.
 
     Raises:
         ValueError: nothing to show at a path, or matplotlib is missing.
     """
     runs = collect(paths)
-    plots = {
-        "training": [*loss_plots(runs), *metric_plots(runs)],
-        "bias": measure_plots(runs),
-        "lambda": lambda_plots(runs),
-    }
-    parts = [
-        ("metrics", "Metrics", metrics_section(runs)),
-        (
-            "training",
-            "Training",
-            plots_section(plots["training"]) if plots["training"] else Html(""),
-        ),
-        ("samples", "Samples from equal seeds", samples_section(runs)),
-        (
-            "bias",
-            "Exposure bias",
-            join(
-                filter(
-                    None,
-                    (plots_section(plots["bias"]), measures_table(runs), measured_pictures(runs)),
-                )
-            ),
-        ),
-        ("lambda", "Epsilon scaling", plots_section(plots["lambda"])),
-        ("pictures", "Pictures", pictures_section(runs)),
-        ("commands", "Commands and settings", commands_section(runs)),
+    trained, measured = of_kind(runs, Training), of_kind(runs, Measurement)
+    training = [*loss_pictures(trained), *metric_pictures(trained)]
+    bias = measure_pictures([(run.label, run.content) for run in measured])
+    lambdas = lambda_pictures(runs)
+    sections = [
+        Section("metrics", "Metrics", metric_blocks(runs)),
+        Section("training", "Training", [plot_block(picture) for picture in training]),
+        Section("samples", "Samples from equal seeds", sample_blocks(runs)),
+        Section("bias", "Exposure bias", [*map(plot_block, bias), *measure_blocks(measured)]),
+        Section("lambda", "Epsilon scaling", [plot_block(picture) for picture in lambdas]),
+        Section("pictures", "Pictures", picture_blocks(of_kind(runs, Pictures))),
+        Section("commands", "Commands and settings", [command_block(run) for run in runs]),
     ]
-    kinds = {
-        kind: len(of_kind(runs, kind))
-        for kind in (TRAINING, SAMPLES, SWEEP, MEASURES, SCHEDULE, PICTURES)
-    }
-    what = ", ".join(f"{KIND_NAMES[kind]}: {count}" for kind, count in kinds.items() if count)
-    content = page(
-        title or f"Report: {', '.join(map(os.path.basename, map(os.path.abspath, paths)))}",
-        what,
-        [part for part in parts if part[2]],
+    counts = {kind.title: len(of_kind(runs, kind)) for kind in KINDS}
+    names = ", ".join(os.path.basename(os.path.abspath(path)) for path in paths)
+    loader = FileSystemLoader(os.path.dirname(os.path.abspath(__file__)))
+    page = Environment(loader=loader, autoescape=True).get_template("report.html")
+    content = page.render(
+        title=title or f"Report: {names}",
+        subtitle=", ".join(f"{kind}: {count}" for kind, count in counts.items() if count),
+        sections=[section for section in sections if section.blocks],
     )
     with atomic_file(out) as file:
-        file.write(content.encode())
-    saved = (
-        [path for group in plots.values() for plot in group for path in save_files(plot, plots_dir)]
-        if plots_dir
-        else []
-    )
-    return [out, *saved]
+        file.write(content.encode("utf-8", "backslashreplace"))
+    pictures = [*training, *bias, *lambdas] if plots_dir else []
+    return [out, *(path for picture in pictures for path in save_picture(picture, plots_dir))]
 
 
-def of_kind(runs: Sequence[Run], kind: str) -> list[Run]:
-    return [run for run in runs if run.kind == kind]
+def of_kind(runs: Sequence[Run], kind: type[Kind]) -> list[Kind]:
+    """The runs of one kind."""
+    return [run for run in runs if isinstance(run, kind)]
 
 
-def plots_section(plots: Sequence[Plot]) -> Html:
-    return (
-        tag(
-            "div",
-            *(
-                svg_figure(inline_svg(plot), plot.title, plot.described(), plot.note)
-                for plot in plots
-            ),
-            class_="plots",
-        )
-        if plots
-        else Html("")
-    )
+def plot_block(picture: Picture) -> Block:
+    """A drawing with its title above, and what is to be said about it below."""
+    shown = Image(_data_url("svg+xml", drawn(picture, "svg")), picture.description)
+    return Block(picture.title, plot=shown, notes=[picture.note] if picture.note else [])
 
 
-# ---- metrics ----
+def image(path: str, alt: str = "", caption: str = "") -> Image:
+    """An image file. In an SVG that is shown as an image no script runs, and nothing is loaded."""
+    with open(path, "rb") as file:
+        content = file.read()
+    name = os.path.basename(path)
+    if path.endswith(".svg"):
+        return Image(_data_url("svg+xml", content), alt or name, caption or name)
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return Image(_data_url("png", content), alt or name, caption or name)
+    return Image("", name, caption)
 
 
-def metrics_section(runs: Sequence[Run]) -> Html:
-    parts = []
-    for run in of_kind(runs, SWEEP):
-        cells = run.data["cells"]
-        made = make_table(
-            [cell for cell, *_ in cells],
-            [result for _, result, *_ in cells],
-            run.data["metrics"],
-            run.data["features"],
-        )
-        parts += [
-            tag("h3", f"Sweep {run.label}"),
-            sweep_table(made),
-            tag("p", note(made), class_="soft"),
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def metric_blocks(runs: Sequence[Run]) -> list[Block]:
+    """The table of each sweep, and one of all samples that have been evaluated."""
+    blocks = []
+    for run in of_kind(runs, SweepRun):
+        places, results = [cell.place for cell in run.cells], [cell.result for cell in run.cells]
+        table = make_table(places, results, run.metrics, run.features)
+        failures = [
+            "failed: {column}, {sampler}, {steps} steps, seed {seed}: ".format(**cell.place)
+            + cell.error
+            for cell in run.cells
+            if cell.error and cell.result is None
         ]
-        failed = [
-            f"failed: {cell['column']}, {cell['sampler']}, {cell['steps']} steps, seed "
-            f"{cell['seed']}: {error}"
-            for cell, result, error, _ in cells
-            if error and result is None
-        ]
-        parts += (
-            [tag("ul", *(tag("li", line, class_="missing") for line in failed))] if failed else []
-        )
-        warnings = dict.fromkeys(
-            str(w) for _, result, *_ in cells if result for w in result.get("warnings") or []
-        )
-        parts += [tag("p", warning, class_="soft") for warning in warnings]
-    parts += samples_table(
-        [run for run in of_kind(runs, SAMPLES) if valid_result(run.data["evaluation"])]
-    )
-    return join(parts)
+        warnings = dict.fromkeys(warning for cell in run.cells for warning in cell.warnings)
+        heading = f"Sweep {run.label}"
+        blocks.append(Block(heading, sweep_grid(table), failures, notes=[note(table), *warnings]))
+    return blocks + samples_block(of_kind(runs, Samples))
 
 
-def sweep_table(made: Table) -> Html:
+def sweep_grid(table: Table) -> Grid:
     """A line for each metric, below it a row for each sampler and step count; the best mean of a
     row is bold.
     """
-    rows: list[Sequence[object]] = []
-    for (metric, sampler, steps), entries in made.rows:
-        if [made.title(metric)] not in rows:
-            rows.append([made.title(metric)])
+    rows: list[list[str | Best]] = []
+    for (metric, sampler, steps), entries in table.rows:
+        if [table.title(metric)] not in rows:
+            rows.append([table.title(metric)])
+        texts = [entry.text().replace("+-", "\u00b1") for entry in entries]
         chosen = best(metric, entries)
-        cells = [
-            tag("b", entry_html(entry)) if i == chosen else entry_html(entry)
-            for i, entry in enumerate(entries)
-        ]
+        cells = [Best(text) if i == chosen else text for i, text in enumerate(texts)]
         rows.append([sampler, steps, *cells])
-    return table(headings(made)[1:], rows, texts=2)
+    return Grid(headings(table)[1:], rows, texts=2)
 
 
-def entry_html(entry: Entry) -> Html:
-    mean, plus_minus, spread = entry.text().partition(" +- ")
-    return join([mean, tag("small", "\u00b1 ", spread)], " ") if plus_minus else join([mean])
-
-
-def samples_table(runs: Sequence[Run]) -> list[Html]:
-    if not runs:
+def samples_block(runs: Sequence[Samples]) -> list[Block]:
+    """A row for each set of samples that has been evaluated."""
+    found = [(run, run.evaluation) for run in runs if run.evaluation is not None]
+    if not found:
         return []
-    names = list(dict.fromkeys(name for run in runs for name in run.data["evaluation"]["metrics"]))
+    names = list(dict.fromkeys(name for _, evaluation in found for name in evaluation.metrics))
     rows = []
-    for run in runs:
-        evaluation = run.data["evaluation"]
-        metrics, features = evaluation["metrics"], evaluation.get("features")
-        space = features.get("name", "") if isinstance(features, dict) else ""
-        count = next((str(m["samples"]) for m in metrics.values() if "samples" in m), "")
-        rows.append(
-            [
-                run.label,
-                sampler_text(run.data["settings"]),
-                space,
-                count,
-                *(f"{metrics[name]['value']:.4g}" if name in metrics else "" for name in names),
-            ]
-        )
+    for run, evaluation in found:
+        metrics = evaluation.metrics
+        values = [f"{metrics[name]:.4g}" if name in metrics else "" for name in names]
+        space = os.path.basename(evaluation.features)
+        rows.append([run.label, _made_by(run.settings), space, evaluation.count, *values])
     titles = [TITLES.get(name, name) for name in names]
-    return [
-        tag("h3", "Samples"),
-        table(["samples", "made by", "features", "images", *titles], rows, texts=3),
-        tag(
-            "p",
-            "Only values from the same features, reference and number of images compare; FID is "
-            "a Frechet distance of Inception's features, of others it is just a Frechet distance.",
-            class_="soft",
-        ),
-    ]
+    grid = Grid(["samples", "made by", "features", "images", *titles], rows, texts=3)
+    return [Block("Samples", grid, notes=[_COMPARABLE])]
 
 
-def sampler_text(settings: dict[str, Any]) -> str:
-    """DDPM, 20 steps, lambda 1.02, seed 0."""
-    kind = f"DDIM, eta {settings.get('eta', 0)}" if settings.get("use_ddim") else "DDPM"
-    steps = settings.get("timestep_respacing") or settings.get("diffusion_steps", "?")
-    if "sampler" in settings:  # heun, euler
-        kind, steps = str(settings["sampler"]).capitalize(), settings.get("edm_steps", "?")
-    b, k = settings.get("eps_scaler", 1.0), settings.get("eps_scaler_k", 0.0)
-    scaling = (
-        "lambda by step" if isinstance(b, list) else f"lambda {b}" + (f" + {k} t" if k else "")
-    )
-    return f"{kind}, {steps} steps, {scaling}, seed {settings.get('seed', '?')}"
-
-
-# ---- pictures ----
-
-
-def samples_section(runs: Sequence[Run]) -> Html:
+def sample_blocks(runs: Sequence[Run]) -> list[Block]:
     """Grids of the same seed beside each other: image i of each began with the same noise."""
-    groups: dict[str, list[Html]] = {}
-    for run in of_kind(runs, SWEEP):
-        cells = [(cell, grid) for cell, result, _, grid in run.data["cells"] if grid and result]
-        seed = min((cell["seed"] for cell, _ in cells), key=str, default=None)
-        for cell, grid in [(cell, grid) for cell, grid in cells if cell["seed"] == seed][
-            :_MOST_GRIDS
-        ]:
-            eta = f", eta {cell['eta']}" if cell["eta"] else ""
-            title = f"Sweep {run.label}: {str(cell['sampler']).upper()}{eta}, {cell['steps']} steps, seed {seed}"
-            groups.setdefault(title, []).append(
-                figure(picture(grid, f"samples of {cell['column']}, {title}"), cell["column"])
-            )
-    for run in [run for run in of_kind(runs, SAMPLES) if run.data["grid"]][:_MOST_GRIDS]:
-        made_by = sampler_text(run.data["settings"])
-        groups.setdefault(f"Seed {run.data['settings'].get('seed', 'not known')}", []).append(
-            figure(picture(run.data["grid"], f"samples in {run.label}"), f"{run.label}: {made_by}")
-        )
-    for run in of_kind(runs, TRAINING):
-        for path in few(run.data["grids"], 4):
-            name = os.path.basename(path)
-            groups.setdefault(f"During training: {run.label}", []).append(
-                figure(picture(path, f"{name} of {run.label}"), name)
-            )
-    blocks = [
-        tag(
-            "div",
-            tag("h3", title),
-            tag("div", *grids, class_="grids"),
-            class_="group large" if grids[2:] else "group",
-        )
-        for title, grids in groups.items()
-    ]
-    return tag("div", *blocks, class_="groups") if blocks else Html("")
+    groups: dict[str, list[Image]] = {}
+    for run in of_kind(runs, SweepRun):
+        cells = [cell for cell in run.cells if cell.grid and cell.result]
+        seed = min((cell.place["seed"] for cell in cells), default="")
+        for cell in [cell for cell in cells if cell.place["seed"] == seed][:_MOST_GRIDS]:
+            place, column = cell.place, cell.place["column"]
+            title = f"{sampler_title(place)}, {place['steps']} steps, seed {seed}"
+            title = f"Sweep {run.label}: {title}"
+            shown = image(cell.grid, f"samples of {column}, {title}", column)
+            groups.setdefault(title, []).append(shown)
+    for made in [samples for samples in of_kind(runs, Samples) if samples.grid][:_MOST_GRIDS]:
+        caption = f"{made.label}: {_made_by(made.settings)}"
+        title = f"Seed {made.settings.get('seed', 'not known')}"
+        groups.setdefault(title, []).append(image(made.grid, f"samples in {made.label}", caption))
+    for training in of_kind(runs, Training):
+        if training.grids:
+            grids = [
+                image(path, f"samples of {training.label}", os.path.basename(path))
+                for path in few(training.grids, 4)
+            ]
+            groups[f"During training: {training.label}"] = grids
+    return [Block(title, images=images) for title, images in groups.items()]
 
 
 def few(items: Sequence[str], count: int) -> list[str]:
     """`count` of them, evenly spread, with the last."""
-    return (
-        list(items)
-        if len(items) <= count
-        else [items[(len(items) - 1) * i // (count - 1)] for i in range(count)]
-    )
+    if len(items) <= count:
+        return list(items)
+    return [items[(len(items) - 1) * i // (count - 1)] for i in range(count)]
 
 
-def measured_pictures(runs: Sequence[Run]) -> Html:
-    """Those that a measurement has drawn itself, folded away: most of it is in our curves."""
-    return join(
-        tag(
-            "details",
-            tag("summary", f"Pictures in {run.label}"),
-            tag("div", *captioned(run.data["pictures"]), class_="pictures"),
-        )
-        for run in of_kind(runs, MEASURES)
-        if run.data["pictures"]
-    )
+def picture_blocks(runs: Sequence[Pictures]) -> list[Block]:
+    """Folders of pictures."""
+    return [Block(run.label, images=[image(path) for path in run.pictures]) for run in runs]
 
 
-def pictures_section(runs: Sequence[Run]) -> Html:
-    return join(
-        part
-        for run in of_kind(runs, PICTURES)
-        for part in (
-            tag("h3", run.label),
-            tag("div", *captioned(run.data["pictures"]), class_="pictures"),
-        )
-    )
-
-
-def captioned(paths: Sequence[str]) -> list[Html]:
-    return [figure(picture(path, os.path.basename(path)), os.path.basename(path)) for path in paths]
-
-
-# ---- measures ----
-
-
-def measures_table(runs: Sequence[Run]) -> Html:
-    """The numbers that curves do not tell exactly."""
+def measure_blocks(runs: Sequence[Measurement]) -> list[Block]:
+    """The numbers that curves do not tell exactly, and pictures that lie beside them."""
+    if not runs:
+        return []
     rows = []
-    for run in of_kind(runs, MEASURES):
-        content = run.data["content"]
-        measures = content.get("measures") if isinstance(content.get("measures"), dict) else {}
-        norm, variance = (
-            measures.get(name) if isinstance(measures.get(name), dict) else {}
-            for name in ("norm", "variance")
-        )
-        ratios = (
-            [v for v in norm["ratio"][1:] if is_number(v)]
-            if isinstance(norm.get("ratio"), list)
-            else []
-        )
-        variances = [
-            f"{variance[name]:.4f}" if is_number(variance.get(name)) else ""
-            for name in ("final", "final_expected")
-        ]
+    for run in runs:
+        measures = run.content["measures"]
+        ratio = measures.get("norm", {}).get("ratio")
+        ratios = [v for v in ratio[1:] if is_number(v)] if isinstance(ratio, list) else []
+        variance = measures.get("variance", {})
+        variances = [variance.get(name) for name in ("final", "final_expected")]
         rows.append(
             [
                 run.label,
-                sampler_text(run.data["settings"]),
-                str(content.get("num_images", "")),
+                _made_by(run.content["settings"]),
+                str(run.content.get("num_images", "")),
                 f"{sum(ratios) / len(ratios):.4f}" if ratios else "",
-                *variances,
+                *(f"{value:.4f}" if is_number(value) else "" for value in variances),
             ]
         )
-    if not rows:
-        return Html("")
-    titles = [
-        "measurement",
-        "sampler",
-        "images",
-        "mean ratio, t > 0",
-        "variance of samples",
-        "of real images",
+    titles = ["measurement", "sampler", "images", "mean ratio, t > 0", "variance of samples"]
+    grid = Grid([*titles, "of real images"], rows, texts=2)
+    beside = [
+        Block(f"Pictures in {run.label}", images=[image(path) for path in run.pictures])
+        for run in runs
+        if run.pictures
     ]
-    return join([tag("h3", "In numbers"), table(titles, rows, texts=2)])
+    return [Block("In numbers", grid), *beside]
 
 
-# ---- commands ----
+def _made_by(settings: Mapping[str, Any]) -> str:
+    return f"{sampler_text(settings)}, seed {settings.get('seed', '?')}"
 
 
-def commands_section(runs: Sequence[Run]) -> Html:
-    parts = []
-    for run in runs:
-        commands = "\n".join(run_commands(run))
-        parts += [tag("h3", f"{run.label} ({run.kind})"), tag("p", run.path, class_="soft")]
-        parts += [tag("pre", commands)] if commands else []
-        parts += [folded("settings", run.data["config"])] if run.data.get("config") else []
-        every = [
-            line
-            for _, result, *_ in run.data.get("cells", [])
-            if result
-            for line in result.get("commands") or []
-        ]
-        parts += (
-            [folded(f"commands of the {len(run.data['cells'])} cells", "\n".join(map(str, every)))]
-            if every
-            else []
-        )
-    return join(parts)
+def command_block(run: Run) -> Block:
+    """What makes the same again, and with which settings."""
+    folded = [("settings", run.config.rstrip("\n"))] if run.config else []
+    if isinstance(run, SweepRun):
+        every = "\n".join(line for cell in run.cells for line in cell.commands)
+        folded += [(f"commands of the {len(run.cells)} cells", every)] if every else []
+    code = "\n".join(shlex.join(["python", *words]) for words in run_commands(run))
+    return Block(f"{run.label} ({run.kind})", notes=[run.path], code=code, folded=folded)
 
 
-def run_commands(run: Run) -> list[str]:
-    """What makes the same again."""
-    settings = run.data.get("settings", {})
-    if run.kind == TRAINING:
+def run_commands(run: Run) -> list[list[str]]:
+    """What makes the same again: scripts with their arguments."""
+    if isinstance(run, Training):
         config = os.path.join(run.path, "config.yaml")
+        return [["scripts/image_train.py", "--config", config, "--out_dir", "NEW"]]
+    if isinstance(run, SweepRun):
+        return [["scripts/sweep.py", os.path.join(run.path, "sweep.yaml"), "--out_dir", run.path]]
+    if isinstance(run, Schedule):
         return [
-            shlex.join(["python", "scripts/image_train.py", "--config", config, "--out_dir", "NEW"])
+            ["scripts/image_sample.py", "--model_path", "CHECKPOINT", "--eps_schedule", run.path]
         ]
-    if run.kind == SWEEP:
-        return [
-            shlex.join(
-                [
-                    "python",
-                    "scripts/sweep.py",
-                    os.path.join(run.path, "sweep.yaml"),
-                    "--out_dir",
-                    run.path,
-                ]
-            )
-        ]
-    if run.kind == SCHEDULE:
-        return [
-            shlex.join(
-                [
-                    "python",
-                    "scripts/image_sample.py",
-                    "--model_path",
-                    "CHECKPOINT",
-                    "--eps_schedule",
-                    run.path,
-                ]
-            )
-        ]
-    if run.kind != SAMPLES or "model_path" not in settings:
+    return _sample_commands(run) if isinstance(run, Samples) else []
+
+
+def _sample_commands(run: Samples) -> list[list[str]]:
+    settings, evaluation = run.settings, run.evaluation
+    if "model_path" not in settings:
         return []
-    words = [
-        "python",
-        "scripts/image_sample.py",
-        "--model_path",
-        checkpoint_near(run.path, str(settings["model_path"])),
-    ]
+    model_path = checkpoint_near(run.path, str(settings["model_path"]))
+    words = ["scripts/image_sample.py", "--model_path", model_path]
+    along_sigma = steps_along_sigma(settings)
+    refused = ("timestep_respacing",) if along_sigma else ("edm_steps", "S_churn")
     for name in _SAMPLE_FLAGS:
         value = settings.get(name)
-        if name == "timestep_respacing" and "sampler" in settings:
-            continue  # DDPM's and DDIM's; Heun and Euler refuse it
+        if name in refused:
+            continue
         if value not in (None, "", False) or name == "clip_denoised" and value is False:
-            words += [
-                f"--{name}",
-                ",".join(map(str, value)) if isinstance(value, list) else str(value),
-            ]
-    commands = [shlex.join([*words, "--out_dir", run.path])]
-    evaluation = run.data["evaluation"]
-    features = evaluation.get("features") if isinstance(evaluation.get("features"), dict) else {}
-    sets = [evaluation.get(side) for side in ("reference", "samples")]
-    if all(isinstance(side, dict) and "path" in side for side in sets):
-        commands.append(
-            shlex.join(
-                [
-                    "python",
-                    "evaluations/evaluator.py",
-                    *(str(side["path"]) for side in sets),
-                    "--features",
-                    str(features.get("file") or features.get("name", "inception")),
-                    "--metrics",
-                    ",".join(map(str, evaluation.get("metrics", {}))),
-                    "--json",
-                    os.path.join(run.path, "evaluation.json"),
-                ]
-            )
-        )
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words += [f"--{name}", text]
+    commands = [[*words, "--out_dir", run.path]]
+    if evaluation is not None and evaluation.sides:
+        features, metrics = evaluation.features or "inception", ",".join(evaluation.metrics)
+        result = os.path.join(run.path, "evaluation.json")
+        flags = ["--features", features, "--metrics", metrics, "--json", result]
+        commands.append(["evaluations/evaluator.py", *evaluation.sides, *flags])
     return commands
 
 
 def checkpoint_near(folder: str, name: str) -> str:
     """The checkpoint of that name in one of the folders above; its bare name if there is none."""
-    above = [folder]
-    for _ in range(3):
-        above.append(os.path.dirname(above[-1]) or ".")
-    return next(
-        (
-            path
-            for path in (os.path.join(f, os.path.basename(name)) for f in above)
-            if os.path.exists(path)
-        ),
-        name,
-    )
+    for _ in range(4):
+        path = os.path.join(folder, os.path.basename(name))
+        if os.path.exists(path):
+            return path
+        folder = os.path.dirname(folder) or "."
+    return name

@@ -1,8 +1,8 @@
 """What a report can show: folders of training, sampling, sweeps and measurements, told apart by
-what is in them.
+the files in them, each read into a value of its own kind.
 
 Nothing that is read here is trusted: files may be torn, of another version, or somebody else's.
-What cannot be read is left out or shown as text; report_html.py escapes everything.
+What cannot be read is left out; what is in these values has the types that are declared.
 """
 
 from __future__ import annotations
@@ -11,32 +11,115 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
-TRAINING, SAMPLES, SWEEP, MEASURES, SCHEDULE, PICTURES = (
-    "training",
-    "samples",
-    "sweep",
-    "measures",
-    "schedule",
-    "pictures",
-)
+from ..exposure_bias.plots import TITLES, is_number
+
 _DEPTH = 3  # of the search in folders that hold runs
 _MOST_POINTS = 500  # of a curve: more cannot be seen, and each costs bytes
+_PLACE = ("checkpoint", "sampler", "eta", "steps", "lambda", "seed", "column")
+Curves = dict[str, list[tuple[float, float]]]
 
 
 @dataclass
 class Run:
-    """One thing to show. `data` depends on the kind; see the readers below."""
+    """One thing to show. `label` is short and unique in the report; `config` is a text file."""
 
-    kind: str
+    kind: ClassVar[str] = ""
+    title: ClassVar[str] = ""
     path: str
-    label: str
-    data: dict[str, Any] = field(default_factory=dict)
+    config: str = field(kw_only=True, default="")
+    label: str = field(kw_only=True, default="")
+
+
+@dataclass
+class Training(Run):
+    """`curves`: (step, value) of each column of progress.csv; `grids`: pictures of samples."""
+
+    kind, title = "training", "training runs"
+    gamma: str
+    curves: Curves
+    grids: list[str]
+
+
+@dataclass
+class Evaluation:
+    """evaluation.json: values of metrics, from `count` images; `sides` are the paths of reference
+    and samples, if both are recorded.
+    """
+
+    metrics: dict[str, float]
+    features: str
+    count: str
+    sides: list[str]
+
+
+@dataclass
+class Samples(Run):
+    """`settings`: those of the samples, by the names of their flags; `grid`: a picture, or ""."""
+
+    kind, title = "samples", "sets of samples"
+    settings: dict[str, Any]
+    evaluation: Evaluation | None
+    grid: str
+
+
+@dataclass
+class SweepCell:
+    """`place`: where in the grid, see Cell.describe; `result`: with "metrics", None if there is
+    none; `error`: why; `grid`: a picture, or "".
+    """
+
+    place: dict[str, Any]
+    result: dict[str, Any] | None
+    error: str
+    grid: str
+    warnings: list[str]
+    commands: list[str]
+
+
+@dataclass
+class SweepRun(Run):
+    """A sweep, finished or not."""
+
+    kind, title = "sweep", "sweeps"
+    cells: list[SweepCell]
+    metrics: list[str]
+    features: str
+
+
+@dataclass
+class Measurement(Run):
+    """`content`: measures.json, in which `settings` is a dict and `measures` a dict of dicts;
+    `pictures`: those beside it that are not drawings of it.
+    """
+
+    kind, title = "measures", "measurements"
+    content: dict[str, Any]
+    pictures: list[str]
+
+
+@dataclass
+class Schedule(Run):
+    """A lambda schedule file."""
+
+    kind, title = "schedule", "lambda schedules"
+    lambdas: list[float]
+
+
+@dataclass
+class Pictures(Run):
+    """Any other folder with pictures."""
+
+    kind, title = "pictures", "folders of pictures"
+    pictures: list[str]
+
+
+KINDS = (Training, Samples, SweepRun, Measurement, Schedule, Pictures)
 
 
 def collect(paths: Sequence[str]) -> list[Run]:
@@ -52,7 +135,9 @@ def collect(paths: Sequence[str]) -> list[Run]:
                 f"{path} does not exist: give folders of training runs, samples, sweeps or "
                 "measurements"
             )
-        runs = list(_below(os.path.normpath(path), _DEPTH)) or list(_pictures(path))
+        runs = list(_below(os.path.normpath(path), _DEPTH))
+        if not runs and pictures_in(path):
+            runs = [Pictures(path, pictures_in(path))]
         if not runs:
             raise ValueError(
                 f"{path} holds nothing to show; a report is made of training runs (config.yaml, "
@@ -81,195 +166,174 @@ def short_labels(paths: Sequence[str]) -> list[str]:
 
 def _below(path: str, depth: int) -> Iterator[Run]:
     """The run at `path`, and those in folders below it (a sweep keeps its cells to itself)."""
-    kind = kind_of(path)
-    if kind:
-        yield Run(kind, path, "", READERS[kind](path))
-    if depth and os.path.isdir(path) and kind not in (SWEEP, SAMPLES):
+    run = read_run(path)
+    if run is not None:
+        yield run
+    if depth and os.path.isdir(path) and not isinstance(run, (SweepRun, Samples)):
         for name in sorted(os.listdir(path)):
-            inner = os.path.join(path, name)
-            if os.path.isdir(inner) and not name.startswith(".") or kind_of(inner) == SCHEDULE:
-                yield from _below(inner, depth - 1)
+            if not name.startswith("."):
+                yield from _below(os.path.join(path, name), depth - 1)
 
 
-def kind_of(path: str) -> str:
-    """One of the kinds above, or ''."""
-    if os.path.isfile(path):
-        content = read_yaml_file(path) if path.endswith((".yaml", ".yml")) else {}
-        return (
-            SCHEDULE
-            if isinstance(content.get("lambda"), list) and all(map(is_number, content["lambda"]))
-            else ""
-        )
-    has = {name for name in os.listdir(path)} if os.path.isdir(path) else set()
-    if "cells" in has and "sweep.yaml" in has:
-        return SWEEP
-    if "measures.json" in has:
-        return MEASURES
-    if {"config.yaml", "progress.csv"} <= has:
-        return TRAINING
-    if "settings.yaml" in has and has & {"grid.png", "evaluation.json"}:
-        return SAMPLES
-    return ""
-
-
-def _pictures(path: str) -> Iterator[Run]:
-    pictures = pictures_in(path)
-    if pictures:
-        yield Run(PICTURES, path, "", {"pictures": pictures})
+def read_run(path: str) -> Run | None:
+    """The run in a folder, or the schedule in a file; None if it is something else."""
+    if not os.path.isdir(path):
+        return _read_schedule(path) if path.endswith((".yaml", ".yml")) else None
+    names = set(os.listdir(path))
+    readers: tuple[tuple[bool, Callable[[str], Run]], ...] = (
+        ({"cells", "sweep.yaml"} <= names, _read_sweep),
+        ("measures.json" in names, _read_measures),
+        ({"config.yaml", "progress.csv"} <= names, _read_training),
+        ("settings.yaml" in names and bool(names & {"grid.png", "evaluation.json"}), _read_samples),
+    )
+    return next((read(path) for fits, read in readers if fits), None)
 
 
 def pictures_in(path: str) -> list[str]:
     """The paths of the pictures in a folder; of an SVG and a PNG of the same name, the SVG."""
-    names = (
-        sorted(name for name in os.listdir(path) if name.endswith((".png", ".svg")))
-        if os.path.isdir(path)
-        else []
-    )
+    if not os.path.isdir(path):
+        return []
+    names = sorted(name for name in os.listdir(path) if name.endswith((".png", ".svg")))
     return [
         os.path.join(path, name)
         for name in names
-        if not (name.endswith(".png") and name[:-4] + ".svg" in names)
+        if name.endswith(".svg") or f"{name[:-4]}.svg" not in names
     ]
 
 
-# ---- readers: a folder of each kind -> its data ----
-
-
-def _read_training(path: str) -> dict[str, Any]:
+def _read_training(path: str) -> Training:
     config = os.path.join(path, "config.yaml")
-    return {
-        "config": read_text(config),
-        "settings": read_yaml_file(config),
-        "curves": read_curves(os.path.join(path, "progress.csv")),
-        "grids": [p for p in pictures_in(path) if os.path.basename(p).startswith("samples_")],
-    }
+    gamma = _dict(read_yaml(config).get("diffusion")).get("input_perturbation", 0)
+    grids = [p for p in pictures_in(path) if os.path.basename(p).startswith("samples_")]
+    curves = read_curves(os.path.join(path, "progress.csv"))
+    return Training(path, str(gamma), curves, grids, config=read_text(config))
 
 
-def _read_samples(path: str) -> dict[str, Any]:
-    grid, settings = os.path.join(path, "grid.png"), os.path.join(path, "settings.yaml")
-    return {
-        "settings": read_yaml_file(settings),
-        "config": read_text(settings),
-        "evaluation": read_json(os.path.join(path, "evaluation.json")),
-        "grid": grid if os.path.isfile(grid) else "",
-    }
+def _read_samples(path: str) -> Samples:
+    settings = os.path.join(path, "settings.yaml")
+    grid = _file(path, "grid.png")
+    evaluation = _evaluation(read_json(os.path.join(path, "evaluation.json")))
+    return Samples(path, read_yaml(settings), evaluation, grid, config=read_text(settings))
 
 
-def _read_sweep(path: str) -> dict[str, Any]:
-    """cells: [(place in the grid, result or None, error, path of the grid picture)]."""
+def _evaluation(content: dict[str, Any]) -> Evaluation | None:
+    metrics = _metrics(content)
+    if metrics is None:
+        return None
+    features = _dict(content.get("features"))
+    count = next((str(m["samples"]) for m in metrics.values() if "samples" in m), "")
+    sides = [_dict(content.get(side)).get("path") for side in ("reference", "samples")]
+    return Evaluation(
+        {name: metric["value"] for name, metric in metrics.items()},
+        str(features.get("file") or features.get("name", "")),
+        count,
+        [str(side) for side in sides] if all(sides) else [],
+    )
+
+
+def _metrics(content: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """{name: {"value": number, ...}}, None if it has another form."""
+    metrics = content.get("metrics")
+    if not isinstance(metrics, dict):
+        return None
+    fine = all(isinstance(m, dict) and is_number(m.get("value")) for m in metrics.values())
+    return metrics if fine else None
+
+
+def _read_sweep(path: str) -> SweepRun:
     index = read_json(os.path.join(path, "cells.json"))
-    listed = [cell for cell in index.get("cells", []) if isinstance(cell, dict)]
-    if not listed:  # of another version: whatever results there are
+    listed = [place for place in _list(index.get("cells")) if isinstance(place, dict)]
+    if not listed:  # still running, or of another version: whatever results there are
         for name in sorted(os.listdir(os.path.join(path, "cells"))):
             place = read_json(os.path.join(path, "cells", name, "result.json")).get("cell")
             listed += [{**place, "folder": name}] if isinstance(place, dict) else []
-    cells = []
-    for place in listed:
-        folder = os.path.join(path, "cells", os.path.basename(str(place.get("folder"))))
-        result = read_json(os.path.join(folder, "result.json"))
-        if {"checkpoint", "sampler", "eta", "steps", "lambda", "seed", "column"} <= set(place):
-            place = {
-                **{key: str(value) for key, value in place.items()},
-                "eta": to_float(place["eta"]) or 0.0,
-            }
-            grid = os.path.join(folder, "samples", "grid.png")
-            error = str(read_json(os.path.join(folder, "failed.json")).get("error", ""))
-            cells.append(
-                (
-                    place,
-                    result if valid_result(result) else None,
-                    error,
-                    grid if os.path.isfile(grid) else "",
-                )
-            )
-    found = list(
-        dict.fromkeys(name for _, result, _, _ in cells if result for name in result["metrics"])
-    )
-    metrics = (
-        [str(name) for name in index["metrics"]]
-        if isinstance(index.get("metrics"), list)
-        else found
-    )
-    return {
-        "cells": cells,
-        "metrics": metrics,
-        "features": str(index.get("features", "")),
-        "config": read_text(os.path.join(path, "sweep.yaml")),
-    }
-
-
-def valid_result(result: dict[str, Any]) -> bool:
-    metrics = result.get("metrics")
-    return isinstance(metrics, dict) and all(
-        isinstance(m, dict) and is_number(m.get("value")) for m in metrics.values()
+    cells = [_read_cell(path, place) for place in listed if set(_PLACE) <= set(place)]
+    found = dict.fromkeys(name for cell in cells if cell.result for name in cell.result["metrics"])
+    names = index.get("metrics")
+    return SweepRun(
+        path,
+        cells,
+        [str(name) for name in names] if isinstance(names, list) else list(found),
+        str(index.get("features", "")),
+        config=read_text(os.path.join(path, "sweep.yaml")),
     )
 
 
-def _read_measures(path: str) -> dict[str, Any]:
-    """As MeasureRun writes measures.json, and the pictures beside it."""
+def _read_cell(path: str, place: dict[str, Any]) -> SweepCell:
+    folder = os.path.join(path, "cells", os.path.basename(str(place.get("folder"))))
+    content = read_json(os.path.join(folder, "result.json"))
+    metrics = _metrics(content)
+    texts = {key: str(value) for key, value in place.items()}
+    return SweepCell(
+        {**texts, "eta": to_float(place["eta"]) or 0.0},
+        None if metrics is None else {"metrics": metrics},
+        str(read_json(os.path.join(folder, "failed.json")).get("error", "")),
+        _file(folder, "samples", "grid.png"),
+        [str(warning) for warning in _list(content.get("warnings"))],
+        [str(line) for line in _list(content.get("commands"))],
+    )
+
+
+def _read_measures(path: str) -> Measurement:
     content = read_json(os.path.join(path, "measures.json"))
-    settings = content.get("settings") if isinstance(content.get("settings"), dict) else {}
-    return {
-        "content": content,
-        "settings": settings,
-        "config": read_text(os.path.join(path, "settings.yaml")),
-        "pictures": pictures_in(path),
-    }
+    measures = {name: _dict(found) for name, found in _dict(content.get("measures")).items()}
+    content = {**content, "settings": _dict(content.get("settings")), "measures": measures}
+    config = read_text(os.path.join(path, "settings.yaml"))
+    others = [p for p in pictures_in(path) if os.path.basename(p)[:-4] not in TITLES]
+    return Measurement(path, content, others, config=config)
 
 
-def _read_schedule(path: str) -> dict[str, Any]:
-    return {
-        "lambda": [float(value) for value in read_yaml_file(path)["lambda"]],
-        "config": read_text(path),
-    }
+def _read_schedule(path: str) -> Schedule | None:
+    lambdas = read_yaml(path).get("lambda")
+    if not isinstance(lambdas, list) or not all(map(is_number, lambdas)):
+        return None
+    return Schedule(path, [float(value) for value in lambdas], config=read_text(path))
 
 
-READERS = {
-    TRAINING: _read_training,
-    SAMPLES: _read_samples,
-    SWEEP: _read_sweep,
-    MEASURES: _read_measures,
-    SCHEDULE: _read_schedule,
-}
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
-# ---- files that may be anything ----
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _file(*parts: str) -> str:
+    """The path if there is a file, else ""."""
+    path = os.path.join(*parts)
+    return path if os.path.isfile(path) else ""
 
 
 def read_text(path: str) -> str:
-    """A text file, '' if there is none; bytes that are no UTF-8 show as such."""
+    """A text file, "" if there is none; bytes that are not UTF-8 show as such."""
     try:
         with open(path, encoding="utf-8", errors="backslashreplace") as file:
             return file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return ""
 
 
-def read_yaml_file(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file, {} if there is none."""
     try:
-        content = yaml.safe_load(read_text(path))
+        return _dict(yaml.safe_load(read_text(path)))
     except (yaml.YAMLError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def read_json(path: str) -> dict[str, Any]:
+    """The object in a JSON file, {} if there is none."""
     try:
-        content = json.loads(read_text(path))
+        return _dict(json.loads(read_text(path)))
     except (json.JSONDecodeError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
-def read_curves(path: str) -> dict[str, list[tuple[float, float]]]:
+def read_curves(path: str) -> Curves:
     """{column: [(step, value), ...]} of a progress.csv, without cells that are no numbers; long
     curves are thinned to means.
     """
-    curves: dict[str, list[tuple[float, float]]] = {}
+    curves: Curves = {}
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
             step = to_float(row.get("step"))
@@ -281,6 +345,7 @@ def read_curves(path: str) -> dict[str, list[tuple[float, float]]]:
 
 
 def to_float(text: Any) -> float | None:
+    """A finite number, or None."""
     try:
         value = float(text)
     except (TypeError, ValueError):
@@ -290,7 +355,7 @@ def to_float(text: Any) -> float | None:
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     size = -(-len(points) // _MOST_POINTS)
-    groups = [points[i : i + size] for i in range(0, len(points), size)] if size > 1 else []
-    return [
-        (group[-1][0], math.fsum(value for _, value in group) / len(group)) for group in groups
-    ] or points
+    if size <= 1:
+        return points
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(group[-1][0], math.fsum(v for _, v in group) / len(group)) for group in groups]

@@ -13,23 +13,27 @@ Every combination of checkpoint, sampler, eta (DDIM only), steps, lambda and see
 
 from __future__ import annotations
 
-import difflib
+import argparse
 import hashlib
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
 
 from .. import files
+from ..diffusion.solvers import SOLVERS
+from ..settings.config import from_values
+from ..settings.flag import Flag
+from ..settings.flags import SCRIPTS
+from ..settings.sampling import adopt_beside
+from ..settings.yaml_file import nearest
 
-SAMPLERS = ("ddpm", "ddim", "heun", "euler")
-_SIGMA_SAMPLERS = ("heun", "euler")  # whose steps are --edm_steps
 KEYS = (
     "checkpoints",
     "reference",
@@ -55,6 +59,7 @@ _SET_BY = {
     "num_samples": "num_samples",
     "use_ddim": "sampler",
     "sampler": "sampler",
+    "solver": "sampler",
     "timestep_respacing": "steps",
     "edm_steps": "steps",
     "eps_scaler": "lambda",
@@ -82,6 +87,25 @@ _SET_BY_EVALUATE = {
 }
 
 
+def _steps(value: Any) -> str:
+    """a number of steps, or a respacing such as ddim50 or 10,10,20"""
+    if isinstance(value, bool) or not re.fullmatch(r"(ddim)?[1-9]\d*|\d+(,\d+)+", str(value)):
+        raise ValueError
+    return str(value)
+
+
+_OF_SAMPLING = {flag.name: flag for flag in SCRIPTS["image_sample"].flags()}
+# The axes of the grid beside checkpoints and lambda: key -> the flag that a value of it sets.
+_GRID = {
+    "sampler": replace(_OF_SAMPLING["solver"], default="ddpm", choices=lambda: SOLVERS),
+    "steps": replace(_OF_SAMPLING["timestep_respacing"], type=_steps),
+    "eta": _OF_SAMPLING["eta"],
+    "seeds": _OF_SAMPLING["seed"],
+}
+_NUM_SAMPLES = replace(_OF_SAMPLING["num_samples"], least=2)  # a covariance needs two
+_KEEP = replace(_OF_SAMPLING["save_png"], default=True)  # true or false
+
+
 @dataclass(frozen=True)
 class Scaling:
     """One entry of `lambda`: `label` names its column, "" for no scaling; `flags` are those of
@@ -93,7 +117,7 @@ class Scaling:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One set of samples. `name` is unique within the sweep; `key` is the hash of all that its
     numbers depend on.
     """
@@ -112,7 +136,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        sampler = f"ddim-eta{self.eta:g}" if self.sampler == "ddim" and self.eta else self.sampler
+        sampler = f"{self.sampler}-eta{self.eta:g}" if self.eta else self.sampler
         scaling = f"-{self.scaling.label}" if self.scaling.label else ""
         return f"{self.checkpoint}{scaling}, {sampler}, {self.steps} steps, seed {self.seed}"
 
@@ -143,9 +167,8 @@ class Cell:
     @property
     def network_calls(self) -> int:
         """For one batch; a weight for estimates of time."""
-        return max(1, sum(int(number) for number in re.findall(r"\d+", self.steps))) * (
-            2 if self.sampler == "heun" else 1
-        )
+        steps = max(1, sum(int(number) for number in re.findall(r"\d+", self.steps)))
+        return SOLVERS[self.sampler].calls(steps)
 
 
 @dataclass(frozen=True)
@@ -155,7 +178,7 @@ class Sweep:
     """
 
     path: str
-    cells: tuple[Cell, ...]
+    cells: tuple[GridCell, ...]
     metrics: tuple[str, ...]
     features: str
     keep_samples: bool
@@ -176,17 +199,9 @@ def read_sweep(path: str) -> Sweep:
                 f"{path}: {needed} is missing; a sweep needs checkpoints, reference and steps"
             )
     lists = {
-        "sampler": _list(content, "sampler", "ddpm"),
-        "steps": [_steps(path, v) for v in _list(content, "steps", None)],
-        "eta": [_number(path, "eta", v) for v in _list(content, "eta", 0.0)],
-        "seeds": [_whole(path, "seeds", v, 0) for v in _list(content, "seeds", 0)],
+        key: [_converted(path, key, flag, v) for v in _list(content, key, flag.default)]
+        for key, flag in _GRID.items()
     }
-    for sampler in lists["sampler"]:
-        if sampler not in SAMPLERS:
-            raise ValueError(
-                f"{path}: sampler {sampler!r} is unknown; there are {', '.join(SAMPLERS)}."
-                + _nearest(sampler, SAMPLERS)
-            )
     rules = {name: _rules(path, name, content.get(name)) for name in ("only", "exclude")}
     shared = _Shared(path, content)
     scalings = _list(content, "lambda", 1.0)
@@ -195,7 +210,7 @@ def read_sweep(path: str) -> Sweep:
         for sampler, eta, steps, entry, seed in itertools.product(
             lists["sampler"], lists["eta"], lists["steps"], scalings, lists["seeds"]
         ):
-            if sampler != "ddim":
+            if "eta" not in SOLVERS[sampler].options:
                 eta = 0.0  # the same cell for every eta
             place = {
                 "checkpoint": name,
@@ -216,7 +231,7 @@ def read_sweep(path: str) -> Sweep:
         tuple(cells),
         _metrics(path, content),
         shared.features,
-        _flag(path, content, "keep_samples", True),
+        _converted(path, "keep_samples", _KEEP, content.get("keep_samples", _KEEP.default)),
         text,
     )
 
@@ -226,17 +241,18 @@ class _Shared:
 
     def __init__(self, path: str, content: dict[str, Any]) -> None:
         self.path = path
-        self.num_samples = _whole(path, "num_samples", content.get("num_samples", 10000), 2)
+        count = content.get("num_samples", _NUM_SAMPLES.default)
+        self.num_samples = _converted(path, "num_samples", _NUM_SAMPLES, count)
         self.reference = _existing(path, "reference", content["reference"])
         self.features = str(content.get("features", "inception"))
         self.sample = _more_flags(path, "sample", content, _SET_BY)
         self.evaluate = _more_flags(path, "evaluate", content, _SET_BY_EVALUATE)
         self._hashes: dict[str, str] = {}
 
-    def cell(self, place: dict[str, Any], checkpoint: dict[str, str], entry: Any) -> Cell:
+    def cell(self, place: dict[str, Any], checkpoint: dict[str, str], entry: Any) -> GridCell:
         scaling = _scaling(self.path, entry, place)
         config = [("config", checkpoint["config"])] if checkpoint.get("config") else []
-        along_sigma = place["sampler"] in _SIGMA_SAMPLERS
+        along_sigma = self._goes_along_sigma(place["sampler"], checkpoint)
         if along_sigma and not place["steps"].isdigit():
             raise ValueError(
                 f"{self.path}: steps {place['steps']} is a respacing for DDPM and DDIM; "
@@ -252,10 +268,13 @@ class _Shared:
             *scaling.flags,
             *self.sample,
         ]
+        # As the flags were called when the first sweeps were made: cells are found by these words.
         if place["sampler"] == "ddim":
-            sample += [("use_ddim", "True"), ("eta", f"{place['eta']:g}")]
-        elif along_sigma:
+            sample += [("use_ddim", "True")]
+        elif place["sampler"] != "ddpm":
             sample += [("sampler", place["sampler"])]
+        if "eta" in SOLVERS[place["sampler"]].options:
+            sample += [("eta", f"{place['eta']:g}")]
         evaluate = [*config, ("features", self.features), *self.evaluate]
         beside = os.path.join(os.path.dirname(checkpoint["path"]), "config.yaml")
         # Pixels of EDM's models were truncated once, and a sweep's folder may hold such cells.
@@ -273,7 +292,7 @@ class _Shared:
             if name not in _NO_MATTER
         ]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
-        return Cell(
+        return GridCell(
             place["checkpoint"],
             place["sampler"],
             place["eta"],
@@ -284,6 +303,14 @@ class _Shared:
             _words(sample),
             (self.reference, *_words(evaluate)),
         )
+
+    def _goes_along_sigma(self, sampler: str, checkpoint: dict[str, str]) -> bool:
+        solver = SOLVERS[sampler]
+        if solver.along != "either":
+            return solver.goes_along_sigma(edm=False)
+        flags = {"model_path": checkpoint["path"], **dict(self.sample)}
+        cfg = adopt_beside(from_values("image_sample", flags, checkpoint.get("config", "")))
+        return solver.goes_along_sigma(cfg.framework == "edm")
 
     def _hash(self, path: str) -> str:
         if path not in self._hashes:
@@ -312,14 +339,10 @@ def _load(path: str) -> tuple[dict[str, Any], str]:
     for key in content:
         if key not in KEYS:
             raise ValueError(
-                f"{path}: unknown key {key!r}; allowed: {', '.join(KEYS)}." + _nearest(key, KEYS)
+                f"{path}: unknown key {key!r}; allowed: {', '.join(KEYS)}."
+                + nearest(str(key), KEYS)
             )
     return content, text
-
-
-def _nearest(word: Any, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _list(content: dict[str, Any], key: str, default: Any) -> list[Any]:
@@ -328,38 +351,13 @@ def _list(content: dict[str, Any], key: str, default: Any) -> list[Any]:
     return [v for i, v in enumerate(values) if v not in values[:i]]
 
 
-def _number(path: str, key: str, value: Any) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or value < 0
-    ):
-        raise ValueError(f"{path}: {key} {value!r} must be a number, at least 0")
-    return float(value)
-
-
-def _whole(path: str, key: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{path}: {key} {value!r} must be a whole number, at least {least}")
-    return value
-
-
-def _steps(path: str, value: Any) -> str:
-    text = str(value)
-    if isinstance(value, bool) or not re.fullmatch(r"(ddim)?[1-9]\d*|\d+(,\d+)+", text):
-        raise ValueError(
-            f"{path}: steps {value!r} must be a number of steps, or a respacing such as ddim50 or "
-            "10,10,20"
-        )
-    return text
-
-
-def _flag(path: str, content: dict[str, Any], key: str, default: bool) -> bool:
-    value = content.get(key, default)
-    if not isinstance(value, bool):
-        raise ValueError(f"{path}: {key} {value!r} must be true or false")
-    return value
+def _converted(path: str, key: str, flag: Flag, value: Any) -> Any:
+    """A value of a key as that of the flag which it sets."""
+    try:
+        return flag.convert(value)
+    except argparse.ArgumentTypeError as error:
+        known = nearest(str(value), flag.allowed)
+        raise ValueError(f"{path}: {key} {value!r}: {error}.{known}") from None
 
 
 def _existing(path: str, key: str, value: Any) -> str:
@@ -393,7 +391,7 @@ def _checkpoints(path: str, value: Any) -> dict[str, dict[str, str]]:
             if key not in ("path", "config"):
                 raise ValueError(
                     f"{path}: unknown key {key!r} in checkpoint {name}; allowed: path, config."
-                    + _nearest(key, ("path", "config"))
+                    + nearest(str(key), ("path", "config"))
                 )
         found[str(name)] = {"path": _existing(path, f"checkpoint {name}", entry.get("path"))}
         if entry.get("config"):
@@ -436,7 +434,7 @@ def _rules(path: str, key: str, value: Any) -> list[dict[str, list[str]]]:
             if name not in _RULE_KEYS:
                 raise ValueError(
                     f"{path}: unknown key {name!r} in {key}; allowed: {', '.join(_RULE_KEYS)}."
-                    + _nearest(name, _RULE_KEYS)
+                    + nearest(str(name), _RULE_KEYS)
                 )
     return [
         {

@@ -1,17 +1,16 @@
 """Computing the cells of a sweep: each is image_sample.py, then evaluator.py, as processes of their
 own.
 
+    out_dir/lock                            held (flock) by the sweep that computes
     out_dir/cells/NAME-KEY/samples/         as image_sample.py leaves them
                            evaluation.json  as evaluator.py writes it
                            log.txt          what both said
-                           lock             held (flock) by whoever works on the cell
                            failed.json      why it could not be computed; gone once it can
                            result.json      the cell is finished; written last, whole or not at all
 
-A cell that has its result is never computed again. The lock is the kernel's, and the processes of a
-cell inherit it: however a sweep dies, the lock goes with the last of them, and there are no stale
-ones. Several sweeps may work on one folder (network file systems must support locks, as NFS and
-Lustre with `flock` do).
+A cell that has its result is never computed again. A second sweep on the same folder waits for the
+first. The lock is the kernel's, and the programs of the cells inherit it: however a sweep dies, the
+lock goes with the last of them, and there are no stale ones.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import contextlib
 import fcntl
 import json
 import os
+import queue
 import shlex
 import signal
 import socket
@@ -27,29 +27,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from ..files import atomic_file
-from .sweep import Cell, Sweep
-
-_POLL_S = 1.0  # between looks at a cell that another process is computing
+from .sweep import GridCell, Sweep
 
 
 @dataclass(frozen=True)
-class How:
-    """With what the cells are computed.
+class Launch:
+    """How the programs of a cell are started.
 
     Args:
         scripts: image_sample.py and evaluator.py.
         launcher: words before each of them, such as ["torchrun", "--nproc_per_node", "2"].
         processes: cells at a time.
-        gpus: names for CUDA_VISIBLE_DEVICES; cells at the same time take different ones. Empty: not
-            our business.
+        gpus: names for CUDA_VISIBLE_DEVICES; cells at the same time take different ones. Empty:
+            the environment is left as it is.
     """
 
     scripts: tuple[str, str]
@@ -83,12 +81,12 @@ class Outcome:
     computed: list[str] = field(default_factory=list)
 
 
-def cell_path(out_dir: str, cell: Cell, *parts: str) -> str:
+def cell_path(out_dir: str, cell: GridCell, *parts: str) -> str:
     """A path in the cell's folder."""
     return os.path.join(out_dir, "cells", cell.folder, *parts)
 
 
-def read_result(out_dir: str, cell: Cell, metrics: Sequence[str]) -> dict[str, Any] | None:
+def read_result(out_dir: str, cell: GridCell, metrics: Sequence[str]) -> dict[str, Any] | None:
     """The result of a finished cell; None if there is none, or one that lacks some of
     the metrics.
     """
@@ -100,23 +98,30 @@ def read_result(out_dir: str, cell: Cell, metrics: Sequence[str]) -> dict[str, A
     return result if set(metrics) <= set(result.get("metrics", {})) else None
 
 
-def run_sweep(sweep: Sweep, out_dir: str, how: How) -> Outcome:
-    """Compute what is missing, and wait for cells that other processes are computing.
+def run_sweep(
+    sweep: Sweep, out_dir: str, launch: Launch, say: Callable[[str], object] = tqdm.write
+) -> Outcome:
+    """Compute what is missing; waits while another process is at work in out_dir.
 
-    A cell that fails is told, and the others go on. An exception (Ctrl-C) stops the cells that are
-    being computed.
+    A cell that fails is reported, and the others go on. An exception (Ctrl-C) stops the cells that
+    are being computed.
+
+    Raises:
+        ValueError: the folder cannot be locked.
     """
-    work = _Work(sweep, out_dir, how)
-    with ThreadPoolExecutor(how.processes) as pool:
-        workers = [pool.submit(work.loop, number) for number in range(how.processes)]
-        try:
-            for done in as_completed(workers):
-                done.result()
-        except BaseException:
-            work.stop()
-            raise
-        finally:
-            work.bar.close()
+    os.makedirs(out_dir, exist_ok=True)
+    with _lock(os.path.join(out_dir, "lock"), say) as lock:
+        work = _CellRunner(sweep, out_dir, launch, lock, say)
+        with ThreadPoolExecutor(launch.processes) as pool:
+            try:
+                for done in as_completed([pool.submit(work.settle, cell) for cell in work.left]):
+                    done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                work.stop()
+                raise
+            finally:
+                work.bar.close()
     return work.outcome
 
 
@@ -124,46 +129,34 @@ class _Failure(Exception):
     """A program that a cell needs has failed; the text says why."""
 
 
-class _Work:
-    """The cells that are left, shared by the threads."""
+class _CellRunner:
+    """Computes cells; shared by the threads. `left` are those without a result."""
 
-    def __init__(self, sweep: Sweep, out_dir: str, how: How) -> None:
-        self.sweep, self.out_dir, self.how, self.outcome = sweep, out_dir, how, Outcome()
+    def __init__(
+        self, sweep: Sweep, out_dir: str, launch: Launch, lock: int, say: Callable[[str], object]
+    ) -> None:
+        self.sweep, self.out_dir, self.launch, self.outcome = sweep, out_dir, launch, Outcome()
+        self._lock, self._say = lock, say
         self._guard, self._stopping = threading.Lock(), False
         self._running: set[subprocess.Popen] = set()
-        self._left: list[Cell] = []
-        self._waited_for: set[str] = set()
+        self._workers: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for number in range(launch.processes):
+            self._workers.put(number)
+        self.left: list[GridCell] = []
         for cell in sweep.cells:
             if (result := read_result(out_dir, cell, sweep.metrics)) is None:
-                self._left.append(cell)
+                self.left.append(cell)
             else:
                 self.outcome.results[cell.folder] = result
-        calls, left = (
-            sum(cell.network_calls for cell in cells) for cells in (sweep.cells, self._left)
-        )
+        calls = sum(cell.network_calls for cell in sweep.cells)
         # Weighed by steps, so that the estimate holds for a grid of 10 and 1000 steps.
         self.bar = tqdm(
             total=calls,
-            initial=calls - left,
+            initial=calls - sum(cell.network_calls for cell in self.left),
             disable=None,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
         )
         self._show()
-
-    def loop(self, worker: int) -> None:
-        """Take cells until none is left."""
-        refused = 0  # cells in a row that others are at
-        while (cell := self._take()) is not None:
-            holder = self._settle(cell, worker)
-            refused = refused + 1 if holder else 0
-            if holder:
-                with self._guard:
-                    self._left.append(cell)
-                    all_tried = refused >= len(self._left)
-                if all_tried:
-                    self._tell_wait(holder)
-                    time.sleep(_POLL_S)
-                    refused = 0
 
     def stop(self) -> None:
         """End what runs."""
@@ -172,90 +165,60 @@ class _Work:
             for process in self._running:
                 process.terminate()
 
-    def _tell_wait(self, holder: str) -> None:
-        if holder not in self._waited_for:
-            self.bar.write(f"waiting for cells that are being computed by {holder}")
-        self._waited_for.add(holder)
-
-    def _take(self) -> Cell | None:
-        with self._guard:
-            return None if self._stopping or not self._left else self._left.pop(0)
-
     def _show(self) -> None:
-        self.bar.set_description_str(
-            f"{len(self.outcome.results)}/{len(self.sweep.cells)} cells", refresh=True
-        )
+        count = f"{len(self.outcome.results)}/{len(self.sweep.cells)} cells"
+        self.bar.set_description_str(count, refresh=True)
 
-    def _settle(self, cell: Cell, worker: int) -> str:
-        """Compute the cell unless it is finished by now; returns who else is at it, '' if it is
-        settled.
-        """
-        os.makedirs(cell_path(self.out_dir, cell), exist_ok=True)
-        with _lock(cell_path(self.out_dir, cell, "lock")) as (lock, holder):
-            if lock is None:
-                return holder
-            result, error, start = (
-                read_result(self.out_dir, cell, self.sweep.metrics),
-                "",
-                time.time(),
-            )
-            computed = result is None
-            if computed:
-                try:
-                    result = self._compute(cell, lock.fileno(), worker)
-                except _Failure as failure:
-                    if self._stopping:
-                        return ""
-                    error = str(failure)
-                    _write_json(
-                        cell_path(self.out_dir, cell, "failed.json"),
-                        {"cell": cell.describe(), "error": error},
-                    )
+    def settle(self, cell: GridCell) -> None:
+        """Compute a cell; its result, or why there is none, is in the outcome."""
+        start, worker = time.time(), self._workers.get()
+        try:
+            os.makedirs(cell_path(self.out_dir, cell), exist_ok=True)
+            result = self._compute(cell, worker)
+            text = ", ".join(f"{name} {m['value']:.4g}" for name, m in result["metrics"].items())
+            self.outcome.results[cell.folder] = result
+            self.outcome.computed.append(cell.folder)
+        except _Failure as failure:
+            if self._stopping:
+                return
+            text = self.outcome.errors[cell.folder] = str(failure)
+            failed = {"cell": cell.describe(), "error": text}
+            _write_json(cell_path(self.out_dir, cell, "failed.json"), failed)
+        finally:
+            self._workers.put(worker)
         with self._guard:
             self.bar.update(cell.network_calls)
-            if error:
-                self.outcome.errors[cell.folder] = error
-            else:
-                self.outcome.results[cell.folder] = result
-                self.outcome.computed += [cell.folder] * computed
             self._show()
-        if computed:
-            numbers = error or ", ".join(
-                f"{name} {entry['value']:.4g}" for name, entry in result["metrics"].items()
-            )
-            self.bar.write(f"{cell.name}: {numbers} ({time.time() - start:.0f} s)")
-        return ""
+        self._say(f"{cell.name}: {text} ({time.time() - start:.0f} s)")
 
-    def _compute(self, cell: Cell, lock: int, worker: int) -> dict[str, Any]:
+    def _compute(self, cell: GridCell, worker: int) -> dict[str, Any]:
         folder = cell_path(self.out_dir, cell)
-        samples, evaluation, start = (
+        samples, evaluation = (
             os.path.join(folder, "samples"),
             os.path.join(folder, "evaluation.json"),
-            time.time(),
         )
-        earlier = read_result(self.out_dir, cell, ()) or {
-            "metrics": {}
-        }  # of a sweep that asked for fewer metrics
-        metrics = list(dict.fromkeys([*self.sweep.metrics, *earlier["metrics"]]))
-        image_sample, evaluator = self.how.scripts
-        commands = [self.how.command(image_sample, [*cell.sample_args, "--out_dir", samples])]
-        self._run(commands[0], folder, lock, worker)
+        start = time.time()
+        earlier = read_result(self.out_dir, cell, ())  # of a sweep that asked for fewer metrics
+        metrics = [*self.sweep.metrics, *(earlier["metrics"] if earlier else ())]
+        image_sample, evaluator = self.launch.scripts
+        commands = [self.launch.command(image_sample, [*cell.sample_args, "--out_dir", samples])]
+        self._run(commands[0], folder, worker)
         reference, *rest = cell.evaluate_args
         commands.append(
-            self.how.command(
+            self.launch.command(
                 evaluator,
                 [
                     reference,
                     _npz_in(samples),
                     *rest,
                     "--metrics",
-                    ",".join(metrics),
+                    ",".join(dict.fromkeys(metrics)),
                     "--json",
                     evaluation,
                 ],
             )
         )
-        self._run(commands[1], folder, lock, worker)
+        self._run(commands[1], folder, worker)
         with open(evaluation, encoding="utf-8") as file:
             measured = json.load(file)
         result = {
@@ -276,7 +239,7 @@ class _Work:
             os.remove(_npz_in(samples))
         return result
 
-    def _run(self, words: list[str], folder: str, lock: int, worker: int) -> None:
+    def _run(self, words: list[str], folder: str, worker: int) -> None:
         """One program, its words in the cell's log.
 
         Raises:
@@ -295,8 +258,8 @@ class _Work:
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=subprocess.STDOUT,
-                        pass_fds=(lock,),
-                        env=self.how.environment(worker),
+                        pass_fds=(self._lock,),
+                        env=self.launch.environment(worker),
                     )
                 except OSError as error:
                     raise _Failure(f"{words[0]} cannot be started: {error}") from None
@@ -334,15 +297,17 @@ def _write_json(path: str, content: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: str) -> Iterator[tuple[IO[str] | None, str]]:
-    """(the lock, ''), or (None, who holds it)."""
+def _lock(path: str, say: Callable[[str], object]) -> Iterator[int]:
+    """The descriptor of the locked file; waits for whoever holds it, and says so."""
     with open(path, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            yield None, file.read().strip() or "another process"
-            return
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                say(f"waiting for {holder}, which computes in {os.path.dirname(path)}")
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise ValueError(
                 f"{path} cannot be locked ({error}): give an --out_dir on a file system with locks"
@@ -350,4 +315,4 @@ def _lock(path: str) -> Iterator[tuple[IO[str] | None, str]]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield file, ""
+        yield file.fileno()

@@ -7,10 +7,11 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..diffusion.solvers import SOLVERS
 from ..metrics.registry import METRICS, short_title
 
 TITLES = {name: short_title(name) for name in METRICS}
@@ -53,6 +54,14 @@ class Table:
         return short_title(metric, self.features)
 
 
+def sampler_title(cell: Mapping[str, Any]) -> str:
+    """DDPM, or DDIM with its eta."""
+    solver = SOLVERS.get(cell["sampler"])
+    if solver is None:  # of another program's registry
+        return str(cell["sampler"])
+    return f"{solver.title}, eta {cell['eta']:g}" if "eta" in solver.options else solver.title
+
+
 def make_table(
     cells: Iterable[dict[str, Any]],
     results: Iterable[dict[str, Any] | None],
@@ -66,9 +75,7 @@ def make_table(
     columns: dict[tuple[str, str], str] = {}
     seeds, samples = set(), set()
     for cell, result in zip(cells, results, strict=True):
-        sampler = cell["sampler"].upper() + (
-            f", eta {cell['eta']:g}" if cell["sampler"] == "ddim" else ""
-        )
+        sampler = sampler_title(cell)
         columns[cell["lambda"], cell["checkpoint"]] = cell["column"]
         places.setdefault((sampler, cell["steps"]), {}).setdefault(cell["column"], []).append(
             result
@@ -148,8 +155,8 @@ def note(table: Table) -> str:
     if table.samples:
         spread += f"Each value from {' or '.join(map(str, table.samples))} samples. "
     return (
-        spread
-        + f"Bold: the best mean of a row, whether or not the difference means anything. Features: {table.features}."
+        spread + "Bold: the best mean of a row, whether or not the difference means anything. "
+        f"Features: {table.features}."
     )
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from .. import dist_util, logger
+from ..data.image_set import in_memory, open_images
 from ..evaluation.compare import Reference, compare, unavailable
-from ..evaluation.images import ArrayImages, Subset, open_images
 from ..evaluation.reference import has_images, has_statistics, read_statistics
 from ..features.spaces import FeatureSpace, open_features
 from ..metrics.registry import parse_metrics
@@ -79,7 +79,7 @@ class Evaluation:
             return {}
         result = compare(
             self._reference,
-            ArrayImages(images),
+            in_memory(images),
             self.space,
             self.metrics,
             batch_size=self.batch_size,
@@ -99,7 +99,7 @@ def _open_reference(path: str, space: FeatureSpace, image_shape: tuple[int, int,
     images = open_images(path, "--eval_ref", image_shape[:2])
     if images.n > _MOST_REFERENCE_IMAGES:
         index = np.arange(_MOST_REFERENCE_IMAGES) * images.n // _MOST_REFERENCE_IMAGES
-        images = Subset(images, index)
+        images = images.subset(index)
     return Reference(images, stored)
 
 

@@ -44,6 +44,7 @@ from tools.benchmark.machine import Machine, choose_device
 from tools.benchmark.pictures import make_pictures
 from tools.benchmark.report import as_json, head, notes, table, write_json
 from tools.benchmark.rows import Plan, Row, measure_optimizer, measure_sampling, measure_training
+from tools.benchmark.settings import NAME
 from tools.benchmark.startup import measure_startup
 
 ROWS = ("train", "sample", "optimizer")
@@ -51,7 +52,7 @@ WHAT = (*ROWS, "gather", "loader", "startup")
 
 
 def main() -> None:
-    cfg = parse("benchmark", __doc__)
+    cfg = parse(NAME, __doc__)
     wanted = [word.strip() for word in cfg.what.split(",") if word.strip()]
     check(cfg, wanted)
     device = choose_device(cfg.device)

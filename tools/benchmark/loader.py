@@ -21,8 +21,9 @@ from PIL import Image
 
 from guided_diffusion_ip.data.image_datasets import ImageStream, load_data
 from guided_diffusion_ip.data.image_io import center_crop_arr
+from guided_diffusion_ip.data.image_set import ImageSet
 from guided_diffusion_ip.data.sources import open_source
-from guided_diffusion_ip.preparation.packed import pack_images
+from guided_diffusion_ip.preparation.writers import pack_images
 
 PUBLISHED = "published way: one worker process decodes PNGs"
 FOLDER = "folder, decoded by worker processes"
@@ -72,7 +73,8 @@ def measure_loader(
     with tempfile.TemporaryDirectory() as place:
         packed = os.path.join(place, "packed.npz")
         start = time.perf_counter()
-        pack_images(packed, open_source(folder, class_cond=False), (image_size, image_size), 3)
+        plain = open_source(folder, class_cond=False)
+        pack_images(packed, ImageSet(plain, (image_size, image_size), 3))
         setup = {MAPPED: time.perf_counter() - start}
         streams: dict[str, Iterator] = {}
         for what, make in (

@@ -38,3 +38,9 @@ class Solver:
     guide_score: bool = True
     churn: bool = False
     memory: bool = False
+
+    def goes_along_sigma(self, edm: bool) -> bool:
+        """Whether a chain takes noise levels rather than the steps of a process, for EDM's models
+        or for others.
+        """
+        return self.along == "sigma" or self.along == "either" and edm

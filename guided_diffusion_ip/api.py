@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import dist_util
 from .data.image_set import ImageSet
 from .diffusion.guidance import classifier_gradient
+from .diffusion.solvers.paths import AlongProcess
 from .dist_util import say
 from .interop.adm_checkpoint import load_for_sampling
 from .runs.base_images import TABLE, picture_names, write_table
@@ -60,8 +61,9 @@ def sample(request: SamplingRequest) -> str:
     # The classifier is loaded for scale 0 too: a wrong file should not wait for the next scale to
     # be noticed.
     guide = request.classifier and _load_classifier(request.classifier)
-    if guide and request.classifier.scale:
+    if guide and request.classifier and request.classifier.scale:
         gradient = classifier_gradient(guide, request.classifier.scale)
+        assert isinstance(sampler.along, AlongProcess), "make_sampler refuses other solvers here"
         along = dataclasses.replace(sampler.along, cond_fn=gradient)
         sampler = dataclasses.replace(sampler, along=along)
     base = request.base and request.base.images
@@ -145,8 +147,8 @@ def _conditions(request: SamplingRequest) -> Callable[[list[int]], dict[str, Any
             return {"low_res": base.images(wanted), **base.cond(wanted)}
 
         return enlarged
-    if request.class_ids:
-        return lambda index: {"y": draw_labels(request.seed, index, request.class_ids)}
+    if class_ids := request.class_ids:
+        return lambda index: {"y": draw_labels(request.seed, index, class_ids)}
     return lambda index: {}
 
 
@@ -191,12 +193,12 @@ def _notes_on_base(request: SamplingRequest, base: ImageSet) -> list[str]:
     """Labels counted off a part of the classes, and many more images than there are bases."""
     notes = []
     known = request.network["num_classes"]
-    numbered = base.source.kind != "npz" and base.classes is not None
-    if numbered and len(base.classes) < known:
-        last = len(base.classes) - 1
+    classes = None if base.source.kind == "npz" else base.classes
+    if classes and len(classes) < known:
+        last = len(classes) - 1
         notes.append(
-            f"note: {len(base.classes)} classes were found and numbered in the order of their "
-            f"names ({base.classes[0]} is label 0, {base.classes[-1]} label {last}), but the model "
+            f"note: {len(classes)} classes were found and numbered in the order of their "
+            f"names ({classes[0]} is label 0, {classes[-1]} label {last}), but the model "
             f"knows {known}: if its numbers are others, give an npz with the labels in arr_1"
         )
     if request.default_count and request.num_samples > len(base):

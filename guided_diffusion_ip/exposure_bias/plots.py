@@ -124,7 +124,7 @@ def drawn(picture: Picture, kind: str, title: str = "") -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {**_STYLE, "svg.hashsalt": picture.name}
+    style: Any = {**_STYLE, "svg.hashsalt": picture.name}
     with matplotlib.rc_context(style):
         named = max(len([c for c in panel.curves if c.label]) for panel in picture.panels)
         size = (4.8 * len(picture.panels), 3.4 + 0.17 * named)
@@ -323,7 +323,8 @@ def _prediction(measured: Measured) -> list[Panel]:
 
 
 def _accumulation(measured: Measured) -> list[Panel]:
-    curves, without_noise, spaces = [], [], {}
+    curves, without_noise = [], []
+    spaces: dict[str, None] = {}
     for color, (name, content) in enumerate(measured):
         steps = _values(content, "accumulation", "steps")
         pairs = zip(steps, _values(content, "accumulation", "frechet"))

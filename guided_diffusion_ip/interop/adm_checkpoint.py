@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 
 def load_network(
-    model: nn.Module, path: str, flags: dict[str, Any], given: Container[str] | None = None
+    model: nn.Module, path: str, flags: Mapping[str, Any], given: Container[str] | None = None
 ) -> None:
     """Load the checkpoint at `path` into `model`, which was made from `flags`.
 
@@ -46,7 +46,7 @@ def require_fit(
     model: nn.Module,
     state: Any,
     path: str,
-    flags: dict[str, Any],
+    flags: Mapping[str, Any],
     given: Container[str] | None = None,
 ) -> None:
     """Is `state`, out of the file at `path`, one for `model`, which was made from `flags`?
@@ -78,7 +78,7 @@ def require_state_dict(state: Any, path: str) -> None:
 def load_for_sampling(
     model: nn.Module,
     path: str,
-    flags: dict[str, Any],
+    flags: Mapping[str, Any],
     precision: str = "fp32",
     given: Container[str] | None = None,
 ) -> None:
@@ -101,7 +101,11 @@ def load_for_sampling(
 
 
 def explain_mismatch(
-    state: State, flags: dict[str, Any], want: dict, have: dict, given: Container[str] | None = None
+    state: State,
+    flags: Mapping[str, Any],
+    want: dict,
+    have: dict,
+    given: Container[str] | None = None,
 ) -> str:
     """'it needs --num_channels 64 --num_res_blocks 3 (now 128, 2)', to be copied; the first odd
     name if no flag explains it.
@@ -180,7 +184,7 @@ def _possible_sizes(state: State, flag: str, found: dict[str, Any]) -> str:
     )
 
 
-def _classes(rows: int, flags: dict[str, Any]) -> dict[str, Any]:
+def _classes(rows: int, flags: Mapping[str, Any]) -> dict[str, Any]:
     """What num_classes and null_class make so many labels: a row more or less than there are
     classes is the null class.
     """
@@ -190,14 +194,14 @@ def _classes(rows: int, flags: dict[str, Any]) -> dict[str, Any]:
     return {"num_classes": rows - null_class}
 
 
-def _sides(flags: dict[str, Any]) -> tuple[int, int]:
+def _sides(flags: Mapping[str, Any]) -> tuple[int, int]:
     """Of the images that the network makes; large_size among the flags marks a super-resolution
     model.
     """
     return parse_size(flags.get("large_size") or flags["image_size"])
 
 
-def _same(name: str, value: Any, flags: dict[str, Any]) -> bool:
+def _same(name: str, value: Any, flags: Mapping[str, Any]) -> bool:
     """Does the flag, as it is set now, mean the same as `value`?"""
     if name == "channel_mult":
         return _channel_mult(flags) == parse_channel_mult(value)
@@ -209,7 +213,7 @@ def _same(name: str, value: Any, flags: dict[str, Any]) -> bool:
     return flags[name] == value
 
 
-def _channel_mult(flags: dict[str, Any]) -> tuple[float, ...]:
+def _channel_mult(flags: Mapping[str, Any]) -> tuple[float, ...]:
     """Of the network that the flags describe; a classifier always has that of its image size."""
     if flags.get("channel_mult"):
         return parse_channel_mult(flags["channel_mult"])
@@ -244,7 +248,7 @@ def infer_architecture(state: State, image_size: int | None = None) -> dict[str,
     # Images have 1, 3 or 4 channels; a super-resolution model sees two at once.
     super_resolution = in_channels in (2, 6, 8)
     in_channels //= 1 + super_resolution
-    flags: dict[str, Any] = {
+    flags: Mapping[str, Any] = {
         "super_resolution": super_resolution,
         "num_channels": width,
         "in_channels": in_channels,
@@ -317,7 +321,7 @@ def infer_classifier(state: State) -> dict[str, Any]:
     if not pool or "time_embed.0.weight" not in state:
         return {}
     width = state["time_embed.0.weight"].shape[1]
-    flags: dict[str, Any] = {
+    flags: Mapping[str, Any] = {
         "classifier_width": width,
         "in_channels": state["input_blocks.0.0.weight"].shape[1],
         "classifier_pool": pool,

@@ -102,9 +102,8 @@ class Config:
         """The merged settings, in the form that --config reads."""
         sections = self.sections()
         if sections.get("model", {}).get("class_cond") is False:
-            del sections["model"][
-                "num_classes"
-            ]  # says nothing, and would count as given where the file is a --config
+            # It says nothing, and would count as given where the file is a --config.
+            del sections["model"]["num_classes"]
         if data := {
             name: value
             for name, value in (
@@ -115,7 +114,7 @@ class Config:
         }:
             sections["data"] = data
         if self.paper:
-            sections["paper"] = self.paper
+            sections["paper"] = dict(self.paper)
         return yaml.safe_dump(sections, sort_keys=False)
 
     def notes_on_origin(self) -> list[str]:

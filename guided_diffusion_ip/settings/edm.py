@@ -50,13 +50,14 @@ def edm_network(
     if height != width:
         raise ValueError(f"--framework edm makes square images, not {image_size}")
     mult = parse_channel_mult(channel_mult) if channel_mult else _EDM_CHANNEL_MULTS[edm_network]
+    constants: dict[str, Any] = {"sigma_data": sigma_data} if precond == "edm" else {}
     return create_edm_denoiser(
         precond,
         img_resolution=height,
         img_channels=in_channels,
         label_dim=num_classes if class_cond else 0,
         use_fp16=use_fp16,
-        **({"sigma_data": sigma_data} if precond == "edm" else {}),
+        **constants,
         **EDM_NETWORKS[edm_network],
         model_channels=num_channels,
         channel_mult=[int(m) if m == int(m) else m for m in mult],

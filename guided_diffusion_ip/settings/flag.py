@@ -100,7 +100,11 @@ def eps_scaler(v: str | float | Sequence[float]) -> float | list[float] | str:
     """
     if v == "published":
         return v
-    parts = v.split(",") if isinstance(v, str) else v if isinstance(v, (list, tuple)) else [v]
+    parts: Sequence[Any] = [v]
+    if isinstance(v, str):
+        parts = v.split(",")
+    elif isinstance(v, (list, tuple)):
+        parts = v
     try:
         values = [float(p) for p in parts]
     except (TypeError, ValueError):
@@ -164,7 +168,9 @@ class Flag:
         """`value`, from YAML or the command line, as this flag's type; ArgumentTypeError if it
         cannot be.
         """
-        kind = self.type or (str2bool if isinstance(self.default, bool) else type(self.default))
+        kind: Callable[[Any], Any] = type(self.default)
+        if self.type or isinstance(self.default, bool):
+            kind = self.type or str2bool
         try:
             if value is None:
                 raise ValueError
@@ -172,9 +178,8 @@ class Flag:
                 raise ValueError
             result = kind(value)
         except (TypeError, ValueError):
-            name = {int: "a whole number", float: "a number", str: "text"}.get(
-                kind, getattr(kind, "__doc__", "")
-            )
+            words: dict[Any, str] = {int: "a whole number", float: "a number", str: "text"}
+            name = words.get(kind) or kind.__doc__ or ""
             raise argparse.ArgumentTypeError(f"expected {name}, got {value!r}") from None
         self._check(result, value)
         return result

@@ -8,13 +8,13 @@ does what scripts/image_train.py does with flags of these names.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from .. import logger
-from ..diffusion.denoiser import BoundDenoiser
+from ..diffusion.denoiser import BoundDenoiser, Denoiser
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.process import Process
 from ..diffusion.solvers.sigma_path import AlongSigma, SigmaGrid
@@ -107,7 +107,10 @@ def sampler_on_the_way(
             raise ValueError(
                 f"--{respacing} {steps}: --framework edm takes a number of Heun steps, such as 18"
             )
-        along = AlongSigma(lambda network, _: BoundDenoiser(network, model), SigmaGrid(int(steps)))
+        denoiser = cast(Denoiser, model)
+        along = AlongSigma(
+            lambda network, _: BoundDenoiser(network, denoiser), SigmaGrid(int(steps))
+        )
         return Sampler(along, shape, cfg.seed, "heun", rounded=True)
     changed = {"timestep_respacing": cfg.values[respacing], "loss_weighting": "uniform"}
     return process_sampler(_create_with_steps(cfg, **changed)[1], shape, cfg.seed)

@@ -248,7 +248,7 @@ def infer_architecture(state: State, image_size: int | None = None) -> dict[str,
     # Images have 1, 3 or 4 channels; a super-resolution model sees two at once.
     super_resolution = in_channels in (2, 6, 8)
     in_channels //= 1 + super_resolution
-    flags: Mapping[str, Any] = {
+    flags: dict[str, Any] = {
         "super_resolution": super_resolution,
         "num_channels": width,
         "in_channels": in_channels,
@@ -321,7 +321,7 @@ def infer_classifier(state: State) -> dict[str, Any]:
     if not pool or "time_embed.0.weight" not in state:
         return {}
     width = state["time_embed.0.weight"].shape[1]
-    flags: Mapping[str, Any] = {
+    flags: dict[str, Any] = {
         "classifier_width": width,
         "in_channels": state["input_blocks.0.0.weight"].shape[1],
         "classifier_pool": pool,

@@ -1,5 +1,5 @@
-"""Package metadata. Versions are bounded below only (but for the checkers); the bounds say why where
-it is not obvious.
+"""Package metadata. Versions are bounded below only (but for the checkers); the bounds say why
+where it is not obvious.
 """
 
 import re
@@ -13,7 +13,7 @@ setup(
         r'__version__ = "(.+)"',
         (Path(__file__).parent / "guided_diffusion_ip/__init__.py").read_text(),
     )[1],
-    description="Train, sample, measure and evaluate diffusion models with remedies for exposure bias",
+    description="Diffusion models with remedies for exposure bias: train, sample, measure",
     license="MIT",
     python_requires=">=3.10",
     # Top-level `datasets` and `tests` would shadow other people's packages: only ours is installed.
@@ -40,7 +40,7 @@ setup(
         # 0.30: the first with DiTTransformer2DModel.
         "diffusers": ["diffusers>=0.30"],
         "convert": ["safetensors>=0.4"],
-        # scipy: the normality test of the prediction error; jinja2 (which torch needs too): reports.
+        # scipy: normality of the prediction error; jinja2 (which torch needs too): reports.
         "plots": ["matplotlib>=3.6", "scipy>=1.10", "jinja2>=3.0"],
         "demo": ["scikit-learn>=1.2", "matplotlib>=3.6", "scipy>=1.10", "jinja2>=3.0"],
         "test": [

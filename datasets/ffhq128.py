@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=int,
         default=SET.count,
         metavar="N",
-        help=f"images in the reference (default {SET.count}: all; fewer are drawn at random, always "
+        help=f"images in the reference (default {SET.count}: all; fewer are drawn at random, "
+        "always "
         "the same)",
     )
     args = parser.parse_args(argv)

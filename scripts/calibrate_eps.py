@@ -1,9 +1,10 @@
 """Find lambda(t) of epsilon scaling for a checkpoint, a sampler and a number of steps, without
 samples and without FID.
 
-    python scripts/calibrate_eps.py --model_path runs/NAME/ema_0.9999_100000.pt --data_dir DIR --num_images 1000 \\
-        --timestep_respacing 20 --out eps20.yaml
-    python scripts/image_sample.py --model_path ... --timestep_respacing 20 --eps_schedule eps20.yaml
+    python scripts/calibrate_eps.py --model_path runs/NAME/ema_0.9999_100000.pt --data_dir DIR \\
+        --num_images 1000 --timestep_respacing 20 --out eps20.yaml
+    python scripts/image_sample.py --model_path ... --timestep_respacing 20 \\
+        --eps_schedule eps20.yaml
 
 Step by step from the noisy end, lambda(t) is chosen such that the norm of epsilon at t - 1 (or,
 --by variance, the variance of x_{t-1}) is in the chain what it is on training inputs. The YAML also
@@ -35,8 +36,11 @@ from guided_diffusion_ip.settings.models import load_model_and_diffusion
 from guided_diffusion_ip.settings.sampling import complete_settings
 from guided_diffusion_ip.sizes import parse_size
 
-COMMENT = """lambda(t) for --eps_schedule, from scripts/calibrate_eps.py. Index 0 = last, clean step. `use`: lambda, b, or kb.
-It contains the discretisation error of this sampler at this number of steps: calibrate again for another."""
+COMMENT = (
+    "lambda(t) for --eps_schedule, from scripts/calibrate_eps.py. Index 0 = last, clean step. "
+    "`use`: lambda, b, or kb.\nIt contains the discretisation error of this sampler at this number "
+    "of steps: calibrate again for another."
+)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Sample images of given classes from a diffusion model that a classifier guides.
 
-    python scripts/classifier_sample.py --model_path runs/NAME/ema_0.9999_100000.pt --classifier_path runs/CLS/model150000.pt \\
+    python scripts/classifier_sample.py --model_path runs/NAME/ema_0.9999_100000.pt \\
+        --classifier_path runs/CLS/model150000.pt \\
         --classifier_scale 2 --timestep_respacing 100 --class_ids 3,5
 
 Each checkpoint brings its settings in the config.yaml beside it; for bare published .pt files, give

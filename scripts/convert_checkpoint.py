@@ -1,10 +1,11 @@
 """Checkpoints of others into a .pt with its config.yaml, and a .pt with its config.yaml into one
 safetensors file.
 
-    python scripts/convert_checkpoint.py edm-cifar10-32x32-uncond-vp.pkl edm_cifar10        # EDM's; its code is not run
-    python scripts/convert_checkpoint.py model-790000.ckpt ddim_cifar10                     # DDIM's official code
+    python scripts/convert_checkpoint.py edm-cifar10-32x32-uncond-vp.pkl edm_cifar10  # EDM's
+    python scripts/convert_checkpoint.py model-790000.ckpt ddim_cifar10                    # DDIM's
     python scripts/convert_checkpoint.py runs/cifar10/ema_0.9999_500000.pt cifar10.safetensors
-    python scripts/convert_checkpoint.py ADM_cifar10.pt cifar10.safetensors --config configs/cifar10.yaml
+    python scripts/convert_checkpoint.py ADM_cifar10.pt cifar10.safetensors \\
+        --config configs/cifar10.yaml
     python scripts/convert_checkpoint.py cifar10.safetensors cifar10
 
 Weights in half precision become float32. The network that the config describes is built, and must

@@ -87,7 +87,8 @@ def main() -> None:
             f"{folder}/exposure_bias",
         )
     print(
-        f"\n{'against the real digits, on pixels':<38}{'Frechet distance':>18}{'precision':>12}{'recall':>10}{'images':>9}"
+        f"\n{'against the real digits, on pixels':<38}{'Frechet distance':>18}{'precision':>12}"
+        f"{'recall':>10}{'images':>9}"
     )
     for name, numbers in rows:
         values = "".join(

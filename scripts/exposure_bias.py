@@ -1,9 +1,9 @@
 """Measure the exposure bias of a trained model: what its sampling chain does that its training
 inputs do not.
 
-    python scripts/exposure_bias.py --model_path runs/NAME/ema_0.9999_100000.pt --data_dir DIR --num_images 500 \\
-        --timestep_respacing 20 --batch_size 100
-    mpiexec -n 4 python scripts/exposure_bias.py ...              torchrun --nproc_per_node 4 scripts/exposure_bias.py ...
+    python scripts/exposure_bias.py --model_path runs/NAME/ema_0.9999_100000.pt --data_dir DIR \\
+        --num_images 500 --timestep_respacing 20 --batch_size 100
+    mpiexec -n 4 python scripts/exposure_bias.py ...    (or torchrun --nproc_per_node 4 ...)
 
 Five measures (docs/exposure_bias.md): norm, delta, variance, prediction, accumulation; --measures
 takes some of them. The sampler is that of image_sample, with its flags. Results go to --out_dir:

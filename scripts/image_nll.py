@@ -1,7 +1,8 @@
 """Measure the likelihood of images: bits per dimension, and each term of the variational bound.
 
-    python scripts/image_nll.py --model_path runs/NAME/ema_0.9999_100000.pt --data_dir DIR --num_samples 1000 --batch_size 50
-    mpiexec -n 4 python scripts/image_nll.py ...              torchrun --nproc_per_node 4 scripts/image_nll.py ...
+    python scripts/image_nll.py --model_path runs/NAME/ema_0.9999_100000.pt --data_dir DIR \\
+        --num_samples 1000 --batch_size 50
+    mpiexec -n 4 python scripts/image_nll.py ...    (or torchrun --nproc_per_node 4 ...)
 
 The first --num_samples images in the order of their names (an npz: of its rows), at most all of
 them, unmirrored. The result depends on --seed, but for rounding not on batch size or number of

@@ -1,8 +1,8 @@
 """Pictures out of an npz of images, or an npz out of pictures.
 
     python scripts/npz_to_png.py samples.npz --out pictures             # pictures/000000.png ...
-    python scripts/npz_to_png.py samples.npz --out grid.png --count 64  # one picture of the first 64
-    python scripts/npz_to_png.py pictures --out images.npz --image_size 64   # a folder or zip -> a file for fast training
+    python scripts/npz_to_png.py samples.npz --out grid.png --count 64  # the first 64 in one
+    python scripts/npz_to_png.py pictures --out images.npz --image_size 64  # and back
 
 With labels (arr_1), pictures go to a folder per class (--classes False: not), and a grid has them
 as

@@ -1,7 +1,7 @@
 """One self-contained HTML page about training runs, samples, sweeps and exposure-bias measurements.
 
     python scripts/report.py runs/demo runs/demo_ip --out report.html
-    python scripts/report.py runs/sweep --plots figures          also writes each plot as figures/NAME.svg and .png
+    python scripts/report.py runs/sweep --plots figures    also writes figures/NAME.svg and .png
 
 RUN is a folder; what it is, its files tell, and folders inside it are shown too. The page needs no
 network and no server.

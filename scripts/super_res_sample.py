@@ -1,7 +1,7 @@
 """Enlarge images with a super-resolution model.
 
-    python scripts/super_res_sample.py --model_path runs/NAME/ema_0.9999_100000.pt --base_samples small.npz \\
-        --num_samples 64 --timestep_respacing 100
+    python scripts/super_res_sample.py --model_path runs/NAME/ema_0.9999_100000.pt \\
+        --base_samples small.npz --num_samples 64 --timestep_respacing 100
 
 --base_samples holds images of small_size (of another: --resize_base True): an npz (arr_0 uint8 [N,
 h, w, C]; arr_1 labels for a class-conditional model), a folder, or a zip. Image i is made from

@@ -2,8 +2,9 @@
 like the papers'.
 
     python scripts/sweep.py configs/sweeps/demo.yaml --out_dir runs/sweep
-    python scripts/sweep.py cifar10.yaml --out_dir runs/sweep --processes 4                 # four cells at a time
-    python scripts/sweep.py cifar10.yaml --out_dir runs/sweep --launcher "torchrun --standalone --nproc_per_node 4"
+    python scripts/sweep.py cifar10.yaml --out_dir runs/sweep --processes 4   # cells at a time
+    python scripts/sweep.py cifar10.yaml --out_dir runs/sweep \\
+        --launcher "torchrun --standalone --nproc_per_node 4"
 
 The same command again continues an interrupted sweep, or one whose file has grown; finished cells
 are not computed again. A second command on the same folder waits for the first. The table:

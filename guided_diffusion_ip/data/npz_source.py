@@ -1,4 +1,6 @@
-"""Images in an npz: arr_0 uint8 [N, H, W, C], arr_1 int labels [N], maybe `classes`, their names."""
+"""Images in an npz: arr_0 uint8 [N, H, W, C], arr_1 int labels [N], maybe their names
+(`classes`).
+"""
 
 from __future__ import annotations
 

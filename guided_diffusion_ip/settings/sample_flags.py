@@ -120,7 +120,8 @@ SAMPLE = (
         "solver",
         "",
         Role.IMAGES,
-        "how to step: {choices} (ddim as --use_ddim; EDM's for any model); default: ddpm, for EDM's "
+        "how to step: {choices} (ddim as --use_ddim; EDM's for any model); default: ddpm, for "
+        "EDM's "
         "models heun",
         choices=lambda: ("", *SOLVERS),
         aliases=("sampler",),

@@ -1,9 +1,12 @@
 """Measure training and sampling speed of a configuration on this machine, against its limits and
 the published way.
 
-    python -m tools.benchmark --config configs/cifar10.yaml --num_channels 64 --batch_size 16 --json result.json
-    python -m tools.benchmark --config configs/cifar10.yaml --what train,sample,optimizer,gather,loader,startup --baseline True
-    python -m tools.benchmark --config configs/lsun_tower64.yaml --batch_size 32 --precision bf16 --timestep_respacing 100
+    python -m tools.benchmark --config configs/cifar10.yaml --num_channels 64 --batch_size 16 \\
+        --json result.json
+    python -m tools.benchmark --config configs/cifar10.yaml --baseline True \\
+        --what train,sample,optimizer,gather,loader,startup
+    python -m tools.benchmark --config configs/lsun_tower64.yaml --batch_size 32 \\
+        --precision bf16 --timestep_respacing 100
 
     train      a training step, the training loop's own: noise, forward, backward, AdamW, averaged
                weights; images in memory

@@ -28,7 +28,8 @@ from .baseline import PublishedStep, published_chain, published_network, publish
 from .limits import Work, optimizer_work, sampling_work, training_work
 from .machine import PeakMemory, copy_rates, matrix_rates, timed
 
-WARM_UP = 3  # the first call allocates, the first update makes AdamW's averages, and only then all memory is at hand
+# The first call allocates, the first update makes AdamW's averages; only then all memory is there.
+WARM_UP = 3
 BLOCKS = 3
 Build = Callable[[], tuple[nn.Module, Any]]  # () -> network, on the default device, and process
 Prepare = Callable[[], Callable[[], Any]]  # () -> what is timed, a call without arguments

@@ -27,7 +27,7 @@ from .. import dist_util
 from ..diffusion.epsilon_scaling import EpsilonScaling
 from ..diffusion.process import Network
 from ..diffusion.solvers import SOLVERS
-from ..diffusion.solvers.paths import SamplingPath, with_output
+from ..diffusion.solvers.paths import SamplingPath, Step, with_output
 from ..runs.sample_batch import Sampler
 from .measure_run import ImagesFor
 from .walks import Batch, noised, step_noise
@@ -177,7 +177,7 @@ def calibrate(
     mine = list(range(num_chains * rank // world, num_chains * (rank + 1) // world))
     parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
     solver = SOLVERS[sampler.solver]
-    if solver.memory or sampler.network_calls != sampler.num_steps:
+    if sampler.network_calls != sampler.num_steps:
         raise ValueError(
             f"--by {by} tries each step by itself, by one network call, but the steps of "
             f"{solver.title} need more: use --solver ddpm, ddim or euler"
@@ -203,6 +203,7 @@ class _Calibrator:
         self.images_for, self.parts, self.device = images_for, parts, device
         self.statistic, self.bracket = statistic, bracket
         self.kwargs: list[dict[str, Tensor]] = []
+        self.previous: Step | None = None  # that led to the chains' current x
 
     def run(self) -> Calibration:
         steps = self.sampler.num_steps
@@ -225,10 +226,8 @@ class _Calibrator:
             if found.how[t] in (SOLVED, EDGE):
                 lam = found.lambdas[t] = best.lam
                 found.ratio[t] = 1 + best.excess
-            x, output = (
-                best.x,
-                best.output if best.output is not None else self._call(best.x, t - 1),
-            )
+            self.previous, x = best.step, best.step.x
+            output = best.output if best.output is not None else self._call(x, t - 1)
         found.clipped[0] = self._clipped_share(x, output, 0)
         _inherit(found.lambdas)
         return found
@@ -291,7 +290,9 @@ class _Calibrator:
         )
         path = with_output(path, output)
         index = [i for part in self.parts for i in part]
-        before = self.sampler.step(path, x, t, step_noise(self.sampler, index, t)).x
+        noise = step_noise(self.sampler, index, t)
+        step = self.sampler.step(path, x, t, noise, self.previous)
+        before = step.x
         new_output = self._call(before, t - 1) if self.statistic.needs_network else None
         mean, wanted = self.statistic.of(self.levels, before, new_output, t - 1), target[t - 1]
         if not (np.isfinite(mean.value) and mean.value > 0 and wanted.value > 0):
@@ -301,8 +302,8 @@ class _Calibrator:
                 "--use_fp16 False), or needs --clip_denoised True"
             )
         ratio = mean.value / wanted.value
-        noise = ratio * float(np.hypot(mean.error / mean.value, wanted.error / wanted.value))
-        return _Trial(lam, ratio - 1, noise, before, new_output)
+        spread = ratio * float(np.hypot(mean.error / mean.value, wanted.error / wanted.value))
+        return _Trial(lam, ratio - 1, spread, step, new_output)
 
     def _solve(
         self,
@@ -337,7 +338,7 @@ class _Trial:
     lam: float
     excess: float  # ratio - 1
     noise: float  # its standard error
-    x: Tensor
+    step: Step
     output: Tensor | None
 
 

@@ -26,7 +26,6 @@ class Solver:
         calls: how often a chain of so many steps calls the network.
         guide_score: classifier guidance moves the score; False: the mean of p(x_{t-1} | x_t).
         churn: steps begin with the path's fresh noise (S_churn).
-        memory: a step is another one if the step before it is not known.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Solver:
     calls: Callable[[int], int] = once_per_step
     guide_score: bool = True
     churn: bool = False
-    memory: bool = False
 
     def goes_along_sigma(self, edm: bool) -> bool:
         """Whether a chain takes noise levels rather than the steps of a process, for EDM's models

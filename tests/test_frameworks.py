@@ -597,3 +597,31 @@ def test_the_laboratory_measures_edm_models(solver, edm, images, tmp_path):  # n
     else:
         assert done.returncode in (0, 2), done.stderr  # 2: nothing to be solved in four steps
         assert not done.returncode or "nothing was solved" in done.stderr
+
+
+def test_a_solver_of_the_registry_works_everywhere(edm, images, tmp_path):  # noqa: F811
+    """DPM-Solver++ in sampling, measures and folders, for EDM's models and for a process."""
+    adm = tmp_path / "adm"
+    train(adm, images, 2, **{**DDPM, "framework": "adm", "dropout": 0})
+    for checkpoint, steps in (
+        (edm[0] / "ema_0.5_000004.pt", ["--edm_steps", "3"]),
+        (adm / "ema_0.5_000002.pt", ["--timestep_respacing", "3"]),
+    ):
+        common = ["--model_path", str(checkpoint), "--solver", "dpmpp_2m", *steps]
+        for script, more in (
+            ("image_sample", ["--num_samples", "4", "--eps_scaler", "1.01"]),
+            ("exposure_bias", ["--data_dir", images, "--num_images", "4", "--measures", "norm"]),
+            ("calibrate_eps", ["--data_dir", images, "--num_images", "8"]),
+        ):
+            done = subprocess.run(
+                [sys.executable, f"scripts/{script}.py", *common, *more],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+            )
+            if script == "calibrate_eps":  # a network of two steps may leave nothing to solve
+                assert "nothing was solved" in done.stderr or not done.returncode, done.stderr
+                continue
+            assert done.returncode == 0, done.stderr
+            assert "DPM-Solver++(2M), steps 3, lambda 1" in done.stdout
+        assert list((checkpoint.parent / "samples").glob("*-dpmpp_2m-n4-*/samples_4x8x8x1.npz"))

@@ -127,6 +127,22 @@ SAMPLE = (
         aliases=("sampler",),
     ),
     *SIGMA,
+    Flag(
+        "time_shift_window",
+        40,
+        Role.IMAGES,
+        "original steps that time_shift chooses from, half of them on either side of the one meant",
+        least=0,
+        solvers="time_shift",
+    ),
+    Flag(
+        "time_shift_cutoff",
+        300,
+        Role.IMAGES,
+        "original step up to which time_shift shifts nothing",
+        least=0,
+        solvers="time_shift",
+    ),
     Flag("batch_size", 16, Role.SPEED, "images per process at a time", least=1),
     Flag(
         "precision",

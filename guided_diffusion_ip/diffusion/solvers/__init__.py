@@ -13,7 +13,7 @@ from importlib import import_module
 
 from .solver import Solver
 
-FILES = ("ddpm", "ddim", "euler", "heun", "dpmpp_2m")
+FILES = ("ddpm", "ddim", "euler", "heun", "dpmpp_2m", "time_shift")
 SOLVERS: dict[str, Solver] = {}
 for _file in FILES:
     _solver: Solver = import_module(f".{_file}", __name__).SOLVER

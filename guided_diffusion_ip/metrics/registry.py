@@ -17,6 +17,7 @@ _FILES = (
     "score",  # is
     "manifold",  # prec, recall
     "kernel",  # kid
+    "frechet_infinity",  # fd_inf
 )
 METRICS: dict[str, Metric] = {metric.name: metric for file in _FILES for metric in _metrics(file)}
 METRIC_NAMES = ", ".join(METRICS)  # for help texts and messages

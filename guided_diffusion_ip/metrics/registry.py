@@ -18,6 +18,7 @@ _FILES = (
     "manifold",  # prec, recall
     "kernel",  # kid
     "frechet_infinity",  # fd_inf
+    "density_coverage",  # density, coverage
 )
 METRICS: dict[str, Metric] = {metric.name: metric for file in _FILES for metric in _metrics(file)}
 METRIC_NAMES = ", ".join(METRICS)  # for help texts and messages

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..diffusion.denoiser import BoundDenoiser, Denoiser
+from ..diffusion.dynamic_threshold import dynamic_threshold
 from ..diffusion.epsilon_scaling import EpsilonScaling
 from ..diffusion.process_denoiser import ProcessDenoiser
 from ..diffusion.solvers import SOLVERS, Solver
@@ -48,7 +49,8 @@ def make_sampler(cfg: Config, diffusion: Any, image_size: tuple[int, int]) -> Sa
 def _along(cfg: Config, diffusion: Any, null_label: int | None) -> AlongProcess | AlongSigma:
     """The path that the flags describe: the steps of a process, or noise levels."""
     if not goes_along_sigma(cfg):
-        return AlongProcess(diffusion, cfg.clip_denoised)
+        threshold = dynamic_threshold(cfg.dynamic_threshold) if cfg.dynamic_threshold else None
+        return AlongProcess(diffusion, cfg.clip_denoised, threshold)
     if cfg.values.get("framework") == "edm":
 
         def as_denoiser(network: Callable[..., Tensor], kwargs: dict[str, Any]) -> Denoiser:
@@ -102,6 +104,11 @@ def _check_flags_of(solver: Solver, cfg: Config) -> None:
             f"--eta {cfg.eta} is DDIM's noise and means nothing for {solver.title}: add "
             "--use_ddim True, or leave it out"
             + (" (--S_churn adds noise to EDM's samplers)" if sigma else "")
+        )
+    if cfg.dynamic_threshold and sigma:
+        raise ValueError(
+            f"--dynamic_threshold {cfg.dynamic_threshold:g} acts on the steps of a process, and "
+            f"{solver.title} goes along sigma: leave it out"
         )
     if sigma and cfg.on_command_line("timestep_respacing") and cfg.timestep_respacing:
         raise ValueError(

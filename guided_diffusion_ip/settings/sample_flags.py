@@ -117,6 +117,15 @@ SAMPLE = (
         least=0,
     ),
     Flag(
+        "dynamic_threshold",
+        0.0,
+        Role.IMAGES,
+        "of DDPM and DDIM: share of the pixels of x_0 that are within the range to which it is "
+        "scaled, usual 0.995; 0: off",
+        least=0,
+        quiet=True,
+    ),
+    Flag(
         "solver",
         "",
         Role.IMAGES,

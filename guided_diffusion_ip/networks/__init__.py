@@ -1,5 +1,10 @@
 """UNets and their parts: pure torch.nn, knowing nothing of diffusion or the rest of the package.
 
+    protocol                      what a network must have, and may have
+    unet                          ADM's U-Net, super-resolution U-Net, classifier
+    trunk, blocks, attention, layers    their parts
+    edm_unets, edm_layers         EDM's networks and their parts
+
 A network is called as model(x, t, **cond): x [N, C, H, W], t [N], and according to its kind
 y (labels, int64 [N]) and low_res [N, C, h, w].
 """

@@ -31,7 +31,7 @@ from ..data.npz_io import NpzReader, write_npz
 from ..diffusion.process import Network
 from ..diffusion.solvers.paths import ProcessPath, SamplingPath
 from ..files import atomic_file
-from ..runs.folder import claim_folder, resumable
+from ..runs.folder import complete, resumable
 from ..runs.sample_batch import Sampler
 from ..runs.shards import left_when_listed
 from .measures import Figures, Measure, Sums, figures_of, observe, walks_of
@@ -69,13 +69,14 @@ class MeasureRun:
             ValueError: out_dir holds measures made with other settings, or what `figures_of`
                 refuses.
         """
-        claim_folder(self.out_dir, self.settings, "measures")
-        # Rank 0 alone looks: it also writes the file.
-        if not dist_util.broadcast_object(os.path.exists(self.json_path)):
-            self._fill(model, batch_size, device)
-            if dist_util.is_main():
-                self._sum_up(self.sampler.bind(model, device=device))
-            dist_util.barrier()
+        complete(
+            self.out_dir,
+            self.settings,
+            "measures",
+            self.json_path,
+            lambda: self._fill(model, batch_size, device),
+            lambda: self._sum_up(self.sampler.bind(model, device=device)),
+        )
         with open(self.json_path, encoding="utf-8") as file:
             return json.load(file)
 
@@ -119,7 +120,6 @@ class MeasureRun:
                 )
                 done += index
                 partial.write(start, rank, done, sums)
-        dist_util.barrier()
 
     def _sum_up(self, path: SamplingPath) -> None:
         """From sums to figures; measures.json comes last, and says that all is there."""

@@ -41,6 +41,35 @@ def claim_folder(out_dir: str, settings: dict[str, Any], holds: str) -> None:
         )
 
 
+def complete(
+    out_dir: str,
+    settings: dict[str, Any],
+    holds: str,
+    result: str,
+    fill: Callable[[], None],
+    finish: Callable[[], None],
+) -> None:
+    """Bring a run to its end, wherever an earlier one stopped; a collective.
+
+    Args:
+        settings, holds: see claim_folder.
+        result: a file whose presence says that the run is complete.
+        fill: make what is missing, on all processes. finish: make `result` of it, on rank 0.
+
+    Raises:
+        ValueError: the folder was claimed with other settings; on every rank.
+    """
+    claim_folder(out_dir, settings, holds)
+    # Rank 0 alone looks: it also writes the file.
+    if dist_util.broadcast_object(os.path.exists(result)):
+        return
+    fill()
+    dist_util.barrier()
+    if dist_util.is_main():
+        finish()
+    dist_util.barrier()
+
+
 @contextlib.contextmanager
 def resumable(total: int, missing: Callable[[], int]) -> Iterator[None]:
     """Ctrl-C within the block says how to go on, and how many of `total` images are done."""

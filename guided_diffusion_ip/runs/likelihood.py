@@ -25,14 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import dist_util, files
+from .. import files
 from ..data.npz_io import NpzReader, write_npz
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.process import Network
 from ..noise import NormalStream, Stream
-from .folder import claim_folder, resumable
-from .progress import ImageBar
-from .shards import ShardFolder
+from .folder import complete
+from .shards import ShardFolder, fill_shards
 
 TERMS = ("vb", "mse", "xstart_mse")
 
@@ -66,32 +65,26 @@ class LikelihoodRun:
         Raises:
             ValueError: out_dir holds likelihoods made with other settings.
         """
-        claim_folder(self.out_dir, self.settings, "likelihoods")
-        # Rank 0 alone looks: it also writes the file.
-        if not dist_util.broadcast_object(os.path.exists(self.summary_path)):
-            self._fill(model, batch_size, device)
-            if dist_util.is_main():
-                self._sum_up()
-            dist_util.barrier()
+        complete(
+            self.out_dir,
+            self.settings,
+            "likelihoods",
+            self.summary_path,
+            lambda: fill_shards(
+                self._shards(),
+                lambda counted, index: self._measure(counted, index, device),
+                model,
+                batch_size,
+                "likelihood",
+                self.diffusion.num_timesteps,
+            ),
+            lambda: self._sum_up(self._shards()),
+        )
         with open(self.summary_path, encoding="utf-8") as file:
             return json.load(file)
 
-    def _fill(self, model: Network, batch_size: int, device: torch.device) -> None:
-        folder = ShardFolder(self._shard_dir, self.num_images)
-        pieces = dist_util.broadcast_object(folder.missing(batch_size))
-        world = dist_util.get_world_size()
-        left = sum(stop - start for start, stop in pieces)
-        with (
-            resumable(self.num_images, lambda: folder.left),
-            ImageBar(
-                "likelihood", self.num_images, self.num_images - left, self.diffusion.num_timesteps
-            ) as bar,
-        ):
-            for start, stop in pieces[dist_util.get_rank() :: world]:
-                with bar.batch(model, stop - start) as counted:
-                    arrays = self._measure(counted, range(start, stop), device)
-                folder.write(start, arrays)
-        dist_util.barrier()
+    def _shards(self) -> ShardFolder:
+        return ShardFolder(os.path.join(self.out_dir, "shards"), self.num_images)
 
     def _measure(
         self, model: Network, index: Sequence[int], device: torch.device
@@ -116,9 +109,8 @@ class LikelihoodRun:
             )
         return arrays
 
-    def _sum_up(self) -> None:
+    def _sum_up(self, folder: ShardFolder) -> None:
         """From the batches to the results; bpd.json comes last, and says that all is there."""
-        folder = ShardFolder(self._shard_dir, self.num_images)
         n, total, prior = self.num_images, [], []
         sums = {name: np.zeros(self.diffusion.num_timesteps) for name in TERMS}
         for reader in _readers(folder):
@@ -144,10 +136,6 @@ class LikelihoodRun:
         with files.atomic_file(self.summary_path) as file:
             file.write((json.dumps(summary, indent=1) + "\n").encode())
         folder.remove()
-
-    @property
-    def _shard_dir(self) -> str:
-        return os.path.join(self.out_dir, "shards")
 
 
 def _readers(folder: ShardFolder) -> Iterator[NpzReader]:

@@ -16,16 +16,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import dist_util
 from ..data.image_io import save_grid, save_png, to_uint8
 from ..data.npz_io import NpzReader
 from ..diffusion.process import Network
-from .folder import claim_folder, resumable
-from .progress import ImageBar
+from .folder import complete
 from .sample_batch import Sampler, captions
-from .shards import ShardFolder
+from .shards import ShardFolder, fill_shards
 
 GRID_IMAGES = 64
 
@@ -67,38 +67,39 @@ class SampleRun:
         Raises:
             ValueError: out_dir holds samples made with other settings.
         """
-        claim_folder(self.out_dir, self.settings, "samples")
-        # Rank 0 alone looks: it also writes the file.
-        if not dist_util.broadcast_object(os.path.exists(self.npz_path)):
-            self._fill(model, batch_size, device)
+        complete(
+            self.out_dir,
+            self.settings,
+            "samples",
+            self.npz_path,
+            lambda: fill_shards(
+                self._shards(),
+                lambda counted, index: self._make(counted, list(index), device),
+                model,
+                batch_size,
+                "sampling",
+                self.sampler.network_calls,
+            ),
+            lambda: self._shards().merge(self.npz_path),
+        )
         if dist_util.is_main():
             self._show(png)
         dist_util.barrier()
         return self.npz_path
 
-    def _fill(self, model: Network, batch_size: int, device: torch.device) -> None:
-        folder = ShardFolder(os.path.join(self.out_dir, "shards"), self.num_samples)
-        pieces = dist_util.broadcast_object(folder.missing(batch_size))
-        mine = pieces[dist_util.get_rank() :: dist_util.get_world_size()]
-        left = sum(stop - start for start, stop in pieces)
-        with (
-            resumable(self.num_samples, lambda: folder.left),
-            ImageBar(
-                "sampling", self.num_samples, self.num_samples - left, self.sampler.network_calls
-            ) as bar,
-        ):
-            for start, stop in mine:
-                index = list(range(start, stop))
-                kwargs = {name: value.to(device) for name, value in self.kwargs_for(index).items()}
-                with bar.batch(model, len(index)) as counted:
-                    images = self.sampler(counted, index, kwargs, device)
-                    arrays = {"arr_0": to_uint8(images, self.sampler.rounded).cpu().numpy()}
-                if "y" in kwargs:
-                    arrays["arr_1"] = kwargs["y"].cpu().numpy()
-                folder.write(start, arrays)
-        dist_util.barrier()
-        if dist_util.is_main():
-            folder.merge(self.npz_path)
+    def _shards(self) -> ShardFolder:
+        return ShardFolder(os.path.join(self.out_dir, "shards"), self.num_samples)
+
+    def _make(
+        self, model: Network, index: list[int], device: torch.device
+    ) -> dict[str, np.ndarray]:
+        """One batch: arr_0 uint8 [n, H, W, C] and, with labels, arr_1 int64 [n]."""
+        kwargs = {name: value.to(device) for name, value in self.kwargs_for(index).items()}
+        images = self.sampler(model, index, kwargs, device)
+        arrays = {"arr_0": to_uint8(images, self.sampler.rounded).cpu().numpy()}
+        if "y" in kwargs:
+            arrays["arr_1"] = kwargs["y"].cpu().numpy()
+        return arrays
 
     def _show(self, png: bool) -> None:
         reader = NpzReader(self.npz_path)

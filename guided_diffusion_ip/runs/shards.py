@@ -15,7 +15,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .. import dist_util
 from ..data.npz_io import merge_npz, write_npz
+from ..diffusion.process import Network
+from .folder import resumable
+from .progress import ImageBar
 
 Range = tuple[int, int]
 
@@ -97,3 +101,30 @@ class ShardFolder:
 
     def _file(self, r: Range) -> str:
         return os.path.join(self.path, f"shard-{r[0]:08d}-{r[1]:08d}.npz")
+
+
+def fill_shards(
+    folder: ShardFolder,
+    make: Callable[[Network, range], dict[str, np.ndarray]],
+    model: Network,
+    batch_size: int,
+    desc: str,
+    calls: int,
+) -> None:
+    """Make what is missing, each process its share, under a bar of images.
+
+    Args:
+        make: the arrays of the images numbered [n], by a model that counts its calls for the bar.
+        desc: of the bar; calls: of the network for one batch.
+    """
+    pieces = dist_util.broadcast_object(folder.missing(batch_size))
+    mine = pieces[dist_util.get_rank() :: dist_util.get_world_size()]
+    done = folder.num_samples - sum(stop - start for start, stop in pieces)
+    with (
+        resumable(folder.num_samples, lambda: folder.left),
+        ImageBar(desc, folder.num_samples, done, calls) as bar,
+    ):
+        for start, stop in mine:
+            with bar.batch(model, stop - start) as counted:
+                arrays = make(counted, range(start, stop))
+            folder.write(start, arrays)

@@ -23,6 +23,7 @@ import torch
 
 from guided_diffusion_ip import script_util
 from guided_diffusion_ip.data.image_datasets import ImageStream
+from guided_diffusion_ip.data.image_source import SourceError
 from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.settings.train_prologue import begin
 from guided_diffusion_ip.settings.training import (
@@ -113,7 +114,9 @@ def open_validation_data(
     try:
         val_data = open_data(other, None, size, said.append)
     except ValueError as error:
-        raise ValueError(f"--val_data_dir: {error}") from None
+        # Without the name that load_data has for it.
+        what = error.__cause__ if isinstance(error.__cause__, SourceError) else error
+        raise ValueError(f"--val_data_dir: {what}") from None
     require_same_classes(data, val_data)
     # The hint about unused classes has been given for the training images.
     log(f"validation {said[0]}")

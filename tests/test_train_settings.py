@@ -93,7 +93,7 @@ def test_images_are_listed_once(images, tmp_path, monkeypatch):
     monkeypatch.setattr(
         sources.NpzSource,
         "__init__",
-        lambda self, path, class_cond: (opened.append(path), real(self, path, class_cond))[1],
+        lambda self, path, *more: (opened.append(path), real(self, path, *more))[1],
     )
     train(**TINY, data_dir=images, out_dir=tmp_path, max_steps=1, class_cond=True, batch_size=2)
     assert opened == [images]

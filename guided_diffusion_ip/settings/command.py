@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -54,4 +55,7 @@ def command(main: Callable[[], Any]) -> NoReturn:
             raise
         print(line, file=sys.stderr)
         sys.exit(code)
+    # What main made may live on in reference cycles, a process group of DDP among it, whose threads
+    # would run into the interpreter's end and abort.
+    gc.collect()
     sys.exit(0)

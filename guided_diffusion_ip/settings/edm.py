@@ -15,6 +15,7 @@ from ..diffusion.edm_losses import EDM_LOSSES, EDMLoss, EDMProcess
 from ..interop.edm_networks import EDM_NETWORKS, create_edm_denoiser
 from ..networks.unet import parse_channel_mult
 from ..sizes import ImageSize, parse_size
+from .config import Config
 from .flag import numbers
 from .flags import names
 
@@ -69,7 +70,7 @@ def edm_network(
     )
 
 
-def edm_process(cfg: Any) -> EDMProcess:
+def edm_process(cfg: Config) -> EDMProcess:
     """What trains an EDM network: noise levels and weights of --edm_loss, gamma, augmentation.
 
     Raises:

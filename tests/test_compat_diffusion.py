@@ -64,12 +64,13 @@ def numbers(result):
     return torch.cat([part.detach().flatten().float() for part in parts])
 
 
+GUIDED = {"cond_fn": cond_fn, "model_kwargs": {}}
 # What a script does, and the loss that the process needs for it.
 ACTIONS = {
     "ddpm": (MSE, lambda d, net: d.p_sample_loop(net, SHAPE)),
     "ddim": (MSE, lambda d, net: d.ddim_sample_loop(net, SHAPE)),
-    "guided ddpm": (MSE, lambda d, net: d.p_sample_loop(net, SHAPE, cond_fn=cond_fn)),
-    "guided ddim": (MSE, lambda d, net: d.ddim_sample_loop(net, SHAPE, cond_fn=cond_fn)),
+    "guided ddpm": (MSE, lambda d, net: d.p_sample_loop(net, SHAPE, **GUIDED)),
+    "guided ddim": (MSE, lambda d, net: d.ddim_sample_loop(net, SHAPE, **GUIDED)),
     "reverse": (MSE, lambda d, net: d.ddim_reverse_sample(net, X, T)),
     "mse": (MSE, lambda d, net: d.training_losses(net, X, T)),
     "kl": (KL, lambda d, net: d.training_losses(net, X, T)),
@@ -305,7 +306,7 @@ def test_ddpm_draws_before_a_cond_fn_that_draws():
         return torch.zeros_like(x)
 
     torch.manual_seed(0)
-    process.p_sample(Net(), X, T, cond_fn=random)
+    process.p_sample(Net(), X, T, cond_fn=random, model_kwargs={})
     torch.manual_seed(0)
     assert torch.equal([torch.randn(SHAPE), torch.randn(SHAPE)][1], drawn[0])
 
@@ -319,7 +320,12 @@ def test_scale_timesteps_keeps_the_map():
             return t
 
     net, guided = Net(), []
-    make(Own).p_sample(net, X, T, cond_fn=lambda x, t: guided.append(t.tolist()) or x)
+
+    def note(x, t):
+        guided.append(t.tolist())
+        return x
+
+    make(Own).p_sample(net, X, T, cond_fn=note, model_kwargs={})
     assert net.seen == [[0, 15]] and guided == [[0, 15]]
 
 

@@ -61,8 +61,19 @@ class _HookedPath(ProcessPath):
                 model_kwargs=self.model_kwargs,
             )
         self.asked()
-        # Nothing here reads the network's output again.
-        return self._guided(read, read["pred_xstart"], x, level)
+        process, guidance, options = self.process, self.cond_fn, {"model_kwargs": self.model_kwargs}
+        x_start = read["pred_xstart"]  # also in place of the output, which nothing here reads again
+        if not self.guide_score:
+            mean = read["mean"]
+            if guidance is not None:
+                mean = process.condition_mean(guidance, read, x, level.t, **options)
+            reverse = mean, read["log_variance"]
+            return Prediction(self, x, level, x_start, x_start, reverse=reverse)
+        if guidance is not None:
+            moved = process.condition_score(guidance, read, x, level.t, **options)
+            x_start = moved["pred_xstart"]
+        epsilon = process.eps_from_xstart(x, level.t, x_start)
+        return Prediction(self, x, level, x_start, x_start, epsilon)
 
 
 def p_sample(

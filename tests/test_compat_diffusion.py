@@ -60,7 +60,7 @@ def make(base, mean=ModelMeanType.EPSILON, var=ModelVarType.LEARNED_RANGE, loss=
 
 def numbers(result):
     """Everything in it, in one row."""
-    parts = list(result.values()) if isinstance(result, dict) else [result]
+    parts = [result[name] for name in sorted(result)] if isinstance(result, dict) else [result]
     return torch.cat([part.detach().flatten().float() for part in parts])
 
 

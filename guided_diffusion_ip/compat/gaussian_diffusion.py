@@ -6,7 +6,7 @@ called it, so that a subclass, or a function set on an instance, takes effect th
 this module (`mean_flat`, `_extract_into_tensor`, ...) are looked up when they are used, and may be
 replaced as well.
 
-Sampling is in sampling.
+The sampling methods are in `sampling`.
 """
 
 from __future__ import annotations

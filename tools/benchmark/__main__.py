@@ -53,6 +53,8 @@ from tools.benchmark.startup import measure_startup
 ROWS = ("train", "sample", "optimizer")
 WHAT = (*ROWS, "gather", "loader", "startup")
 
+SAMPLING_SCRIPT = Path(__file__).parents[2] / "scripts" / "image_sample.py"
+
 
 def main() -> None:
     cfg = parse(NAME, __doc__)
@@ -160,7 +162,7 @@ def measure_other(cfg: Config, what: str) -> Any:
             (cfg.in_channels, height, width), cfg.batch_size, min(cfg.repeats, 5)
         )
     elif what == "startup":
-        found = measure_startup(Path(__file__).with_name("image_sample.py"), min(cfg.repeats, 5))
+        found = measure_startup(SAMPLING_SCRIPT, min(cfg.repeats, 5))
     else:
         with tempfile.TemporaryDirectory() as made:
             if not cfg.data_dir:

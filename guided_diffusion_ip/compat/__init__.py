@@ -32,7 +32,7 @@ MODULES = {
     "logger": "guided_diffusion_ip.logger",
     "losses": "guided_diffusion_ip.compat.losses",
     "nn": "guided_diffusion_ip.compat.nn",
-    "resample": "guided_diffusion_ip.training.timestep_samplers",
+    "resample": "guided_diffusion_ip.compat.resample",
     "respace": "guided_diffusion_ip.compat.respace",
     "script_util": "guided_diffusion_ip.script_util",
     "train_util": "guided_diffusion_ip.compat.train_util",

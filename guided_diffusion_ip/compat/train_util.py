@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
+import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import dist_util, logger
-from ..diffusion.process import HasTimesteps, Network, Process
+from ..diffusion.process import HasTimesteps, Process
 from ..files import exists
-from ..training import train_loop
 from ..training.checkpoint import (
     SavePolicy,
     checkpoint_name,
@@ -22,13 +20,16 @@ from ..training.checkpoint import (
     parse_resume_step_from_filename,
 )
 from ..training.ema import parse_rates
-from ..training.hooks import Hook
-from ..training.optimizer import restore_optimizer
+from ..training.optimizer import restore_optimizer, set_learning_rate
 from ..training.precision import resolve
-from ..training.protocols import Batches, Cond, Losses, Objective, SeekableBatches
+from ..training.protocols import Batches, Cond, Objective, SeekableBatches
 from ..training.settings import TrainSettings
 from ..training.stopping import Limits
-from ..training.timestep_samplers import ScheduleSampler
+from ..training.timestep_samplers import UniformSampler
+from .fp16_util import MixedPrecisionTrainer
+from .loop_attributes import LoopAttributes
+from .own_loop import Computed, HookCall, LoopTrainer, OwnLoop, hooks, losses_of, previews
+from .resample import Draws, for_the_loop
 
 __all__ = [
     "TrainLoop",
@@ -38,8 +39,6 @@ __all__ = [
     "log_loss_dict",
     "parse_resume_step_from_filename",
 ]
-
-HookCall = Callable[[Network, int], Any]
 
 
 def get_blob_logdir() -> str:
@@ -65,27 +64,21 @@ def log_loss_dict(diffusion: HasTimesteps, ts: Tensor, losses: Mapping[str, Tens
             logger.logkv_mean(f"{name}_q{quarter}", value)
 
 
-def _setting(name: str) -> property:
-    """A number of the settings as an attribute of the loop, which may also be set."""
-
-    def get(loop: TrainLoop) -> Any:
-        return getattr(loop.settings, name)
-
-    def change(loop: TrainLoop, value: Any) -> None:
-        loop.settings = dataclasses.replace(loop.settings, **{name: value})
-        loop.gradients.settings = loop.update.settings = loop.settings
-
-    return property(get, change)
+_log_loss_dict = log_loss_dict
 
 
-class TrainLoop(train_loop.TrainLoop):
-    """The library's loop under guided-diffusion's arguments, and under those that came with this
-    library later; TrainSettings has them in order, and says what each means.
+class TrainLoop(LoopAttributes):
+    """guided-diffusion's loop, hook by hook, over the parts of the library's; and the arguments
+    that came with this library later: TrainSettings has them in order, and says what each means.
+
+    Whatever of run_loop, run_step, forward_backward, save, log_step and the hooks with an
+    underscore is overridden, in a subclass or for one object, is called where guided-diffusion
+    calls it. The rest works as the library's loop does: guards, signals, exact continuation.
 
     A network that has been converted to half precision comes back to float32, and use_fp16 means
     autocast; resume_checkpoint may also be the work of guided_diffusion, or weights alone (to
     fine-tune); the process may be one of their own, whose training_losses has guided-diffusion's
-    parameters only.
+    parameters only; and so may the timestep sampler, see resample.Draws.
 
     Args:
         preview, validate, evaluate: called as f(network, step): preview every sample_interval
@@ -94,6 +87,9 @@ class TrainLoop(train_loop.TrainLoop):
             present weights, the others' the first average's.
         limits, saving: say more than max_steps and save_interval, which they replace.
         settings: the run's flags by section.
+
+    Attributes:
+        resume_step: the step of the checkpoint that is continued. step: steps since then.
     """
 
     def __init__(
@@ -111,7 +107,7 @@ class TrainLoop(train_loop.TrainLoop):
         resume_checkpoint: str,
         use_fp16: bool = False,
         fp16_scale_growth: float = 1e-3,
-        schedule_sampler: ScheduleSampler | None = None,
+        schedule_sampler: Draws | None = None,
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,
         max_steps: int = 0,
@@ -134,7 +130,16 @@ class TrainLoop(train_loop.TrainLoop):
     ) -> None:
         if any(p.dtype == torch.float16 for p in model.parameters()):
             model.float()
-        super().__init__(
+        self.ema_rate = parse_rates(ema_rate)
+        self.resume_checkpoint = resume_checkpoint
+        self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
+        self.sync_cuda = torch.cuda.is_available()
+        self._schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self._own_objective = objective
+        self._resume_step, self._restored = 0, False
+        self._continued, self._fresh, self._notes = "", [], []
+        self._loop = OwnLoop(
+            self,
             model,
             diffusion,
             data,
@@ -147,7 +152,7 @@ class TrainLoop(train_loop.TrainLoop):
                 lr_anneal_steps=lr_anneal_steps,
                 grad_clip=grad_clip,
                 max_skipped=max_skipped,
-                ema_rates=tuple(parse_rates(ema_rate)),
+                ema_rates=tuple(self.ema_rate),
                 ema_warmup=ema_warmup,
                 precision=resolve(precision, use_fp16),
                 fp16_scale_growth=fp16_scale_growth,
@@ -156,75 +161,93 @@ class TrainLoop(train_loop.TrainLoop):
                 log_interval=log_interval,
                 limits=limits or Limits(max_steps),
                 saving=saving or SavePolicy(save_interval),
-                resume=find_resume_checkpoint() or resume_checkpoint,
                 record=settings or {},
             ),
             objective=objective or losses_of(diffusion),
-            schedule_sampler=schedule_sampler,
-            hooks=_hooks(eval_interval, validate, evaluate) + _previews(sample_interval, preview),
+            schedule_sampler=for_the_loop(self._schedule_sampler),
+            hooks=hooks(eval_interval, validate, evaluate) + previews(sample_interval, preview),
+        )
+        self.mp_trainer: MixedPrecisionTrainer = LoopTrainer(
+            self._loop, self._loop.precision.mode == "fp16", fp16_scale_growth
+        )
+        self._load()
+
+    # ---- loading ----
+
+    def _load(self) -> None:
+        """Call the loading hooks, and begin where they lead."""
+        loop = self._loop
+        self._load_and_sync_parameters()
+        continued = bool(self._continued or self.resume_step)
+        if continued:
+            self._load_optimizer_state()
+        for rate, ema in zip(self.ema_rate, self.emas):
+            if continued:
+                averaged = self._load_ema_parameters(rate)
+            else:
+                averaged = list(self.model.parameters())  # a hook may have loaded them
+            for ours, theirs in zip(ema.weights.values(), averaged, strict=True):
+                ours.copy_(theirs.detach())
+            if not self._restored:
+                ema.updates = loop.step
+        if continued and not self._restored:
+            if isinstance(self.data, SeekableBatches):
+                self.data.seek(loop.step)
+            parts = ", ".join(sorted(self._fresh, key="optimizer".__eq__))  # that one last
+            fresh = f"; starting afresh: {parts}" if parts else ""
+            path = self._continued or self.resume_checkpoint
+            self._notes = [f"continuing from {path}: {loop.step} steps done{fresh}"]
+        loop.begin(self._notes, continued)
+
+    def _load_and_sync_parameters(self) -> None:
+        """The weights of the checkpoint that is to be continued, if any, on all ranks; and all else
+        of it, if it is a whole set of ours.
+        """
+        path = find_resume_checkpoint() or self.resume_checkpoint
+        if path:
+            self._continued = path
+            step = parse_resume_step_from_filename(path)
+            self._restored = self._is_ours(path, step)
+            if self._restored:
+                self._notes = self._loop._resume(path)
+                self._resume_step = self.progress.step
+            else:
+                self.model.load_state_dict(dist_util.load_state_dict_once(path, self.device))
+                self.resume_step = step
+                learns = self._loop.schedule_sampler.state_dict()
+                self._fresh += ["timestep sampler"] if learns else []
+        dist_util.sync_params(self.model.parameters())
+
+    def _is_ours(self, path: str, step: int) -> bool:
+        state = os.path.join(os.path.dirname(path), checkpoint_name("state", step))
+        return os.path.basename(path) == checkpoint_name("model", step) and dist_util.from_main(
+            lambda: exists(state)
         )
 
-    # What subclasses of guided-diffusion's loop read, and may change.
-    batch_size, microbatch = _setting("batch_size"), _setting("microbatch")
-    lr, weight_decay = _setting("lr"), _setting("weight_decay")
-    lr_anneal_steps, log_interval = _setting("lr_anneal_steps"), _setting("log_interval")
+    def _load_optimizer_state(self) -> None:
+        """What the optimizer had learned, if it lies beside the weights and fits."""
+        if self._restored:
+            return
+        step = self.resume_step
+        path = os.path.join(os.path.dirname(self._checkpoint()), checkpoint_name("opt", step))
+        if not (dist_util.from_main(lambda: exists(path)) and self._adopt_optimizer(path)):
+            self._fresh.append("optimizer")
 
-    @property
-    def diffusion(self) -> Process:
-        """The process."""
-        return self.process
+    def _load_ema_parameters(self, rate: float) -> list[Tensor]:
+        """The averages of this rate that lie beside the weights; else the weights."""
+        ema = next(ema for ema in self.emas if ema.rate == float(rate))
+        if not self._restored:
+            main, step = self._checkpoint(), self.resume_step
+            path = dist_util.broadcast_object(find_ema_checkpoint(main, step, rate))
+            if path:
+                ema.load_state_dict(dist_util.load_state_dict_once(path, self.device))
+            else:
+                ema.load_state_dict(self.model.state_dict())
+                self._fresh.append(f"average of rate {ema.rate}")
+        return list(ema.weights.values())
 
-    @property
-    def skipped(self) -> int:
-        """Steps left out so far."""
-        return self.progress.skipped
-
-    @property
-    def ddp_model(self) -> Network:
-        """The network as training calls it."""
-        return self.gradients.network
-
-    @property
-    def save_interval(self) -> int:
-        """Steps between checkpoints."""
-        return self.settings.saving.interval
-
-    @save_interval.setter
-    def save_interval(self, steps: int) -> None:
-        saving = dataclasses.replace(self.settings.saving, interval=steps)
-        self.settings = dataclasses.replace(self.settings, saving=saving)
-
-    def _resume(self, path: str) -> list[str]:
-        """Continue from a whole set of ours exactly; from other checkpoints, with as much as lies
-        beside them (for rank 0).
-        """
-        step, folder = parse_resume_step_from_filename(path), os.path.dirname(path)
-        beside = {
-            part: os.path.join(folder, checkpoint_name(part, step)) for part in ("opt", "state")
-        }
-        there = dist_util.from_main(lambda: {part: exists(file) for part, file in beside.items()})
-        if os.path.basename(path) == checkpoint_name("model", step) and there["state"]:
-            return super()._resume(path)
-        self.model.load_state_dict(dist_util.load_state_dict_once(path, self.device))
-        fresh = ["timestep sampler"] if self.schedule_sampler.state_dict() else []
-        for ema in self.emas:
-            averaged = dist_util.broadcast_object(find_ema_checkpoint(path, step, ema.rate))
-            weights = (
-                dist_util.load_state_dict_once(averaged, self.device)
-                if averaged
-                else self.model.state_dict()
-            )
-            ema.load_state_dict(weights, step)
-            fresh += [] if averaged else [f"average of rate {ema.rate}"]
-        if not (there["opt"] and self._adopt_optimizer(beside["opt"])):
-            fresh.append("optimizer")
-        self.step = step
-        if isinstance(self.data, SeekableBatches):
-            self.data.seek(step)
-        return [
-            f"continuing from {path}: {step} steps done"
-            + (f"; starting afresh: {', '.join(fresh)}" if fresh else "")
-        ]
+    def _checkpoint(self) -> str:
+        return self._continued or find_resume_checkpoint() or self.resume_checkpoint
 
     def _adopt_optimizer(self, path: str) -> bool:
         saved = dist_util.load_state_dict_once(path, self.device)
@@ -234,39 +257,63 @@ class TrainLoop(train_loop.TrainLoop):
             return False
         return True
 
+    # ---- the loop ----
 
-def losses_of(process: Process) -> Objective:
-    """The process's losses, given as much of the loop's noise as its training_losses takes."""
+    def run_loop(self) -> None:
+        """See the library's loop, which calls run_step and save."""
+        self._loop.run_loop()
 
-    def objective(
-        model: Network,
-        images: Tensor,
-        t: Tensor,
-        cond: Cond,
-        epsilon: Tensor,
-        xi: Callable[[Tensor], Tensor],
-    ) -> Losses:
-        known = inspect.signature(process.training_losses).parameters
-        anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
-        offered: dict[str, Any] = {"noise": epsilon, "randn_like": xi}
-        noise = {name: value for name, value in offered.items() if anything or name in known}
-        return process.training_losses(model, images, t, model_kwargs=cond, **noise)
+    def run_step(self, batch: Tensor, cond: Cond) -> None:
+        """One update from this rank's images [N, C, H, W] and their conditions.
 
-    return objective
+        The one who loops counts it: run_loop, whether ours or overridden; without one, this does.
+        """
+        if not overridden(self, "_anneal_lr"):
+            set_learning_rate(self.opt, self.settings, self._loop.step)
+        self.forward_backward(batch, cond)
+        if self.mp_trainer.optimize(self.opt):
+            self._update_ema()
+        self._anneal_lr()
+        self.log_step()
+        if not (self._loop.running or overridden(self, "run_loop")):
+            self.step += 1
+
+    def forward_backward(self, batch: Tensor, cond: Cond) -> None:
+        """Gradients of the mean loss over the global batch, see Gradients."""
+        address = self._loop.address()
+        t, losses, weights = self.gradients(batch, cond, address)
+        diagnose = functools.partial(self.gradients.diagnose, batch, cond, t, address)
+        self._loop.computed = Computed(t, losses, weights, diagnose)
+        looped_by_others = overridden(self, "run_loop") and not self._loop.running
+        if looped_by_others or log_loss_dict is not _log_loss_dict:
+            weighted = {name: values * weights for name, values in losses.items()}
+            log_loss_dict(self.diffusion, t, weighted)
+
+    def _update_ema(self) -> None:
+        """The averages follow the weights."""
+        for ema in self.emas:
+            ema.update(self.model)
+
+    def _anneal_lr(self) -> None:
+        """The learning rate at this step."""
+        set_learning_rate(self.opt, self.settings, self._loop.step)
+
+    def log_step(self) -> None:
+        """Log the step, and images seen; where our run_loop is under way, its lines have both."""
+        if not self._loop.running:
+            logger.logkv("step", self.step + self.resume_step)
+            logger.logkv("samples", (self.step + self.resume_step + 1) * self.global_batch)
+
+    def save(self) -> None:
+        """Write the checkpoint of this step to get_blob_logdir(). A collective."""
+        self._loop.schedule_sampler.settle()
+        self.state.save(get_blob_logdir(), self.settings.saving)
+        self._loop.saved()
 
 
-def _hooks(interval: int, validate: HookCall | None, evaluate: HookCall | None) -> list[Hook]:
-    calls = [(validate, False), (evaluate, True)] if interval else []
-    return [Hook(interval, call, averaged) for call, averaged in calls if call]
+_OURS = dict(vars(TrainLoop))
 
 
-def _previews(interval: int, preview: HookCall | None) -> list[Hook]:
-    if not interval or preview is None:
-        return []
-
-    def call(network: Network, step: int) -> dict[str, float]:
-        if path := preview(network, step):
-            logger.log(f"step {step}: samples in {path}")
-        return {}
-
-    return [Hook(interval, call)]
+def overridden(loop: TrainLoop, name: str) -> bool:
+    """Is this hook somebody else's: of a subclass, of this one object, or put into TrainLoop?"""
+    return getattr(getattr(loop, name), "__func__", None) is not _OURS[name]

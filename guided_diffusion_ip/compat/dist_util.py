@@ -12,7 +12,20 @@ from typing import Any
 from .. import dist_util
 from ..dist_util import cleanup, dev, setup_dist, sync_params
 
-__all__ = ["cleanup", "dev", "load_state_dict", "setup_dist", "sync_params"]
+__all__ = [
+    "GPUS_PER_NODE",
+    "SETUP_RETRY_COUNT",
+    "cleanup",
+    "dev",
+    "load_state_dict",
+    "setup_dist",
+    "sync_params",
+]
+
+# To be read and set, without effect: a process takes the GPU of its local rank, and whoever started
+# the processes retries.
+GPUS_PER_NODE = 8
+SETUP_RETRY_COUNT = 3
 
 
 def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> Any:

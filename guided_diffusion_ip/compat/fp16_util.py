@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import logger
 from ..networks.layers import CONVOLUTIONS
+from . import logger
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import dist_util, logger
+from .. import dist_util
 from ..diffusion.process import Network, Process
 from ..training import train_loop
 from ..training.hooks import Hook
@@ -19,6 +19,7 @@ from ..training.precision import Precision
 from ..training.protocols import Cond, Losses, Objective, Stateful
 from ..training.stopping import Wishes
 from ..training.update import Update
+from . import logger
 from .fp16_util import MixedPrecisionTrainer, single_groups
 
 HookCall = Callable[[Network, int], Any]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import dist_util, logger
+from .. import dist_util
 from ..diffusion.process import HasTimesteps, Process
 from ..files import exists
 from ..training.checkpoint import (
@@ -26,6 +26,7 @@ from ..training.protocols import Batches, Cond, Objective, SeekableBatches
 from ..training.settings import TrainSettings
 from ..training.stopping import Limits
 from ..training.timestep_samplers import UniformSampler
+from . import logger
 from .fp16_util import MixedPrecisionTrainer
 from .loop_attributes import LoopAttributes
 from .own_loop import Computed, HookCall, LoopTrainer, OwnLoop, hooks, losses_of, previews

@@ -606,7 +606,7 @@ def test_a_script_keeps_its_exit_code_and_spawned_processes_find_the_package(tmp
         "import multiprocessing, sys\n"
         "from guided_diffusion import logger\n"
         "def child():\n"
-        "    sys.exit(0 if logger.__name__ == 'guided_diffusion_ip.logger' else 1)\n"
+        "    sys.exit(0 if logger.__name__ == 'guided_diffusion_ip.compat.logger' else 1)\n"
         "if __name__ == '__main__':\n"
         "    process = multiprocessing.get_context('spawn').Process(target=child)\n"
         "    process.start()\n"

@@ -336,6 +336,34 @@ def test_helpers_are_looked_up_when_they_are_called(tmp_path, monkeypatch):
     assert saved(folder) == ["model000004.pt"] and len(calls) == 2 and "loss" in calls[0]
 
 
+def test_a_trainer_and_an_optimizer_of_their_own(tmp_path):
+    from guided_diffusion import fp16_util, resample
+
+    class Own(subclass()):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.mp_trainer = fp16_util.MixedPrecisionTrainer(model=self.model)
+            self.opt = torch.optim.SGD(self.mp_trainer.master_params, lr=self.lr)
+
+    sampler = resample.LossSecondMomentResampler(cosine())
+    loop = make(Own, schedule_sampler=sampler)
+    before = weights(loop)
+    loop.run_loop()
+    assert loop.step == 4 and not torch.equal(before, weights(loop))
+    assert all(float(row["loss"]) > 0 and float(row["param_norm"]) > 0 for row in rows(tmp_path))
+    sampler.settle()
+    assert sampler._seen.sum() == 16
+
+
+def test_a_constructor_that_never_comes_to_ours_says_so():
+    def bare(self, **options):
+        self.data = options["data"]
+
+    with pytest.raises(AttributeError, match="Own has no attribute '_loop': call super"):
+        make(subclass(__init__=bare))
+    assert not hasattr(make(), "nothing")
+
+
 # ---- loading ----
 
 

@@ -203,7 +203,7 @@ class MixedPrecisionTrainer:
         """One step of an optimizer over master_params; False, and nothing changed, if a gradient is
         not finite.
 
-        Logs grad_norm, and lg_loss_scale if there is one. Waits for the device once.
+        Logs grad_norm, param_norm, and lg_loss_scale if there is one. Waits for the device once.
         """
         groups = self.param_groups_and_shapes
         if groups is not None:
@@ -215,6 +215,7 @@ class MixedPrecisionTrainer:
         if finite:
             opt.step()
             logger.logkv_mean("grad_norm", norm)
+            logger.logkv_mean("param_norm", torch.nn.utils.get_total_norm(self.master_params))
         else:
             logger.log(
                 f"a gradient is not finite: no update{self._lower_scale() if self.use_fp16 else ''}"

@@ -47,6 +47,12 @@ class LoopAttributes:
     _schedule_sampler: Draws
     _resume_step: int
 
+    def __getattr__(self, name: str) -> Any:
+        """For what is not there, the reason if it is that the loop has not been made yet."""
+        why = "" if "_loop" in vars(self) else ": call super().__init__(...), with all of its "
+        why += "arguments, before anything else" if why else ""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{why}")
+
     batch_size, microbatch = _setting("batch_size"), _setting("microbatch")
     lr, weight_decay = _setting("lr"), _setting("weight_decay")
     lr_anneal_steps, log_interval = _setting("lr_anneal_steps"), _setting("log_interval")

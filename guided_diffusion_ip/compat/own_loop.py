@@ -51,9 +51,12 @@ class OwnLoop(train_loop.TrainLoop):
     """The library's loop, whose steps and checkpoints are the hooks'.
 
     Attributes:
+        opt: any optimizer.
         running: run_loop() is under way; it counts the steps then.
         computed: of this step, for its update; None if the hooks compute gradients by themselves.
     """
+
+    opt: Any
 
     def __init__(self, hooks_of: Hooks, *args: Any, **kwargs: Any) -> None:
         self.hooks_of, self.running = hooks_of, False
@@ -87,12 +90,15 @@ class OwnLoop(train_loop.TrainLoop):
         if self._agreed_in_step is None:
             self._agreed_in_step = Wishes(*dist_util.any_rank(*self._interruptions.wishes()))
         self._agreed = self._agreed_in_step
+        self.note_losses()
         self.step = step + 1
 
     def replace_in_checkpoints(self, name: str, part: Stateful) -> None:
         """Save this object under the name of another from now on."""
-        place = "parts" if name in self.state.parts else "entries"
-        self.state = replace(self.state, **{place: {**getattr(self.state, place), name: part}})
+        if name in self.state.parts:
+            self.state = replace(self.state, parts={**self.state.parts, name: part})
+        else:
+            self.state = replace(self.state, entries={**self.state.entries, name: part})
 
     def address(self) -> int:
         """The step by which a batch's noise is drawn: that of the run, or a later one if nobody
@@ -115,7 +121,16 @@ class OwnLoop(train_loop.TrainLoop):
             found.t, found.losses, found.weights, self._interruptions.wishes, found.diagnose
         )
         self.step = step
+        if not self.running and self.update.grad_norm is not None:  # else log_step has it
+            logger.logkv_mean("grad_norm", self.update.grad_norm)
         return self.progress.skipped == skipped
+
+    def note_losses(self) -> None:
+        """Log and learn from losses whose update was made by a trainer of somebody else's."""
+        if (found := self.computed) is not None:
+            self.statistics.add(found.t, found.losses, found.weights)
+            self.schedule_sampler.update(found.t, found.losses["loss"])
+            self.computed, self._logs_by_itself = None, False
 
     def log_step(self) -> None:
         """The line that is due; of a loop that computes by itself, what it has logged."""

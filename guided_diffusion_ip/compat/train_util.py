@@ -19,26 +19,30 @@ from ..training.checkpoint import (
     find_ema_checkpoint,
     parse_resume_step_from_filename,
 )
-from ..training.ema import parse_rates
+from ..training.ema import parse_rates, update_ema
 from ..training.optimizer import restore_optimizer, set_learning_rate
 from ..training.precision import resolve
 from ..training.protocols import Batches, Cond, Objective, SeekableBatches
 from ..training.settings import TrainSettings
 from ..training.stopping import Limits
-from ..training.timestep_samplers import UniformSampler
 from . import logger
-from .fp16_util import MixedPrecisionTrainer
+from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .loop_attributes import LoopAttributes
 from .own_loop import Computed, HookCall, LoopTrainer, OwnLoop, hooks, losses_of, previews
-from .resample import Draws, for_the_loop
+from .resample import Draws, LossAwareSampler, UniformSampler, for_the_loop
 
 __all__ = [
+    "INITIAL_LOG_LOSS_SCALE",
+    "LossAwareSampler",
+    "MixedPrecisionTrainer",
     "TrainLoop",
+    "UniformSampler",
     "find_ema_checkpoint",
     "find_resume_checkpoint",
     "get_blob_logdir",
     "log_loss_dict",
     "parse_resume_step_from_filename",
+    "update_ema",
 ]
 
 
@@ -138,7 +142,9 @@ class TrainLoop(LoopAttributes):
         self._schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self._own_objective = objective
         self._resume_step, self._restored = 0, False
-        self._continued, self._fresh, self._notes = "", [], []
+        self._continued = ""  # from where, if the weights were loaded here
+        self._fresh: list[str] = []  # what had to start afresh
+        self._notes: list[str] = []
         self._loop = OwnLoop(
             self,
             model,
@@ -281,6 +287,7 @@ class TrainLoop(LoopAttributes):
 
     def forward_backward(self, batch: Tensor, cond: Cond) -> None:
         """Gradients of the mean loss over the global batch, see Gradients."""
+        self._loop.note_losses()  # of the step before, if nobody has
         address = self._loop.address()
         t, losses, weights = self.gradients(batch, cond, address)
         diagnose = functools.partial(self.gradients.diagnose, batch, cond, t, address)

@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from launch import torchrun
 from PIL import Image
 from torch import nn
 
@@ -362,6 +363,62 @@ def test_a_constructor_that_never_comes_to_ours_says_so():
     with pytest.raises(AttributeError, match="Own has no attribute '_loop': call super"):
         make(subclass(__init__=bare))
     assert not hasattr(make(), "nothing")
+
+
+PAIR = """
+import sys
+import guided_diffusion_ip.compat
+guided_diffusion_ip.compat.install()
+import contextlib
+import torch
+from guided_diffusion import dist_util, logger
+from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.train_util import TrainLoop
+
+class Own(TrainLoop):
+    def forward_backward(self, batch, cond):
+        self.mp_trainer.zero_grad()
+        for i, part in enumerate(batch.split(self.microbatch)):
+            t, factor = self.schedule_sampler.sample(len(part), part.device)
+            last = i == len(batch) // self.microbatch - 1
+            with contextlib.nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
+                losses = self.diffusion.training_losses(self.ddp_model, part, t)
+            self.mp_trainer.backward((losses["loss"] * factor).mean())
+
+    def run_loop(self):
+        while self.step < 3:
+            self.run_step(*next(self.data))
+            self.step += 1
+        self.save()
+
+class Net(torch.nn.Conv2d):
+    def forward(self, x, t):
+        return super().forward(x)
+
+def data():
+    while True:
+        yield torch.randn(4, 3, 8, 8), {}
+
+dist_util.setup_dist()
+logger.configure(sys.argv[1], ["csv"])
+rank = torch.distributed.get_rank()
+torch.manual_seed(rank)
+loop = Own(model=Net(3, 3, 1), data=data(), batch_size=4, microbatch=2, lr=0.1, ema_rate=0.5,
+           diffusion=create_gaussian_diffusion(steps=8, noise_schedule="cosine"), log_interval=1,
+           save_interval=10, resume_checkpoint="")
+assert loop.use_ddp and loop.global_batch == 8
+loop.run_loop()
+torch.save([*loop.model.state_dict().values(), *loop.ema_params[0]], f"{sys.argv[1]}/rank{rank}")
+dist_util.cleanup()
+"""
+
+
+def test_own_gradients_in_two_processes(tmp_path):
+    done = torchrun(2, ["-c", PAIR, str(tmp_path)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
+    assert all(map(torch.equal, one, two))
+    assert not torch.equal(one[0], one[2]) and saved(tmp_path) == ["model000003.pt"]
 
 
 # ---- loading ----

@@ -143,6 +143,20 @@ def test_what_is_set_on_the_loop_counts(tmp_path):
     assert "momentum" in content["param_groups"][0]
 
 
+def test_a_subclass_may_name_its_attributes_as_the_library_does(tmp_path):
+    class Own(subclass()):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.state = self.update = self.progress = self.emas = self.hooks = self.log = "mine"
+            self.device = "cpu"
+            self.lr_anneal_steps = 3
+
+    loop = make(Own)
+    loop.run_loop()
+    assert loop.step == 3 and loop.state == "mine"
+    assert saved(tmp_path) == ["model000002.pt", "model000003.pt"]
+
+
 # ---- hooks ----
 
 HOOKS = ["run_step", "forward_backward", "_update_ema", "_anneal_lr", "log_step"]

@@ -12,29 +12,26 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import dist_util
 from ..diffusion.process import Network, Process
 from ..training.optimizer import OptimizerState
-from ..training.protocols import Objective
+from ..training.protocols import Batches, Objective
 from .own_loop import OwnLoop, losses_of
 from .resample import Draws, for_the_loop
-
-
-def _of_loop(name: str) -> property:
-    """An attribute of the library's loop."""
-    return property(
-        lambda loop: getattr(loop._loop, name), lambda loop, value: setattr(loop._loop, name, value)
-    )
 
 
 def _setting(name: str) -> property:
     """A number of the settings as an attribute of the loop, which may also be set."""
 
     def get(loop: LoopAttributes) -> Any:
-        return getattr(loop.settings, name)
+        return getattr(loop._loop.settings, name)
 
     def change(loop: LoopAttributes, value: Any) -> None:
-        settings = dataclasses.replace(loop.settings, **{name: value})
-        loop.settings = loop.gradients.settings = loop.update.settings = settings
+        ours = loop._loop
+        ours.settings = dataclasses.replace(ours.settings, **{name: value})
+        ours.gradients.settings = ours.update.settings = ours.settings
+        if name == "lr_anneal_steps":
+            ours.last_step = ours.settings.last_step(dist_util.get_world_size())
 
     return property(get, change)
 
@@ -48,29 +45,39 @@ class LoopAttributes:
     _resume_step: int
 
     def __getattr__(self, name: str) -> Any:
-        """For what is not there, the reason if it is that the loop has not been made yet."""
-        why = "" if "_loop" in vars(self) else ": call super().__init__(...), with all of its "
-        why += "arguments, before anything else" if why else ""
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{why}")
+        """All else that the library's loop has, to be read: a subclass may give these names to
+        attributes of its own.
+        """
+        if "_loop" not in vars(self):
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r}: call super().__init__(...), "
+                "with all of its arguments, before anything else"
+            )
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self._loop, name)
 
     batch_size, microbatch = _setting("batch_size"), _setting("microbatch")
     lr, weight_decay = _setting("lr"), _setting("weight_decay")
     lr_anneal_steps, log_interval = _setting("lr_anneal_steps"), _setting("log_interval")
-    model, data, device = _of_loop("model"), _of_loop("data"), _of_loop("device")
-    global_batch, last_step = _of_loop("global_batch"), _of_loop("last_step")
-    settings, hooks, emas = _of_loop("settings"), _of_loop("hooks"), _of_loop("emas")
-    progress, precision = _of_loop("progress"), _of_loop("precision")
-    gradients, update = _of_loop("gradients"), _of_loop("update")
-    state, resumed = _of_loop("state"), _of_loop("resumed")
+
+    @property
+    def data(self) -> Batches:
+        """Where batches come from."""
+        return self._loop.data
+
+    @data.setter
+    def data(self, data: Batches) -> None:
+        self._loop.data = data
 
     @property
     def step(self) -> int:
         """Steps completed since the checkpoint that is continued."""
-        return self.progress.step - self._resume_step
+        return self._loop.progress.step - self._resume_step
 
     @step.setter
     def step(self, step: int) -> None:
-        self.progress.step = step + self._resume_step
+        self._loop.progress.step = step + self._resume_step
 
     @property
     def resume_step(self) -> int:
@@ -79,7 +86,7 @@ class LoopAttributes:
 
     @resume_step.setter
     def resume_step(self, step: int) -> None:
-        self.progress.step += step - self._resume_step
+        self._loop.progress.step += step - self._resume_step
         self._resume_step = step
 
     @property
@@ -89,8 +96,8 @@ class LoopAttributes:
 
     @diffusion.setter
     def diffusion(self, process: Process) -> None:
-        self._loop.process = self.gradients.process = process
-        self.gradients.objective = self._own_objective or losses_of(process)
+        self._loop.process = self._loop.gradients.process = process
+        self._loop.gradients.objective = self._own_objective or losses_of(process)
 
     @property
     def schedule_sampler(self) -> Draws:
@@ -100,8 +107,8 @@ class LoopAttributes:
     @schedule_sampler.setter
     def schedule_sampler(self, sampler: Draws) -> None:
         self._schedule_sampler, ours = sampler, for_the_loop(sampler)
-        self._loop.schedule_sampler = self.gradients.schedule_sampler = ours
-        self.update.schedule_sampler = ours
+        self._loop.schedule_sampler = self._loop.gradients.schedule_sampler = ours
+        self._loop.update.schedule_sampler = ours
         self._loop.replace_in_checkpoints("sampler", ours)
 
     @property
@@ -111,13 +118,13 @@ class LoopAttributes:
 
     @opt.setter
     def opt(self, opt: torch.optim.Optimizer) -> None:
-        self._loop.opt = self.update.opt = opt
-        self._loop.replace_in_checkpoints("opt", OptimizerState(opt, self.settings))
+        self._loop.opt = self._loop.update.opt = opt
+        self._loop.replace_in_checkpoints("opt", OptimizerState(opt, self._loop.settings))
 
     @property
     def ema_params(self) -> list[list[Tensor]]:
         """The averages, for each rate a tensor per parameter. Values that are set are copied."""
-        return [list(ema.weights.values()) for ema in self.emas]
+        return [list(ema.weights.values()) for ema in self._loop.emas]
 
     @ema_params.setter
     def ema_params(self, averages: Sequence[Sequence[Tensor]]) -> None:
@@ -128,16 +135,16 @@ class LoopAttributes:
     @property
     def skipped(self) -> int:
         """Steps left out so far."""
-        return self.progress.skipped
+        return self._loop.progress.skipped
 
     @property
     def ddp_model(self) -> Network:
         """The network as training calls it."""
-        return self.gradients.network
+        return self._loop.gradients.network
 
     @ddp_model.setter
     def ddp_model(self, network: Network) -> None:
-        self.gradients.network = network
+        self._loop.gradients.network = network
 
     @property
     def use_ddp(self) -> bool:
@@ -147,9 +154,10 @@ class LoopAttributes:
     @property
     def save_interval(self) -> int:
         """Steps between checkpoints."""
-        return self.settings.saving.interval
+        return self._loop.settings.saving.interval
 
     @save_interval.setter
     def save_interval(self, steps: int) -> None:
-        saving = dataclasses.replace(self.settings.saving, interval=steps)
-        self.settings = dataclasses.replace(self.settings, saving=saving)
+        settings = self._loop.settings
+        saving = dataclasses.replace(settings.saving, interval=steps)
+        self._loop.settings = dataclasses.replace(settings, saving=saving)

@@ -135,6 +135,7 @@ class TrainLoop(LoopAttributes):
     ) -> None:
         if any(p.dtype == torch.float16 for p in model.parameters()):
             model.float()
+        self.model = model
         self.ema_rate = parse_rates(ema_rate)
         self.resume_checkpoint = resume_checkpoint
         self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
@@ -177,18 +178,18 @@ class TrainLoop(LoopAttributes):
         self.mp_trainer: MixedPrecisionTrainer = LoopTrainer(
             self._loop, self._loop.precision.mode == "fp16", fp16_scale_growth
         )
-        self._load()
+        self._begin_where_hooks_lead()
 
     # ---- loading ----
 
-    def _load(self) -> None:
+    def _begin_where_hooks_lead(self) -> None:
         """Call the loading hooks, and begin where they lead."""
         loop = self._loop
         self._load_and_sync_parameters()
         continued = bool(self._continued or self.resume_step)
         if continued:
             self._load_optimizer_state()
-        for rate, ema in zip(self.ema_rate, self.emas):
+        for rate, ema in zip(self.ema_rate, self._loop.emas):
             if continued:
                 averaged = self._load_ema_parameters(rate)
             else:
@@ -217,9 +218,9 @@ class TrainLoop(LoopAttributes):
             self._restored = self._is_ours(path, step)
             if self._restored:
                 self._notes = self._loop._resume(path)
-                self._resume_step = self.progress.step
+                self._resume_step = self._loop.progress.step
             else:
-                self.model.load_state_dict(dist_util.load_state_dict_once(path, self.device))
+                self.model.load_state_dict(dist_util.load_state_dict_once(path, self._loop.device))
                 self.resume_step = step
                 learns = self._loop.schedule_sampler.state_dict()
                 self._fresh += ["timestep sampler"] if learns else []
@@ -236,28 +237,28 @@ class TrainLoop(LoopAttributes):
         if self._restored:
             return
         step = self.resume_step
-        path = os.path.join(os.path.dirname(self._checkpoint()), checkpoint_name("opt", step))
+        path = os.path.join(os.path.dirname(self._path_continued()), checkpoint_name("opt", step))
         if not (dist_util.from_main(lambda: exists(path)) and self._adopt_optimizer(path)):
             self._fresh.append("optimizer")
 
     def _load_ema_parameters(self, rate: float) -> list[Tensor]:
         """The averages of this rate that lie beside the weights; else the weights."""
-        ema = next(ema for ema in self.emas if ema.rate == float(rate))
+        ema = next(ema for ema in self._loop.emas if ema.rate == float(rate))
         if not self._restored:
-            main, step = self._checkpoint(), self.resume_step
+            main, step = self._path_continued(), self.resume_step
             path = dist_util.broadcast_object(find_ema_checkpoint(main, step, rate))
             if path:
-                ema.load_state_dict(dist_util.load_state_dict_once(path, self.device))
+                ema.load_state_dict(dist_util.load_state_dict_once(path, self._loop.device))
             else:
                 ema.load_state_dict(self.model.state_dict())
                 self._fresh.append(f"average of rate {ema.rate}")
         return list(ema.weights.values())
 
-    def _checkpoint(self) -> str:
+    def _path_continued(self) -> str:
         return self._continued or find_resume_checkpoint() or self.resume_checkpoint
 
     def _adopt_optimizer(self, path: str) -> bool:
-        saved = dist_util.load_state_dict_once(path, self.device)
+        saved = dist_util.load_state_dict_once(path, self._loop.device)
         try:
             restore_optimizer(self.opt, saved)
         except ValueError:  # guided_diffusion's fp16 training kept all weights in two long vectors
@@ -276,7 +277,7 @@ class TrainLoop(LoopAttributes):
         The one who loops counts it: run_loop, whether ours or overridden; without one, this does.
         """
         if not overridden(self, "_anneal_lr"):
-            set_learning_rate(self.opt, self.settings, self._loop.step)
+            set_learning_rate(self.opt, self._loop.settings, self._loop.step)
         self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
             self._update_ema()
@@ -289,8 +290,8 @@ class TrainLoop(LoopAttributes):
         """Gradients of the mean loss over the global batch, see Gradients."""
         self._loop.note_losses()  # of the step before, if nobody has
         address = self._loop.address()
-        t, losses, weights = self.gradients(batch, cond, address)
-        diagnose = functools.partial(self.gradients.diagnose, batch, cond, t, address)
+        t, losses, weights = self._loop.gradients(batch, cond, address)
+        diagnose = functools.partial(self._loop.gradients.diagnose, batch, cond, t, address)
         self._loop.computed = Computed(t, losses, weights, diagnose)
         looped_by_others = overridden(self, "run_loop") and not self._loop.running
         if looped_by_others or log_loss_dict is not _log_loss_dict:
@@ -299,23 +300,23 @@ class TrainLoop(LoopAttributes):
 
     def _update_ema(self) -> None:
         """The averages follow the weights."""
-        for ema in self.emas:
+        for ema in self._loop.emas:
             ema.update(self.model)
 
     def _anneal_lr(self) -> None:
         """The learning rate at this step."""
-        set_learning_rate(self.opt, self.settings, self._loop.step)
+        set_learning_rate(self.opt, self._loop.settings, self._loop.step)
 
     def log_step(self) -> None:
         """Log the step, and images seen; where our run_loop is under way, its lines have both."""
         if not self._loop.running:
             logger.logkv("step", self.step + self.resume_step)
-            logger.logkv("samples", (self.step + self.resume_step + 1) * self.global_batch)
+            logger.logkv("samples", (self.step + self.resume_step + 1) * self._loop.global_batch)
 
     def save(self) -> None:
         """Write the checkpoint of this step to get_blob_logdir(). A collective."""
         self._loop.schedule_sampler.settle()
-        self.state.save(get_blob_logdir(), self.settings.saving)
+        self._loop.state.save(get_blob_logdir(), self._loop.settings.saving)
         self._loop.saved()
 
 

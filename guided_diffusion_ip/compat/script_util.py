@@ -284,7 +284,7 @@ def create_model(
         attention_resolutions=attention_downsample_rates(image_size, attention_resolutions),
         dropout=dropout,
         channel_mult=mult,
-        num_classes=_labels(class_cond, num_classes),
+        num_classes=_classes(num_classes) if class_cond else None,
         use_checkpoint=use_checkpoint,
         use_fp16=use_fp16,
         num_heads=num_heads,
@@ -325,7 +325,7 @@ def sr_create_model(
         attention_resolutions=attention_downsample_rates(large_size, attention_resolutions),
         dropout=dropout,
         channel_mult=default_channel_mult(large_size, super_resolution=True),
-        num_classes=_labels(class_cond, num_classes),
+        num_classes=_classes(num_classes) if class_cond else None,
         use_checkpoint=use_checkpoint,
         use_fp16=use_fp16,
         num_heads=num_heads,
@@ -353,7 +353,7 @@ def create_classifier(
         image_size=image_size,
         in_channels=3,
         model_channels=classifier_width,
-        out_channels=_labels(True, num_classes),
+        out_channels=_classes(num_classes),
         num_res_blocks=classifier_depth,
         attention_resolutions=attention_downsample_rates(
             image_size, classifier_attention_resolutions
@@ -367,9 +367,7 @@ def create_classifier(
     )
 
 
-def _labels(class_cond: bool, num_classes: int | None) -> int | None:
-    if not class_cond:
-        return None
+def _classes(num_classes: int | None) -> int:
     return NUM_CLASSES if num_classes is None else num_classes
 
 
@@ -443,8 +441,9 @@ def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[st
         for name, off in NEW_FLAGS.items():
             _add_unless_there(parser, f"--{name}", default=off, type=float)
     _add_unless_there(parser, "--num_classes", default=NUM_CLASSES, type=int, action=_SetNumClasses)
-    # An option of that name that the script adds later takes the place of ours.
-    parser.conflict_handler = "resolve"
+    # An option of that name that the script adds later takes the place of ours (a parser adds them
+    # to this group of its own).
+    parser._optionals.conflict_handler = "resolve"
 
 
 def _add_unless_there(parser: argparse.ArgumentParser, option: str, **how: Any) -> None:

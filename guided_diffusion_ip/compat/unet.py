@@ -143,7 +143,7 @@ class QKVAttention(_Attention):
     new_order = True
 
 
-def count_flops_attn(model: nn.Module, _x: Any, y: th.Tensor | Sequence[th.Tensor]) -> None:
+def count_flops_attn(model: Any, _x: Any, y: th.Tensor | Sequence[th.Tensor]) -> None:
     """Add the multiplications of one attention to model.total_ops, for the package thop.
 
     Args:
@@ -192,7 +192,7 @@ class AttentionBlock(_attention.AttentionBlock):
 class _Recipe(_trunk.Recipe):
     """A recipe that makes the blocks of this module, whichever they are at the time."""
 
-    def res_block(self, channels: int, out_channels: int, **resample: bool) -> nn.Module:
+    def res_block(self, channels: int, out_channels: int, **resample: bool) -> ResBlock:
         return ResBlock(
             channels,
             self.emb_channels,
@@ -204,7 +204,7 @@ class _Recipe(_trunk.Recipe):
             **resample,
         )
 
-    def attention(self, channels: int, num_heads: int) -> nn.Module:
+    def attention(self, channels: int, num_heads: int) -> AttentionBlock:
         return AttentionBlock(
             channels,
             use_checkpoint=self.use_checkpoint,
@@ -279,7 +279,8 @@ class UNetModel(_unet.UNetModel, _Trunk):
         self, recipe: _trunk.Recipe, num_res_blocks: int, attention_resolutions: Any, num_heads: int
     ) -> None:
         height, width = self.image_size
-        self.image_size = height if height == width else (height, width)
+        # One number, as existing code expects, where it was one.
+        self.image_size = height if height == width else (height, width)  # type: ignore[assignment]
         self.num_heads_upsample = num_heads
         super()._build_decoder(
             _of_this_module(recipe), num_res_blocks, attention_resolutions, num_heads

@@ -5,6 +5,7 @@ beside a script, and checkpoints that hold more than tensors.
 import argparse
 import datetime
 import importlib
+import inspect
 import os
 import pathlib
 import sys
@@ -66,11 +67,34 @@ def test_a_checkout_in_a_folder_is_the_same_package(name):
     assert scope["it"] is nested
 
 
-@pytest.mark.parametrize("name", compat.OF_IMPROVED)
+@pytest.mark.parametrize("name", sorted(compat.OF_IMPROVED.keys() - {"script_util"}))
 def test_improved_diffusion_is_a_second_name(name):
     assert importlib.import_module(f"improved_diffusion.{name}") is importlib.import_module(
         f"guided_diffusion.{name}"
     )
+
+
+def test_improved_diffusions_factories_have_its_flags_and_defaults():
+    from improved_diffusion import script_util
+
+    flags = script_util.model_and_diffusion_defaults()
+    known = inspect.getfullargspec(script_util.create_model_and_diffusion).args
+    assert set(known) == set(flags) and known[3] == "sigma_small"
+    assert flags["rescale_timesteps"] and flags["rescale_learned_sigmas"]
+    small = {"image_size": 32, "num_channels": 32, "num_res_blocks": 1, "diffusion_steps": 50}
+    model, process = script_util.create_model_and_diffusion(
+        **{**flags, **small, "sigma_small": True}, eps_scaler=1.1
+    )
+    assert process.rescale_timesteps and process.lambdas[0] == 1.1
+    assert process.model_var_type is process.model_var_type.FIXED_SMALL
+    assert process.loss_type is process.loss_type.RESCALED_MSE
+    assert model.num_heads == 4 and model.channel_mult == (1, 2, 2, 2)
+    flags = script_util.sr_model_and_diffusion_defaults()
+    known = inspect.getfullargspec(script_util.sr_create_model_and_diffusion).args
+    assert set(known) == set(flags)
+    small = {"large_size": 32, "small_size": 8, "num_channels": 32, "num_res_blocks": 1}
+    model, _ = script_util.sr_create_model_and_diffusion(**{**flags, **small})
+    assert model.in_channels == 6
 
 
 # ---- other packages ----

@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Mapping
 from types import ModuleType
 
 PACKAGE = "guided_diffusion"
@@ -43,8 +43,11 @@ MODULES = {
     "unet": "guided_diffusion_ip.compat.unet",
 }
 
-# Those whose API in improved_diffusion is the same, or a part of it.
-OF_IMPROVED = tuple(name for name in MODULES if name not in ("fp16_util", "script_util", "unet"))
+# Those whose API in improved_diffusion is the same, or a part of it; and its own script_util.
+OF_IMPROVED = {
+    **{name: home for name, home in MODULES.items() if name not in ("fp16_util", "unet")},
+    "script_util": "guided_diffusion_ip.compat.improved_script_util",
+}
 
 
 def install() -> None:
@@ -71,16 +74,16 @@ def is_ours(file: str | None) -> bool:
     return file is not None and os.path.dirname(os.path.dirname(os.path.abspath(file))) == ON_PATH
 
 
-def register(package: ModuleType, names: Collection[str] = tuple(MODULES)) -> None:
-    """Give a package these of MODULES as its submodules: the very module objects, so that what they
+def register(package: ModuleType, modules: Mapping[str, str] = MODULES) -> None:
+    """Give a package these modules as its submodules: the very module objects, so that what they
     hold exists once.
 
     They are also found in package.package, as in a checkout that is a folder of that name.
     """
     sys.modules[f"{package.__name__}.{package.__name__}"] = package
     setattr(package, package.__name__, package)
-    for name in names:
-        module = importlib.import_module(MODULES[name])
+    for name, home in modules.items():
+        module = importlib.import_module(home)
         for prefix in (package.__name__, f"{package.__name__}.{package.__name__}"):
             sys.modules[f"{prefix}.{name}"] = module
         setattr(package, name, module)

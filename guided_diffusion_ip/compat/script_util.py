@@ -95,7 +95,7 @@ def create_model_and_diffusion(
         TypeError: another flag.
         ValueError: a value that network or process refuse.
     """
-    classes, process = _split("create_model_and_diffusion", new_flags)
+    classes, process = split_new_flags("create_model_and_diffusion", new_flags)
     model = create_model(
         image_size,
         num_channels,
@@ -155,7 +155,7 @@ def sr_create_model_and_diffusion(
     **new_flags: Any,
 ) -> tuple[nn.Module, SpacedDiffusion]:
     """As create_model_and_diffusion, for a super-resolution U-Net."""
-    classes, process = _split("sr_create_model_and_diffusion", new_flags)
+    classes, process = split_new_flags("sr_create_model_and_diffusion", new_flags)
     model = sr_create_model(
         large_size,
         small_size,
@@ -208,7 +208,7 @@ def create_classifier_and_diffusion(
     **new_flags: Any,
 ) -> tuple[nn.Module, SpacedDiffusion]:
     """As create_model_and_diffusion, for a classifier."""
-    classes, process = _split("create_classifier_and_diffusion", new_flags)
+    classes, process = split_new_flags("create_classifier_and_diffusion", new_flags)
     classifier = create_classifier(
         image_size,
         classifier_use_fp16,
@@ -234,7 +234,7 @@ def create_classifier_and_diffusion(
     return classifier, diffusion
 
 
-def _split(name: str, flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_new_flags(name: str, flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(num_classes, those of the process), each only if it changes something: a create_model that
     somebody put in the place of ours takes no more than guided-diffusion's arguments.
     """

@@ -1,5 +1,5 @@
-"""improved_diffusion, provided by guided_diffusion_ip: those of its modules whose API
-guided_diffusion kept.
+"""improved_diffusion, provided by guided_diffusion_ip: its script_util, and those of its
+modules whose API guided_diffusion kept.
 """
 
 import sys

@@ -135,6 +135,8 @@ def start(*words, **env):
 def test_a_changed_package_beside_the_script_is_not_replaced_silently(script, inside):
     repository = script.parent.parent
     package = repository / (inside if inside != "nested" else "guided_diffusion")
+    if inside == "nested":  # a checkout has its own setup.py and scripts
+        place(package, setup="")
     package = place(package / "guided_diffusion", unet="changed = True", extra="more = 1")
     done = start(script)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
@@ -150,6 +152,20 @@ def test_a_changed_package_that_is_installed_is_not_replaced_silently(script, tm
     package = place(tmp_path / "site" / "guided_diffusion", unet="changed = True")
     done = start(script, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path / 'site'}")
     assert done.returncode == 2 and str(package) in done.stderr
+
+
+@pytest.mark.parametrize("changed, words", [(True, []), (True, ["--ours"]), (False, [])])
+def test_a_changed_improved_diffusion_beside_the_script_is_left_to_provide_its_name(
+    script, changed, words
+):
+    script.write_text("import improved_diffusion.losses as it\nprint(it.__name__)")
+    if changed:
+        place(script.parent.parent / "improved_diffusion", losses="changed = True")
+    done = start(*words, script)
+    if changed and not words:  # it is not on the path, as without the runner
+        assert "No module named 'improved_diffusion'" in done.stderr
+    else:
+        assert done.stdout.startswith("guided_diffusion_ip."), done.stderr
 
 
 def test_comments_docstrings_and_layout_are_no_change(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from types import ModuleType
 
 PACKAGE = "guided_diffusion"
+IMPROVED = "improved_diffusion"
 _HERE = os.path.dirname(os.path.abspath(__file__))
 ON_PATH = os.path.join(_HERE, "on_path")
 ON_PATH_LAST = os.path.join(_HERE, "on_path_last")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType, TracebackType
 from typing import NoReturn
 
-from . import ON_PATH, PACKAGE, install, is_ours
+from . import IMPROVED, ON_PATH, ON_PATH_LAST, PACKAGE, install, is_ours
 from .other_package import changed_modules, find_package
 
 REPLACE = "GUIDED_DIFFUSION_IP_REPLACE"
@@ -74,6 +74,9 @@ def _arrange_path(folder: str, replace: bool) -> None:
     # Before a package of that name in the script's own folder.
     sys.path.insert(0 if os.path.isdir(os.path.join(folder, PACKAGE)) else 1, ON_PATH)
     install()
+    improved = find_package(_beside(folder), IMPROVED)
+    if improved is not None and not replace and changed_modules(improved):
+        sys.path.remove(ON_PATH_LAST)  # it is theirs to provide
     if other is not None and _rank() == 0:
         print(
             f"note: {PACKAGE} is provided by guided_diffusion_ip; the one in {other} is not used",
@@ -81,12 +84,15 @@ def _arrange_path(folder: str, replace: bool) -> None:
         )
 
 
-def _other_package(folder: str) -> str | None:
-    """The package in whose place ours comes: beside the script, in one of the two folders above
-    (where a repository has its package), or installed.
-    """
+def _beside(folder: str) -> tuple[str, str, str]:
+    """The script's folder and the two above, where a repository has its package."""
     above = os.path.dirname(folder)
-    beside = find_package((folder, above, os.path.dirname(above)), PACKAGE)
+    return folder, above, os.path.dirname(above)
+
+
+def _other_package(folder: str) -> str | None:
+    """The package in whose place ours comes: beside the script, or installed."""
+    beside = find_package(_beside(folder), PACKAGE)
     if beside is not None:
         return beside
     found = importlib.util.find_spec(PACKAGE)

@@ -22,12 +22,8 @@ from ..networks.unet import attention_downsample_rates, default_channel_mult, pa
 from ..script_util import classifier_defaults, diffusion_defaults, str2bool  # noqa: F401
 from ..settings.yaml_file import nearest
 from . import gaussian_diffusion as gd
+from .respace import SpacedDiffusion, space_timesteps
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
-
-try:
-    from .respace import SpacedDiffusion, space_timesteps
-except ModuleNotFoundError:
-    from ..diffusion.respace import SpacedDiffusion, space_timesteps
 
 # Scripts import it, or set it; what the networks have where num_classes is not given.
 NUM_CLASSES = 1000

@@ -21,12 +21,7 @@ from guided_diffusion_ip import compat, logger, script_util
 API = json.loads((DATA / "published_api.json").read_text())
 SCRIPTS = ROOT / "tests" / "published_style"
 # Not provided: how they work inside is ours, or nobody's scripts call them.
-EXEMPT = {
-    "nn.CheckpointFunction",
-    "unet.QKVAttention",
-    "unet.QKVAttentionLegacy",
-    "unet.count_flops_attn",
-}
+EXEMPT = {"nn.CheckpointFunction"}
 TINY = dict(
     image_size=8,
     num_channels=32,
@@ -132,9 +127,7 @@ def test_functions_that_take_anything_take_every_published_keyword():
         flags = getattr(published_names, defaults)()
         known = set(API["script_util"][factory])
         assert known - set(flags) <= {"channel_mult", "use_new_attention_order", "input_pertub"}
-        assert set(flags) - known == {"num_classes"} | (
-            {"eps_scaler", "eps_scaler_k"} if "model" in factory else set()
-        )
+        assert set(flags) <= known
         getattr(published_names, factory)(
             **{**flags, **{k: v for k, v in small.items() if k in flags}}
         )
@@ -229,7 +222,9 @@ def test_a_script_may_set_num_classes(monkeypatch):
     )
     monkeypatch.setattr(published_names, "NUM_CLASSES", 7)
     assert published_names.create_model_and_diffusion(**flags)[0].num_classes == 7
-    assert published_names.classifier_and_diffusion_defaults()["num_classes"] == 7
+    assert published_names.create_classifier(8, False, 64, 1, "4", True, True, "attention")(
+        torch.zeros(1, 3, 8, 8), torch.zeros(1)
+    ).shape == (1, 7)
 
 
 def test_checkpoints_are_read_without_running_code(tmp_path):

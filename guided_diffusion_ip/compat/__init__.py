@@ -7,9 +7,10 @@
     import guided_diffusion_ip.compat
     guided_diffusion_ip.compat.install()
 
-on_path/ holds the package that `import guided_diffusion` then finds. It is a folder on sys.path,
-rather than an import hook, because processes that Python spawns (data loaders) inherit sys.path and
-nothing else. docs/drop_in.md has the details.
+on_path/ holds the package that `import guided_diffusion` then finds, on_path_last/ the one that
+`import improved_diffusion` finds where there is no other. They are folders on sys.path, rather than
+import hooks, because processes that Python spawns (data loaders) inherit sys.path and nothing else.
+docs/drop_in.md has the details.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 
 PACKAGE = "guided_diffusion"
-ON_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "on_path")
+IMPROVED = "improved_diffusion"
+_HERE = os.path.dirname(os.path.abspath(__file__))
+ON_PATH = os.path.join(_HERE, "on_path")
+ON_PATH_LAST = os.path.join(_HERE, "on_path_last")
 
 # Published module -> ours. Where one published module is several of ours, compat/ has a module that
 # puts them together.
@@ -34,9 +39,15 @@ MODULES = {
     "nn": "guided_diffusion_ip.compat.nn",
     "resample": "guided_diffusion_ip.compat.resample",
     "respace": "guided_diffusion_ip.compat.respace",
-    "script_util": "guided_diffusion_ip.script_util",
+    "script_util": "guided_diffusion_ip.compat.script_util",
     "train_util": "guided_diffusion_ip.compat.train_util",
     "unet": "guided_diffusion_ip.compat.unet",
+}
+
+# Those whose API in improved_diffusion is the same, or a part of it; and its own script_util.
+OF_IMPROVED = {
+    **{name: home for name, home in MODULES.items() if name not in ("fp16_util", "unet")},
+    "script_util": "guided_diffusion_ip.compat.improved_script_util",
 }
 
 
@@ -54,6 +65,8 @@ def install() -> None:
         )
     if ON_PATH not in sys.path:
         sys.path.insert(0, ON_PATH)
+    if ON_PATH_LAST not in sys.path:
+        sys.path.append(ON_PATH_LAST)
     importlib.import_module(PACKAGE)
 
 
@@ -62,11 +75,16 @@ def is_ours(file: str | None) -> bool:
     return file is not None and os.path.dirname(os.path.dirname(os.path.abspath(file))) == ON_PATH
 
 
-def register(package: ModuleType) -> None:
-    """Give a package all of MODULES as its submodules: the very module objects, so that what they
+def register(package: ModuleType, modules: Mapping[str, str] = MODULES) -> None:
+    """Give a package these modules as its submodules: the very module objects, so that what they
     hold exists once.
+
+    They are also found in package.package, as in a checkout that is a folder of that name.
     """
-    for name, home in MODULES.items():
+    sys.modules[f"{package.__name__}.{package.__name__}"] = package
+    setattr(package, package.__name__, package)
+    for name, home in modules.items():
         module = importlib.import_module(home)
-        sys.modules[f"{package.__name__}.{name}"] = module
+        for prefix in (package.__name__, f"{package.__name__}.{package.__name__}"):
+            sys.modules[f"{prefix}.{name}"] = module
         setattr(package, name, module)

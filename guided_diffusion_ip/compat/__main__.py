@@ -1,6 +1,8 @@
 """Run a script that was written for guided_diffusion.
 
-python -m guided_diffusion_ip.compat SCRIPT.py [its arguments]
+python -m guided_diffusion_ip.compat [--ours] SCRIPT.py [its arguments]
+
+--ours (or GUIDED_DIFFUSION_IP_REPLACE=1): also in the place of a changed guided_diffusion package
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ from collections.abc import Callable, Sequence
 from types import ModuleType, TracebackType
 from typing import NoReturn
 
-from . import ON_PATH, PACKAGE, install, is_ours
+from . import IMPROVED, ON_PATH, ON_PATH_LAST, PACKAGE, install, is_ours
+from .other_package import changed_modules, find_package
+
+REPLACE = "GUIDED_DIFFUSION_IP_REPLACE"
 
 
 def main() -> None:
@@ -22,13 +27,16 @@ def main() -> None:
     if words[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return
+    replace = os.environ.get(REPLACE) == "1"
+    if words[:1] == ["--ours"]:
+        replace, words = True, words[1:]
     if not words:
         _refuse(f"no script given. {' '.join(__doc__.split())}")
     script = words[0]
     if not os.path.isfile(script):
         _refuse(f"script {script}: {'it is a folder' if os.path.isdir(script) else 'no such file'}")
     sys.argv = words
-    _arrange_path(os.path.dirname(os.path.abspath(script)))
+    _arrange_path(os.path.dirname(os.path.abspath(script)), replace)
     _tell_num_classes(words)
     sys.excepthook = _traceback_of_the_script(script)
     run(script)
@@ -49,7 +57,7 @@ def _refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _arrange_path(folder: str) -> None:
+def _arrange_path(folder: str, replace: bool) -> None:
     """sys.path as the script expects it: its folder first, then our guided_diffusion, and not the
     current folder.
     """
@@ -60,21 +68,59 @@ def _arrange_path(folder: str) -> None:
     if library not in sys.path:
         sys.path.append(library)
     sys.path.insert(0, folder)
-    other = importlib.util.find_spec(PACKAGE)
-    sys.path.insert(1, ON_PATH)
+    other = _other_package(folder)
+    if other is not None and not replace:
+        _refuse_changed(other)
+    # Before a package of that name in the script's own folder.
+    sys.path.insert(0 if os.path.isdir(os.path.join(folder, PACKAGE)) else 1, ON_PATH)
     install()
-    from .. import logger
-
-    if (
-        other is not None
-        and not is_ours(other.origin)
-        and logger.get_rank_without_mpi_import() == 0
-    ):
+    improved = find_package(_beside(folder), IMPROVED)
+    if improved is not None and not replace and changed_modules(improved):
+        sys.path.remove(ON_PATH_LAST)  # it is theirs to provide
+    if other is not None and _rank() == 0:
         print(
-            f"note: {PACKAGE} is provided by guided_diffusion_ip; the one in "
-            f"{os.path.dirname(other.origin or '') or 'the script folder'} is not used",
+            f"note: {PACKAGE} is provided by guided_diffusion_ip; the one in {other} is not used",
             file=sys.stderr,
         )
+
+
+def _beside(folder: str) -> tuple[str, str, str]:
+    """The script's folder and the two above, where a repository has its package."""
+    above = os.path.dirname(folder)
+    return folder, above, os.path.dirname(above)
+
+
+def _other_package(folder: str) -> str | None:
+    """The package in whose place ours comes: beside the script, or installed."""
+    beside = find_package(_beside(folder), PACKAGE)
+    if beside is not None:
+        return beside
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or is_ours(found.origin):
+        return None
+    if found.origin is not None:
+        return os.path.dirname(found.origin)
+    places = found.submodule_search_locations or ()  # a folder without __init__.py
+    return find_package(map(os.path.dirname, places), PACKAGE)
+
+
+def _refuse_changed(other: str) -> None:
+    changed = changed_modules(other)
+    if not changed:
+        return
+    if _rank() != 0:
+        sys.exit(2)
+    _refuse(
+        f"{other} is a changed {PACKAGE} ({', '.join(changed)}), and guided_diffusion_ip would "
+        "take its place without these changes: if you want that, put --ours before the script or "
+        f"set {REPLACE}=1"
+    )
+
+
+def _rank() -> int:
+    from .. import logger
+
+    return logger.get_rank_without_mpi_import()
 
 
 def _tell_num_classes(words: Sequence[str]) -> None:
@@ -82,7 +128,7 @@ def _tell_num_classes(words: Sequence[str]) -> None:
     values = [word.partition("=")[2] for word in words if word.startswith("--num_classes=")]
     values += [after for word, after in itertools.pairwise(words) if word == "--num_classes"]
     if values and values[-1].isdigit():
-        from .. import script_util
+        from . import script_util
 
         script_util.NUM_CLASSES = int(values[-1])
 

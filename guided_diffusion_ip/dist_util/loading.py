@@ -83,7 +83,9 @@ def _explain(name: str, error: Exception) -> str:
     if refused := re.search(r"(?:GLOBAL|class) ([\w.]+)", text):
         return (
             f"checkpoint {name}: refused, it holds {refused[1]} besides tensors, and reading "
-            f"that could run code; save its state_dict alone with torch.save and load that"
+            "that could run code; save its state_dict alone with torch.save and load that, or let "
+            f"python -m guided_diffusion_ip.compat.checkpoints {name} OUT.pt do it, which knows "
+            "argparse.Namespace and the like"
         )
     # PyTorch explains weights_only at length first; the reason follows "error:".
     reason = (text.partition("WeightsUnpickler error:")[2] or text).strip()

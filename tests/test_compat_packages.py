@@ -17,6 +17,7 @@ from launch import ROOT, run
 
 from guided_diffusion_ip import compat
 from guided_diffusion_ip.compat import checkpoints, other_package
+from guided_diffusion_ip.compat import dist_util as compat_dist_util
 from guided_diffusion_ip.dist_util import load_state_dict
 
 
@@ -237,6 +238,14 @@ def test_records_are_restored_where_that_is_asked_for(records):
     assert content["extra"].when.year == 2022
     with pytest.raises(ValueError, match="refused"):
         load_state_dict(records)  # asked for once, not from here on
+
+
+def test_scripts_on_ours_read_records_but_no_code(records, tmp_path, capsys):
+    assert compat_dist_util.load_state_dict(records, map_location="cpu")["args"].lr == 1e-4
+    torch.save({"a": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="refused"):
+        compat_dist_util.load_state_dict(tmp_path / "evil.pt", weights_only=False)
+    assert "code has run" not in capsys.readouterr().out
 
 
 def test_what_could_run_code_is_refused_there_too(tmp_path, capsys):

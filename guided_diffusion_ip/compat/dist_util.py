@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import dist_util
 from ..dist_util import cleanup, dev, setup_dist, sync_params
+from .checkpoints import plain_classes_allowed
 
 __all__ = [
     "GPUS_PER_NODE",
@@ -34,11 +35,12 @@ def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> Any:
     Always with weights_only=True: a checkpoint cannot run code, whatever the script asks for.
 
     Raises:
-        ValueError: the file is missing, damaged or no checkpoint, or holds more than tensors and
-            plain containers.
+        ValueError: the file is missing, damaged or no checkpoint, or holds more than tensors, plain
+            containers and records such as argparse.Namespace (`checkpoints`).
         TypeError: an option other than map_location, weights_only, mmap and pickle_module.
     """
     # torch.load's, of which our reader needs none.
     for name in ("weights_only", "mmap", "pickle_module"):
         kwargs.pop(name, None)
-    return dist_util.load_state_dict(path, **kwargs)
+    with plain_classes_allowed():
+        return dist_util.load_state_dict(path, **kwargs)

@@ -137,5 +137,6 @@ def atomic_file(path: str | os.PathLike, flush: bool = True) -> Iterator[IO[byte
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.remove(temporary)
+        with contextlib.suppress(OSError):  # what went wrong first is what counts
+            os.remove(temporary)
         raise

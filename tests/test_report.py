@@ -17,8 +17,11 @@ import yaml
 from PIL import Image
 
 from guided_diffusion_ip.exposure_bias.plots import Curve, Panel, Picture, drawn, measure_pictures
-from guided_diffusion_ip.studies.report import write_report
-from guided_diffusion_ip.studies.report_data import collect, read_curves, short_labels
+from guided_diffusion_ip.settings.config import from_values, parse
+from guided_diffusion_ip.settings.flag import Role
+from guided_diffusion_ip.settings.flags import SECTIONS
+from guided_diffusion_ip.studies.report import run_commands, write_report
+from guided_diffusion_ip.studies.report_data import Samples, collect, read_curves, short_labels
 
 pytest.importorskip("matplotlib")
 EVIL = "<script>alert(1)</script><img src=http://evil.example/x.png onerror=alert(2)>\"'&$x^{"
@@ -424,3 +427,24 @@ def test_wrong_arguments_are_one_line(arguments, words, capsys, monkeypatch):
     assert (
         end.value.code == 2 and len(err) == 1 and err[0].startswith("error: ") and words in err[0]
     )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"use_ddim": True, "eta": 0.5, "timestep_respacing": "20", "seed": 3},
+        {"solver": "time_shift", "time_shift_window": 30, "timestep_respacing": "10"},
+        {"solver": "heun", "edm_steps": 9, "S_churn": 4.0, "rho": 5.0, "num_samples": 7},
+        {"dynamic_threshold": 0.995, "clip_denoised": False, "eps_scaler": [1.0, 1.01]},
+    ],
+)
+def test_the_command_of_samples_makes_them_again(given, tmp_path):
+    """Every flag that decides images is in it, however many there will be."""
+    values = from_values("image_sample", {"model_path": "ema.pt", **given}).values
+    decisive = {flag.name for flag in SECTIONS["sample"] if flag.role is Role.IMAGES}
+    settings = {name: value for name, value in values.items() if name in decisive}
+    settings["sampler"] = settings.pop("solver")
+    samples = Samples(str(tmp_path), {"model_path": "ema.pt", **settings}, None, "")
+    (words,) = run_commands(samples)
+    again = parse("image_sample", "", words[1:]).values
+    assert {name: again[name] for name in decisive} == {name: values[name] for name in decisive}

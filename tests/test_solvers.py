@@ -16,7 +16,7 @@ from guided_diffusion_ip.diffusion import (
 )
 from guided_diffusion_ip.diffusion.epsilon_scaling import UNSCALED, EpsilonScaling
 from guided_diffusion_ip.diffusion.solvers import SOLVERS, Solver
-from guided_diffusion_ip.diffusion.solvers.paths import AlongProcess
+from guided_diffusion_ip.diffusion.solvers.paths import AlongProcess, Step
 from guided_diffusion_ip.diffusion.solvers.sigma_path import AlongSigma, SigmaGrid
 from guided_diffusion_ip.runs.sample_batch import Sampler
 
@@ -139,11 +139,8 @@ def test_a_solver_of_ones_own(monkeypatch):
 
     def step(path, x, here, there, previous, randn_like):
         p = path.predict(x, here)
-        return type(previous or steps[0])(p.x_start, there, p)
+        return Step(p.x_start, there, p)
 
-    from guided_diffusion_ip.diffusion.solvers.paths import Step
-
-    steps = [Step(None, None, None)]
     monkeypatch.setitem(SOLVERS, "jump", Solver("jump", "Jump", "either", step))
     for along in (AlongProcess(process("3"), clip_denoised=False), along_sigma(3)):
         sampler = Sampler(along, SHAPE, solver="jump")

@@ -37,11 +37,11 @@ def test_time_shift_without_a_window_is_ddim_and_with_one_tells_each_image_its_o
     plain, path = chain("ddim")
     told.clear()
     still, _ = chain("time_shift", time_shift_window=0)
-    assert told == [[int(path.original_t[i])] * 3 for i in range(9, -1, -1)]
+    assert told == [[int(path.original(torch.tensor(i)))] * 3 for i in range(9, -1, -1)]
     torch.testing.assert_close(still[-1].x, plain[-1].x, rtol=1e-4, atol=1e-5)
     told.clear()
     chain("time_shift", time_shift_window=80, time_shift_cutoff=300)
-    meant = [int(path.original_t[i]) for i in range(9, -1, -1)]
+    meant = [int(path.original(torch.tensor(i))) for i in range(9, -1, -1)]
     assert any(len(set(ts)) > 1 for ts in told)  # images differ
     for ts, t in zip(told, meant):
         assert all(abs(one - t) <= 40 for one in ts) and (t > 300 or set(ts) == {t})

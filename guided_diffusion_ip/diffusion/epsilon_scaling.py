@@ -68,10 +68,6 @@ class EpsilonScaling:
             )
         return values
 
-    @property
-    def is_off(self) -> bool:
-        return self.k == 0 and bool(np.all(np.asarray(self.b) == 1))
-
     def __str__(self) -> str:
         """1.017, 1.017 + 0.001 t, or 0.98 to 1.01, one per step."""
         b = (

@@ -34,7 +34,7 @@ from ..files import atomic_file
 from ..runs.folder import complete, resumable
 from ..runs.sample_batch import Sampler
 from ..runs.shards import left_when_listed
-from .measures import Figures, Measure, Sums, figures_of, observe, walks_of
+from .measures import Measure, Sums, figures_of, observe, walks_of
 from .walks import Batch
 
 ImagesFor = Callable[[Sequence[int]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -236,11 +236,3 @@ def spread_over(total: int, wanted: int) -> list[int]:
     some of each.
     """
     return [k * total // wanted for k in range(wanted)]
-
-
-def as_arrays(figures: dict[str, Any]) -> Figures:
-    """One measure of measures.json back as arrays; null becomes NaN."""
-    return {
-        key: np.array(value, dtype=np.float64) if isinstance(value, list) else value
-        for key, value in figures.items()
-    }

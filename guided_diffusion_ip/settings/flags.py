@@ -119,26 +119,14 @@ class Script:
 
 _SIGMA = names("sample", solvers="sigma")
 _OWN_NETWORK = ("framework", "network_args")
+# A classifier has a section of its own; of a model's it shares what images and classes are, and
+# learn_sigma, which belongs to the process too.
+_OF_BOTH = ("image_size", "in_channels", "num_classes", "learn_sigma")
 _NOT_FOR_CLASSIFIERS = (
-    *_OWN_NETWORK,
+    *(name for name in names("model") if name not in _OF_BOTH),
     "lr_warmup_steps",
     "grad_clip",
     "compile",
-    "num_channels",
-    "num_res_blocks",
-    "channel_mult",
-    "num_heads",
-    "num_head_channels",
-    "num_heads_upsample",
-    "attention_resolutions",
-    "dropout",
-    "class_cond",
-    "null_class",
-    "use_scale_shift_norm",
-    "resblock_updown",
-    "use_new_attention_order",
-    "use_checkpoint",
-    "use_fp16",
     "class_dropout",
     *(flag.name for flag in LOSS_WEIGHTING),
 )

@@ -15,7 +15,7 @@ from typing import Any
 from .. import files
 from .config import Config
 from .flags import DESCRIBING, SCRIPTS
-from .solver import goes_along_sigma, sampler_kind, sampling_precision
+from .solver import flags_of_solver, sampler_kind, sampling_precision
 
 
 def of_file(name: str, path: str) -> dict[str, str]:
@@ -40,8 +40,7 @@ def deciding_values(cfg: Config) -> dict[str, Any]:
         values["use_fp16"] = cfg.use_fp16
     if kind not in ("", "ddpm", "ddim"):
         values["sampler"] = kind
-        own = "sigma" if goes_along_sigma(cfg) else kind
-        values |= {flag.name: cfg.values[flag.name] for flag in deciding if flag.solvers == own}
+        values |= flags_of_solver(cfg)
     for flag in deciding:
         if flag.quiet and cfg.values[flag.name] != flag.default:
             values[flag.name] = cfg.values[flag.name]

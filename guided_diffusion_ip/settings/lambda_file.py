@@ -105,9 +105,9 @@ def check_origin(path: str | os.PathLike, sampler: str, wanted: Mapping[str, Any
             f"{path} was calibrated for DDIM with --eta {made_for['eta']}, and --eta "
             f"{wanted['eta']:g} is asked for: {again}"
         )
-    if {"diffusion_steps", "timestep_respacing"} <= set(made_for) and _timesteps(
-        made_for
-    ) != _timesteps(wanted):
+    along_process = "edm_steps" not in wanted
+    known = {"diffusion_steps", "timestep_respacing"} <= set(made_for)
+    if along_process and known and _timesteps(made_for) != _timesteps(wanted):
         was, asked = (
             made_for["timestep_respacing"] or "of all steps",
             wanted["timestep_respacing"] or "all",

@@ -7,7 +7,7 @@ import warnings
 from .. import files
 from .config import Config
 from .lambda_file import check_origin, read_schedule
-from .solver import goes_along_sigma, number_of_steps, sampler_kind
+from .solver import flags_of_solver, goes_along_sigma, number_of_steps, sampler_kind
 
 
 def settle_lambda(cfg: Config) -> Config:
@@ -39,6 +39,7 @@ def settle_lambda(cfg: Config) -> Config:
                 else "",
                 "clip_denoised": cfg.clip_denoised,
                 "guidance_scale": cfg.guidance_scale,
+                **flags_of_solver(cfg),
             },
         ):
             warnings.warn(note)

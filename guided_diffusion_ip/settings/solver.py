@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..diffusion.respace import space_timesteps
 from ..diffusion.solvers import SOLVERS
 from ..runs.sampler_text import sampler_text as describe_sampler
 from .config import Config
+from .flags import SECTIONS
 
 
 def goes_along_sigma(cfg: Config) -> bool:
@@ -56,6 +59,13 @@ def sampler_kind(cfg: Config) -> str:
             f"none: use --solver {' or '.join(along('sigma', 'either'))}"
         )
     return kind
+
+
+def flags_of_solver(cfg: Config) -> dict[str, Any]:
+    """The flags that only solvers of this kind read, and their values."""
+    own = "sigma" if goes_along_sigma(cfg) else sampler_kind(cfg)
+    names = (flag.name for flag in SECTIONS["sample"] if flag.solvers == own)
+    return {name: cfg.values[name] for name in names if name in cfg.values}
 
 
 def sampling_precision(cfg: Config) -> str:

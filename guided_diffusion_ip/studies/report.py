@@ -19,6 +19,8 @@ from jinja2 import Environment, FileSystemLoader
 from ..exposure_bias.plots import Picture, drawn, is_number, measure_pictures, save_picture
 from ..files import atomic_file
 from ..runs.sampler_text import sampler_text, steps_along_sigma
+from ..settings.flag import Role
+from ..settings.flags import SECTIONS
 from .report_curves import lambda_pictures, loss_pictures, metric_pictures
 from .report_data import (
     KINDS,
@@ -34,21 +36,6 @@ from .report_data import (
 from .sweep_table import TITLES, Table, best, headings, make_table, note, sampler_title
 
 _MOST_GRIDS = 48
-_SAMPLE_FLAGS = (
-    "num_samples",
-    "seed",
-    "sampler",
-    "edm_steps",
-    "S_churn",
-    "use_ddim",
-    "eta",
-    "timestep_respacing",
-    "clip_denoised",
-    "eps_scaler",
-    "eps_scaler_k",
-    "class_ids",
-    "guidance_scale",
-)
 _COMPARABLE = (
     "Only values from the same features, reference and number of images compare; FID is a Frechet "
     "distance of Inception's features, of others it is just a Frechet distance."
@@ -323,10 +310,13 @@ def _sample_commands(run: Samples) -> list[list[str]]:
     model_path = checkpoint_near(run.path, str(settings["model_path"]))
     words = ["scripts/image_sample.py", "--model_path", model_path]
     along_sigma = steps_along_sigma(settings)
-    refused = ("timestep_respacing",) if along_sigma else ("edm_steps", "S_churn")
-    for name in _SAMPLE_FLAGS:
+    for flag in SECTIONS["sample"]:
+        name = "sampler" if flag.name == "solver" else flag.name  # as settings.yaml has it
         value = settings.get(name)
-        if name in refused:
+        unfit = "sigma" if not along_sigma else ""
+        if flag.role is not Role.IMAGES or flag.solvers and flag.solvers == unfit:
+            continue
+        if flag.solvers and value == flag.default or along_sigma and name == "timestep_respacing":
             continue
         if value not in (None, "", False) or name == "clip_denoised" and value is False:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)

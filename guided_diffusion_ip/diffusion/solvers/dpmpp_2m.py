@@ -23,27 +23,29 @@ def step(
     there: LevelT,
     previous: Step[LevelT] | None,
     randn_like: RandnLike,
+    limit: float = 1.0,
 ) -> Step[LevelT]:
     """x [N, C, H, W] at level `there`; deterministic, one network call.
 
     With lambda = ln(alpha / sigma) (the half log-SNR, not epsilon scaling's), h the step in it and
     h' the one before, x_0_hat is extrapolated to
-        D = x_0_hat + min(h / h', 1) / 2 (x_0_hat - x_0_hat'),
+        D = x_0_hat + min(h / h', limit) / 2 (x_0_hat - x_0_hat'),
         x <- (sigma_next / sigma) x - alpha_next (exp(-h) - 1) D.
-    The first step, and the last one to sigma = 0, take x_0_hat itself.
+    The first step, and the last one to sigma = 0, take x_0_hat itself. limit = inf is the formula
+    of the paper.
     """
     p = path.predict(x, here)
     alpha, sigma, alpha_next, sigma_next = (
-        value.double().to(x.device) for value in (here.alpha, here.sigma, there.alpha, there.sigma)
+        value.double() for value in (here.alpha, here.sigma, there.alpha, there.sigma)
     )
     data = p.x_start
     if previous is not None:
         before = previous.prediction
-        start = _half_log_snr(before.level).to(x.device)
+        start = _half_log_snr(before.level)
         now = torch.log(alpha / sigma)
         h_before, h = now - start, torch.log(alpha_next / sigma_next) - now
         # h is infinite at sigma_next = 0, where nothing may be extrapolated.
-        share = torch.where(torch.isfinite(h), (h / h_before).clamp(max=1) / 2, 0.0)
+        share = torch.where(torch.isfinite(h), (h / h_before).clamp(max=limit) / 2, 0.0)
         data = data + share.to(x.dtype) * (data - before.x_start)
     kept = sigma_next / sigma  # alpha_next exp(-h) = alpha kept
     return Step(kept.to(x.dtype) * x + (alpha_next - alpha * kept).to(x.dtype) * data, there, p)

@@ -212,11 +212,15 @@ class ProcessPath:
         """The same network on all steps of the process that this one is a subset of."""
         return replace(self, process=self.process.whole())
 
+    def original(self, t: Tensor) -> Tensor:
+        """The steps of `whole` that the steps t of this path are, int64 [N]; -1 stays."""
+        if self._steps.device != t.device:  # once per path: no transfer in a step
+            self.__dict__["_steps"] = self._steps.to(t.device)
+        return torch.where(t < 0, t, self._steps[t.clamp(min=0)])
+
     @cached_property
-    def original_t(self) -> Tensor:
-        """The step of `whole` that each step of this path is, int64 [num_steps]."""
-        steps = getattr(self.process, "timestep_map", range(self.num_steps))
-        return torch.tensor(list(steps))
+    def _steps(self) -> Tensor:
+        return torch.tensor(list(getattr(self.process, "timestep_map", range(self.num_steps))))
 
     def start(self, noise: Tensor) -> Tensor:
         """x at the noisiest level from standard normal noise [N, C, H, W]."""

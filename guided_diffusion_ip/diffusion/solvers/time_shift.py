@@ -34,10 +34,9 @@ def step(
             meant. time_shift_cutoff: up to this original step nothing is shifted.
     """
     whole = path.whole
-    steps = path.original_t.to(x.device)
     if previous is None:
-        here = whole.at(steps[here.t], x)
-    meant = torch.where(there.t >= 0, steps[there.t.clamp(min=0)], there.t)
+        here = whole.at(path.original(here.t), x)
+    meant = path.original(there.t)
     p = whole.predict(x, here)
     target = whole.at(meant, x)
     x = target.alpha * p.x_start + target.sigma * p.epsilon

@@ -1,34 +1,34 @@
-"""Find lambda(t) of epsilon scaling for a checkpoint, a sampler and a number of steps, without
-samples and without FID.
+"""Find lambda(t) of epsilon scaling for a checkpoint, a sampler and a number of steps, without FID.
 
     python scripts/calibrate_eps.py --model_path runs/NAME/ema_0.9999_100000.pt --data_dir DIR \\
         --num_images 1000 --timestep_respacing 20 --out eps20.yaml
     python scripts/image_sample.py --model_path ... --timestep_respacing 20 \\
         --eps_schedule eps20.yaml
 
-Step by step from the noisy end, lambda(t) is chosen such that the norm of epsilon at t - 1 (or,
---by variance, the variance of x_{t-1}) is in the chain what it is on training inputs. The YAML also
-has a constant b and a line k t + b fitted to it; `use:` in it says which of them samplers take.
-What is found makes up for the sampler's own discretisation error too: it belongs to this sampler
-and this number of steps (docs/exposure_bias.md). Chains are kept in memory, shared over processes.
+The same chains are drawn with several lambdas; the lowest point of the distance between finished
+and real images is the answer, if it pays on chains with other noise too, and lambda = 1 otherwise.
+--by chooses the distance, or another rule; --form lets lambda depend on t. The YAML says what was
+found, its errors, what it is worth and what it cost; a picture of the curve lies beside it. What is
+found makes up for the sampler's own errors too: it belongs to this sampler and this number of steps
+(docs/exposure_bias.md). Processes share the chains; the same command again continues an interrupted
+search.
 """
 
+import hashlib
+import json
 import os
-
-import numpy as np
+from typing import Any
 
 from guided_diffusion_ip import dist_util, files
-from guided_diffusion_ip.exposure_bias.calibrate import (
-    BRACKET,
-    CLIPPED,
-    EDGE,
-    NOISE,
-    SOLVED,
-    Calibration,
-    calibrate,
-    describe,
-)
-from guided_diffusion_ip.settings.config import command, parse
+from guided_diffusion_ip.exposure_bias import plots
+from guided_diffusion_ip.exposure_bias.calibrate import RULES, calibrate
+from guided_diffusion_ip.exposure_bias.calibration_picture import picture
+from guided_diffusion_ip.exposure_bias.chains import TrialStore, in_space, pixels
+from guided_diffusion_ip.exposure_bias.common_noise import CommonNoise
+from guided_diffusion_ip.exposure_bias.greedy import StepByStep
+from guided_diffusion_ip.features.spaces import open_features
+from guided_diffusion_ip.runs.sample_batch import Sampler
+from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.settings.lambda_file import write_schedule
 from guided_diffusion_ip.settings.make_sampler import make_sampler
 from guided_diffusion_ip.settings.measuring import open_real_images, what_decides
@@ -38,18 +38,69 @@ from guided_diffusion_ip.sizes import parse_size
 
 COMMENT = (
     "lambda(t) for --eps_schedule, from scripts/calibrate_eps.py. Index 0 = last, clean step. "
-    "`use`: lambda, b, or kb.\nIt contains the discretisation error of this sampler at this number "
-    "of steps: calibrate again for another."
+    "`use`: lambda, b, or kb.\nIt makes up for errors of this sampler at this number of steps: "
+    "calibrate again for another."
 )
 
 
 def main() -> None:
     cfg = complete_settings(parse("calibrate_eps", __doc__))
+    refuse_options_of_other_rules(cfg)
+    if cfg.plots and "form" in RULES[cfg.by].options:
+        plots.require_matplotlib()
     dist_util.setup_dist()
     model, diffusion = load_model_and_diffusion(cfg)
     size = parse_size(cfg.image_size)
     sampler, real = make_sampler(cfg, diffusion, size), open_real_images(cfg, size)
     kind = sampler.solver + "".join(f"{value:g}" for value in sampler.options.values())
+    out = place_of_result(cfg, sampler, kind)
+    settings = {"by": cfg.by, **what_decides(cfg, real)}
+    for note in cfg.notes_on_origin():
+        dist_util.say(note)
+    dist_util.say(
+        f"images: {len(real)} spread over {real.text}\n"
+        f"calibrating {kind} at {sampler.num_steps} steps with {cfg.model_path}, by {cfg.by}: "
+        f"{RULES[cfg.by].worth}"
+    )
+    options = options_of_rule(cfg, out, settings)
+    found = calibrate(
+        sampler, model, real, len(real), cfg.batch_size, dist_util.dev(), cfg.by, **options
+    )
+    dist_util.say(found.table())
+    if isinstance(found, StepByStep):
+        for warning in found.check():
+            dist_util.say(warning)
+    if dist_util.is_main():
+        write_schedule(out, {**found.content(), "settings": settings}, COMMENT)
+        print(f"schedule: {out}", flush=True)
+        if cfg.plots and isinstance(found, CommonNoise):
+            folder, name = os.path.split(os.path.splitext(out)[0])
+            for path in plots.save_picture(picture(found, name), folder):
+                print(f"picture: {path}", flush=True)
+    if "store" in options:
+        options["store"].remove()
+    dist_util.cleanup()
+
+
+def refuse_options_of_other_rules(cfg: Config) -> None:
+    """Raises ValueError where a flag was given that this rule does not read."""
+    for name in ("num_chains", "form", "groups", "features"):
+        if cfg.on_command_line(name) and name not in RULES[cfg.by].options:
+            owners = [rule for rule, entry in RULES.items() if name in entry.options]
+            raise ValueError(
+                f"--{name} {cfg.values[name]} means nothing for --by {cfg.by}: it is for "
+                f"{', '.join(owners)}; leave it out"
+            )
+    if cfg.on_command_line("groups") and cfg.form != "groups":
+        raise ValueError(f"--groups {cfg.groups} is for --form groups: add that, or leave it out")
+
+
+def place_of_result(cfg: Config, sampler: Sampler, kind: str) -> str:
+    """The YAML to write.
+
+    Raises:
+        ValueError: a folder, or a place that is not on this machine.
+    """
     out = cfg.out or os.path.join(
         files.folder_beside(cfg.model_path), f"eps_schedule-{kind}-{sampler.num_steps}.yaml"
     )
@@ -57,59 +108,31 @@ def main() -> None:
         raise ValueError(
             f"--out {out}: give the name of a file of this machine, such as eps_schedule.yaml"
         )
-    settings = {"by": cfg.by, **what_decides(cfg, real)}
-    for note in cfg.notes_on_origin():
-        dist_util.say(note)
-    dist_util.say(
-        f"images: {len(real)} spread over {real.text}\n"
-        f"calibrating {kind} at {sampler.num_steps} steps with {cfg.model_path}, by {cfg.by}"
-    )
-    found = calibrate(sampler, model, real, len(real), cfg.batch_size, dist_util.dev(), cfg.by)
-    dist_util.say(table(found))
-    require_some_solved(found, out)
-    if dist_util.is_main():
-        write_schedule(out, describe(found, settings), COMMENT)
-        print(f"schedule: {out}", flush=True)
-    dist_util.cleanup()
+    return out
 
 
-def require_some_solved(found: Calibration, out: str) -> None:
-    """Warn of lambdas that are but the bracket's end.
-
-    Raises:
-        ValueError: the target was met at no step.
-    """
-    tried = len(found.how) - 1  # the last step is never looked at
-    edge, noise, clipped = (found.how.count(how) for how in (EDGE, NOISE, CLIPPED))
-    low, high = BRACKET
-    if SOLVED not in found.how:
-        raise ValueError(
-            f"nothing was solved, and {out} is not written: of {tried} steps {edge} need a lambda "
-            f"outside of {low} to {high}, {noise} show no response above the noise (more "
-            f"--num_images help) and at {clipped} x_0_hat is clipped; is it the checkpoint's own "
-            "data, and enough steps?"
+def options_of_rule(cfg: Config, out: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the rule, from the flags."""
+    features = pixels
+    if "features" in RULES[cfg.by].options and cfg.features != "pixels":
+        features = in_space(
+            open_features(
+                cfg.features,
+                device=dist_util.dev(),
+                inception_weights=cfg.inception_weights,
+                log=dist_util.say,
+            )
         )
-    if edge:
-        dist_util.say(
-            f"warning: {edge} of {tried} lambdas are at the edge of {low} to {high}, where they do "
-            "not meet the target: the chain's norm (or variance) is off by more than lambda can "
-            "make up for; compare FIDs before using them"
-        )
-
-
-def table(found: Calibration) -> str:
-    """A line per step, noisy end first, and the fits."""
-    lines = ["   t    lambda     error  how"]
-    for t in range(len(found.lambdas) - 1, -1, -1):
-        error = f"{found.error[t]:.4f}" if np.isfinite(found.error[t]) else "-"
-        lines.append(f"{t:4d}  {found.lambdas[t]:.5f}  {error:>8}  {found.how[t]}")
-    fit = found.fit()
-    return "\n".join(
-        [
-            *lines,
-            f"uniform b = {fit['b']:.5f}; line k = {fit['line_k']:.6f}, b = {fit['line_b']:.5f}",
-        ]
-    )
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    every = {
+        "num_chains": cfg.num_chains,
+        "form": cfg.form,
+        "groups": cfg.groups,
+        "features": features,
+        "features_name": os.path.basename(cfg.features),
+        "store": TrialStore(f"{out}.trials-{key[:8]}"),
+    }
+    return {name: value for name, value in every.items() if name in RULES[cfg.by].options}
 
 
 if __name__ == "__main__":

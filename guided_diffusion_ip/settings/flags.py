@@ -117,6 +117,13 @@ class Script:
         ]
 
 
+def calibration_rules() -> tuple[str, ...]:
+    """The rules of calibrate_eps."""
+    from ..exposure_bias.calibrate import RULES  # only when it is asked for
+
+    return tuple(RULES)
+
+
 _SIGMA = names("sample", solvers="sigma")
 _OWN_NETWORK = ("framework", "network_args")
 # A classifier has a section of its own; of a model's it shares what images and classes are, and
@@ -339,11 +346,50 @@ SCRIPTS = {
             *MEASURED_IMAGES,
             Flag(
                 "by",
-                "norm",
+                "energy",
                 Role.IMAGES,
-                "what lambda(t) has to bring back to its value on training inputs: the norm of "
-                "epsilon, or the variance of x_t",
-                choices=("norm", "variance"),
+                "rule: energy or kid (distance of finished images to real ones, by common noise), "
+                "final_variance (cheap), or a diagnostic: norm, variance, quotient",
+                choices=calibration_rules,
+            ),
+            Flag(
+                "num_chains",
+                0,
+                Role.IMAGES,
+                "chains of each trial, of energy, kid and final_variance; 0: as many as real "
+                "images",
+                least=0,
+                quiet=True,
+            ),
+            Flag(
+                "form",
+                "b",
+                Role.IMAGES,
+                "of energy and kid: b, a constant; kb, lambda(t) = k t + b; groups, a constant for "
+                "each of --groups stretches of the chain",
+                choices=("b", "kb", "groups"),
+                quiet=True,
+            ),
+            Flag("groups", 3, Role.IMAGES, "stretches of --form groups", least=2, quiet=True),
+            Flag(
+                "features",
+                "pixels",
+                Role.IMAGES,
+                "of energy and kid: pixels, or a feature space (--features of evaluator.py)",
+                quiet=True,
+            ),
+            Flag(
+                "inception_weights",
+                "",
+                Role.INPUT,
+                "Inception's weights, for --features inception; see evaluations/README.md",
+            ),
+            Flag(
+                "plots",
+                True,
+                Role.TELLING,
+                "of energy and kid: also draw the curve, beside the YAML (needs matplotlib: pip "
+                "install -e '.[plots]')",
             ),
             Flag(
                 "out",

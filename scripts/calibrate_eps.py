@@ -68,7 +68,7 @@ def main() -> None:
     )
     dist_util.say(found.table())
     if isinstance(found, StepByStep):
-        for warning in found.check():
+        for warning in found.check(out):
             dist_util.say(warning)
     if dist_util.is_main():
         write_schedule(out, {**found.content(), "settings": settings}, COMMENT)

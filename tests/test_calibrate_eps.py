@@ -1,5 +1,5 @@
-"""Calibration of lambda(t): recovered where the answer is known; and the YAML between calibration
-and samplers.
+"""lambda(t) step by step: recovered where the answer is known; and the YAML between calibration and
+samplers. By common noise: test_common_noise.py.
 """
 
 import launch
@@ -10,17 +10,16 @@ import yaml
 from test_closed_forms import S, eps_slope
 
 from guided_diffusion_ip import dist_util
-from guided_diffusion_ip.exposure_bias.calibrate import (
+from guided_diffusion_ip.exposure_bias.greedy import (
     CLIPPED,
     EDGE,
     LAST,
     NOISE,
     SOLVED,
     STATISTICS,
-    Calibration,
-    calibrate,
-    describe,
+    StepByStep,
 )
+from guided_diffusion_ip.exposure_bias.greedy import step_by_step as calibrate
 from guided_diffusion_ip.runs.sample_batch import process_sampler
 from guided_diffusion_ip.script_util import create_gaussian_diffusion
 from guided_diffusion_ip.settings.lambda_file import read_schedule, write_schedule
@@ -256,18 +255,15 @@ def test_bad_calibrations_are_refused(n, by, text):
 def lambdas_by_both():
     process = exact_chain(5)
     return [
-        describe(
-            calibrate(
-                process_sampler(process, (1, 16, 16), clip_denoised=False),
-                network(process),
-                images_for(16),
-                101,
-                30,
-                CPU,
-                by,
-            ),
-            {},
-        )["lambda"]
+        calibrate(
+            process_sampler(process, (1, 16, 16), clip_denoised=False),
+            network(process),
+            images_for(16),
+            101,
+            30,
+            CPU,
+            by,
+        ).content()["lambda"]
         for by in ("norm", "variance")
     ]
 
@@ -301,7 +297,7 @@ def test_two_processes_find_what_one_finds():
 
 def test_what_calibration_writes_is_read(tmp_path):
     nan = np.nan
-    found = Calibration(
+    found = StepByStep(
         np.array([1.01, 1.01, 1.02, 1.03]),
         np.array([nan, 0.01, 0.01, 0.01]),
         np.full(4, nan),
@@ -310,7 +306,7 @@ def test_what_calibration_writes_is_read(tmp_path):
         [LAST, SOLVED, SOLVED, EDGE],
     )
     path = tmp_path / "eps.yaml"
-    write_schedule(path, describe(found, {"seed": 0}), "two\nlines")
+    write_schedule(path, {**found.content(), "settings": {"seed": 0}}, "two\nlines")
     assert path.read_text().startswith("# two\n# lines\nsteps: 4\n")
     assert read_schedule(path, 4) == ([1.01, 1.01, 1.02, 1.03], 0.0)
     assert found.fit() == {

@@ -3,7 +3,6 @@ user runs them.
 """
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from test_likelihood import TINY
 from test_scripts import flags, one_line, run
 
 from guided_diffusion_ip.data.image_set import open_image_set
-from guided_diffusion_ip.exposure_bias.calibrate import EDGE, LAST, SOLVED, Calibration
+from guided_diffusion_ip.exposure_bias.greedy import EDGE, LAST, SOLVED, StepByStep
 from guided_diffusion_ip.exposure_bias.measure_run import MeasureRun, spread_over
 from guided_diffusion_ip.exposure_bias.measures import NAMES, create_measures
 from guided_diffusion_ip.features.spaces import PixelSpace
@@ -387,12 +386,10 @@ def test_a_calibration_that_solves_nothing_writes_no_schedule(
         ([LAST, EDGE, SOLVED, SOLVED], "warning: 1 of 3 lambdas are at"),
     ],
 )
-def test_lambdas_at_the_edge_are_counted(how, said, capsys):
-    script = runpy.run_path(str(ROOT / "scripts" / "calibrate_eps.py"))
+def test_lambdas_at_the_edge_are_counted(how, said):
     numbers = [np.ones(len(how)) for _ in range(5)]
-    script["require_some_solved"](Calibration(*numbers, how), "eps.yaml")
-    printed = capsys.readouterr().out
-    assert printed.startswith(said) and bool(printed) == bool(said)
+    warnings = StepByStep(*numbers, how).check("eps.yaml")
+    assert len(warnings) == bool(said) and "".join(warnings).startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -476,7 +473,11 @@ def settle(checkpoint, schedule, *more):
         ("exposure_bias", dict(features="typo"), "no features called 'typo'"),
         ("exposure_bias", dict(eps_schedule="none.yaml"), "there is no such file"),
         ("image_sample", dict(eps_schedule="none.yaml", eps_scaler=1.01), "give one of them"),
-        ("calibrate_eps", dict(by="fid"), "expected one of norm, variance"),
+        ("calibrate_eps", dict(by="fid"), "expected one of energy, kid, final_variance, norm"),
+        ("calibrate_eps", dict(by="norm", num_chains=9), "--num_chains 9 means nothing for --by"),
+        ("calibrate_eps", dict(by="norm", form="kb"), "it is for energy, kid; leave it out"),
+        ("calibrate_eps", dict(groups=4), "--groups 4 is for --form groups"),
+        ("calibrate_eps", dict(features="typo"), "no features called 'typo'"),
         ("calibrate_eps", dict(out="."), "give the name of a file"),
         ("calibrate_eps", dict(eps_scaler=1.01), "unknown argument --eps_scaler"),
     ],

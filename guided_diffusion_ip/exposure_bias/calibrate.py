@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,30 +67,20 @@ _GREEDY = (
 )
 
 
-def _by_kernel(name: str) -> Callable[..., Calibrated]:
-    def find(*args: Any, **options: Any) -> Calibrated:
-        return by_common_noise(*args, name, **options)
-
-    return find
-
-
-def _by_greed(name: str) -> Callable[..., Calibrated]:
-    def find(*args: Any, **options: Any) -> Calibrated:
-        return step_by_step(*args, name, **options)
-
-    return find
-
-
 RULES = {
     **{
-        name: Rule(_by_kernel(name), f"{kernel.title} of finished images to real ones", _SEARCH)
+        name: Rule(
+            partial(by_common_noise, distance=name),
+            f"{kernel.title} of finished images to real ones",
+            _SEARCH,
+        )
         for name, kernel in KERNELS.items()
     },
     "final_variance": Rule(
         by_final_variance, "cheap: tells the sign, sees nothing but the variance", ("num_chains",)
     ),
-    "norm": Rule(_by_greed("norm"), _GREEDY, ("bracket",)),
-    "variance": Rule(_by_greed("variance"), _GREEDY, ("bracket",)),
+    "norm": Rule(partial(step_by_step, by="norm"), _GREEDY, ("bracket",)),
+    "variance": Rule(partial(step_by_step, by="variance"), _GREEDY, ("bracket",)),
     "quotient": Rule(
         by_quotient, "a diagnostic, not for sampling: the right sign in theory, and far too small"
     ),

@@ -99,24 +99,21 @@ class _Moments:
     def __init__(self, groups: int) -> None:
         self.groups = groups
         self.counts = np.zeros(groups)
-        self.first: np.ndarray | None = None
-        self.second: np.ndarray | None = None
+        self.first: np.ndarray = np.zeros((groups, 1))
+        self.second: np.ndarray = np.zeros((groups, 1))
 
     def add(self, places: list[int], rows: Tensor) -> None:
         """Rows [n, D] of the images numbered so."""
         rows = rows.double()
         group = torch.from_numpy(group_of(np.array(places), self.groups)).to(rows.device)
-        for name, values in (("first", rows), ("second", rows.square())):
-            sums = torch.zeros(self.groups, rows.shape[1], dtype=torch.float64, device=rows.device)
-            sums = sums.index_add_(0, group, values).cpu().numpy()
-            so_far = getattr(self, name)
-            setattr(self, name, sums if so_far is None else so_far + sums)
+        self.first = self.first + _by_group(rows, group, self.groups)
+        self.second = self.second + _by_group(rows.square(), group, self.groups)
         self.counts += np.bincount(group.cpu().numpy(), minlength=self.groups)
 
     def variances(self) -> np.ndarray:
         """Of all, and without each group, [1 + G]; a collective."""
         counts, first, second = (
-            sum(dist_util.all_gather_objects(part))
+            np.sum(dist_util.all_gather_objects(part), axis=0)
             for part in (self.counts, self.first, self.second)
         )
         return np.array(
@@ -126,6 +123,12 @@ class _Moments:
                 for g in range(self.groups)
             ]
         )
+
+
+def _by_group(rows: Tensor, group: Tensor, groups: int) -> np.ndarray:
+    """The sum of the rows [n, D] of each group, [G, D]."""
+    sums = torch.zeros(groups, rows.shape[1], dtype=torch.float64, device=rows.device)
+    return sums.index_add_(0, group, rows).cpu().numpy()
 
 
 def _mean_variance(counts: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:

@@ -85,8 +85,8 @@ class StepByStep:
         k, line_b = np.polyfit(t, lam, 1, w=np.sqrt(weight))
         return {"b": b, "line_k": float(k), "line_b": float(line_b)}
 
-    def check(self) -> list[str]:
-        """Warnings about lambdas that are but the bracket's end.
+    def check(self, out: str) -> list[str]:
+        """Warnings about lambdas that are but the bracket's end; `out` would hold them.
 
         Raises:
             ValueError: the target was met at no step.
@@ -96,7 +96,7 @@ class StepByStep:
         low, high = BRACKET
         if SOLVED not in self.how:
             raise ValueError(
-                f"nothing was solved, and nothing is written: of {tried} steps {edge} need a "
+                f"nothing was solved, and {out} is not written: of {tried} steps {edge} need a "
                 f"lambda outside of {low} to {high}, {noise} show no response above the noise "
                 f"(more --num_images help) and at {clipped} x_0_hat is clipped; is it the "
                 "checkpoint's own data, and enough steps?"

@@ -16,7 +16,9 @@ import torch
 from .inception_space import InceptionSpace
 from .onnx_space import OnnxSpace
 from .pixels import PixelSpace
+from .random_network import RandomNetworkSpace
 from .space import Features, FeatureSpace
+from .wavelets import WaveletSpace
 
 __all__ = ["SPACES", "Features", "FeatureSpace", "PixelSpace", "SpaceSettings", "open_features"]
 
@@ -59,6 +61,8 @@ SPACES: dict[str, SpaceEntry] = {
         PRECISIONS,
     ),
     "pixels": SpaceEntry(lambda s: PixelSpace()),
+    "wavelets": SpaceEntry(lambda s: WaveletSpace()),
+    "random": SpaceEntry(lambda s: RandomNetworkSpace(s.device)),
     ".onnx": SpaceEntry(lambda s: OnnxSpace(s.spec, s.device)),
 }
 

@@ -8,7 +8,8 @@ safetensors file.
         --config configs/cifar10.yaml
     python scripts/convert_checkpoint.py cifar10.safetensors cifar10
 
-Weights in half precision become float32. The network that the config describes is built, and must
+Weights in half precision become float32, unless --half True asks for a safetensors file of half
+the size. The network that the config describes is built, and must
 take the weights, before anything is written. See docs/checkpoints.md.
 """
 
@@ -68,15 +69,16 @@ def main() -> None:
     paths = choose_paths(found, cfg)
     numbers = sorted({str(value.dtype).removeprefix("torch.") for value in found.state.values()})
     network, script = build(found, cfg.source)
-    found.state = {name: as_float32(found.state[name]) for name in network.state_dict()}
+    number = torch.float16 if cfg.half else torch.float32
+    found.state = {name: as_number(found.state[name], number) for name in network.state_dict()}
     print(
         f"{cfg.source}: {found.what}, {script_util.parameter_count(network):,} parameters, "
         f"{' and '.join(numbers)}"
     )
     write(found, paths)
     print(
-        f"{' and '.join(paths)}: float32; written, read again, and taken by the network that the "
-        "config describes"
+        f"{' and '.join(paths)}: {'float16, rounded' if cfg.half else 'float32'}; written, read "
+        "again, and taken by the network that the config describes"
     )
     flag, more = SCRIPTS_OF[script]
     print(f"next: python scripts/{script}.py {flag} {paths[-1]}{more}")
@@ -184,6 +186,8 @@ def choose_paths(found: Found, cfg: Config) -> list[str]:
             f"{cfg.source} is {found.what} already: give a name that ends in .safetensors instead "
             f"of {cfg.out}, to make it one file with its config"
         )
+    if found.file and cfg.half:
+        raise ValueError("--half True is for NAME.safetensors: a .pt is kept in float32")
     paths = (
         [os.path.join(cfg.out, name) for name in ("config.yaml", found.file)]
         if found.file
@@ -237,9 +241,9 @@ def settings(script: str, content: dict[str, dict[str, Any]], path: str) -> Conf
     return Config(script, {**defaults, **values_from_yaml(content, sections, path, spec.without)})
 
 
-def as_float32(value: Tensor) -> Tensor:
-    """Numbers with a fraction as float32, others as they are."""
-    return value.float() if value.is_floating_point() else value
+def as_number(value: Tensor, number: torch.dtype) -> Tensor:
+    """Numbers with a fraction in the format `number`, others as they are."""
+    return value.to(number) if value.is_floating_point() else value
 
 
 def write(found: Found, paths: list[str]) -> None:

@@ -479,3 +479,18 @@ def test_classifiers_and_super_resolution_find_their_scripts(tmp_path, convert_h
         assert (
             f"next: python scripts/{want} {tmp_path}/{name}.safetensors" in capsys.readouterr().out
         )
+
+
+def test_half_precision_halves_the_file_and_rounds_once(tmp_path, convert_here):
+    source, model = adm_folder(tmp_path)
+    convert_here(source, tmp_path / "whole.safetensors")
+    convert_here(source, tmp_path / "half.safetensors", "--half", "True")
+    whole, half = ((tmp_path / f"{name}.safetensors").stat().st_size for name in ("whole", "half"))
+    assert half < 0.6 * whole
+    convert_here(tmp_path / "half.safetensors", tmp_path / "back")
+    back = torch.load(tmp_path / "back" / "half.pt", weights_only=True)
+    for name, value in model.state_dict().items():
+        expected = value.half().float() if value.is_floating_point() else value
+        assert torch.equal(back[name], expected)
+    with pytest.raises(ValueError, match="--half True is for NAME.safetensors"):
+        convert_here(tmp_path / "half.safetensors", tmp_path / "b", "--half", "True")

@@ -222,6 +222,12 @@ SCRIPTS = {
                 "of a DDIM checkpoint, if it does not attend at 16 pixels",
                 size_or_none,
             ),
+            Flag(
+                "half",
+                False,
+                Role.IMAGES,
+                "of NAME.safetensors: round the weights to half precision, for half the size",
+            ),
             Flag("overwrite", False, Role.PLACE, "replace files that are there"),
         ),
         positional=("source", "out"),

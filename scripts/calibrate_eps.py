@@ -91,6 +91,10 @@ def refuse_options_of_other_rules(cfg: Config) -> None:
                 f"--{name} {cfg.values[name]} means nothing for --by {cfg.by}: it is for "
                 f"{', '.join(owners)}; leave it out"
             )
+    if cfg.feature_size and cfg.features == "pixels":
+        raise ValueError(
+            f"--feature_size {cfg.feature_size} is for --features other than pixels: leave it out"
+        )
     if cfg.on_command_line("groups") and cfg.form != "groups":
         raise ValueError(f"--groups {cfg.groups} is for --form groups: add that, or leave it out")
 
@@ -121,7 +125,8 @@ def options_of_rule(cfg: Config, out: str, settings: dict[str, Any]) -> dict[str
                 device=dist_util.dev(),
                 inception_weights=cfg.inception_weights,
                 log=dist_util.say,
-            )
+            ),
+            parse_size(cfg.feature_size) if cfg.feature_size else None,
         )
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     every = {

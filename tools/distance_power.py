@@ -90,7 +90,9 @@ def main() -> None:
     for spec in spaces:
         features: ImageFeatures = pixels
         if spec != "pixels":
-            features = in_space(open_features(spec, device=device, log=lambda line: None))
+            size = parse_size(cfg.feature_size) if cfg.feature_size else None
+            space = open_features(spec, device=device, log=lambda line: None)
+            features = in_space(space, size if spec.endswith(".onnx") else None)
         rows = features(images.rows.view(shape), True)
         rows_of = [{b: features(x, sampler.rounded) for b, x in part.items()} for part in drawn]
         for name, kernel in KERNELS.items():

@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 
 from .. import dist_util
 from ..data.image_io import to_uint8
+from ..data.image_set import ImageSet
+from ..data.image_source import ArraySource
 from ..diffusion.epsilon_scaling import EpsilonScaling
 from ..diffusion.process import Network
 from ..features.space import FeatureSpace
@@ -32,11 +34,20 @@ def pixels(images: Tensor, rounded: bool = False) -> Tensor:
     return images.flatten(1).float()
 
 
-def in_space(space: FeatureSpace) -> ImageFeatures:
-    """The vectors that a feature space makes of finished pixels."""
+def in_space(space: FeatureSpace, size: tuple[int, int] | None = None) -> ImageFeatures:
+    """The vectors that a feature space makes of finished pixels.
+
+    Args:
+        size: (height, width) to which images are scaled first, as training would; None: as they
+            are.
+    """
 
     def features(images: Tensor, rounded: bool = False) -> Tensor:
-        return space(to_uint8(images, rounded)).pool.float()
+        made = to_uint8(images, rounded)
+        if size is None:
+            return space(made).pool.float()
+        whole = ImageSet(ArraySource(made.cpu().numpy()), size, made.shape[3])
+        return space(whole.rows(0, len(made))).pool.float().to(images.device)
 
     return features
 

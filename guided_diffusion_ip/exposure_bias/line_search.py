@@ -78,8 +78,8 @@ def minimise(
 
 
 def _outward(best: float, points: dict[float, Replicates], step: float, end: float) -> float:
-    """Where to look beyond the last place, which is the best: at the lowest point of the parabola
-    through the nearest three if that is not too far, else as far again as the places reach.
+    """Where to look if the last place is the best: at the lowest point of the parabola through the
+    nearest three if that is not too far, else as far again as the places reach.
     """
     side = -1 if best == min(points) else 1
     nearest = sorted(points, key=lambda place: abs(place - best))[:3]
@@ -87,6 +87,8 @@ def _outward(best: float, points: dict[float, Replicates], step: float, end: flo
     place = float(vertex((a, b, c), points)[0][0])
     reach = max(points) - min(points)
     ahead = side * (place - best)
+    if min(abs(place - other) for other in points) >= step / 4 and ahead < 0:
+        return place  # between places that there are
     if not ahead <= reach:  # too far, or NaN: no parabola with a lowest point
         ahead = reach
     place = best + side * max(ahead, step)

@@ -385,6 +385,14 @@ SCRIPTS = {
                 quiet=True,
             ),
             Flag(
+                "feature_size",
+                "",
+                Role.IMAGES,
+                "scale images to this size before --features; default: as they are",
+                size_or_none,
+                quiet=True,
+            ),
+            Flag(
                 "inception_weights",
                 "",
                 Role.INPUT,

@@ -6,6 +6,7 @@ import os
 
 from ..evaluation.evaluate import EvaluationRequest, parse_metrics
 from ..evaluation.opening import FeatureChoice
+from ..evaluation.paired import ComparisonRequest
 from ..evaluation.reference import has_statistics
 from ..evaluation.reference_file import ReferenceRequest
 from ..sizes import parse_size
@@ -55,6 +56,24 @@ def reference_request(cfg: Config) -> ReferenceRequest:
         cfg.out,
         _features(cfg),
         keep_images=cfg.keep_images,
+        batch_size=cfg.batch_size,
+        image_size=_image_size(cfg),
+        device=cfg.device,
+    )
+
+
+def comparison_request(cfg: Config) -> ComparisonRequest:
+    """What compare.py was asked for.
+
+    Raises:
+        ValueError: an argument is missing.
+    """
+    if not cfg.ref or not cfg.baseline or not cfg.samples:
+        raise ValueError("three arguments are needed: compare.py REF A.npz B.npz (see --help)")
+    return ComparisonRequest(
+        cfg.ref,
+        (cfg.baseline, cfg.samples),
+        _features(cfg),
         batch_size=cfg.batch_size,
         image_size=_image_size(cfg),
         device=cfg.device,

@@ -146,6 +146,16 @@ SCRIPTS = {
     "image_sample": Script(("model", "edm", "diffusion", "sample")),
     "image_nll": Script(("model", "diffusion"), LIKELIHOOD),
     "evaluator": Script(("evaluate",), positional=("ref", "samples")),
+    "compare": Script(
+        (),
+        (
+            Flag("ref", "", Role.INPUT, "reference, as for evaluator.py"),
+            Flag("baseline", "", Role.INPUT, "samples A, as for evaluator.py"),
+            Flag("samples", "", Role.INPUT, "samples B, drawn with the noise of A"),
+            *FEATURES,
+        ),
+        positional=("ref", "baseline", "samples"),
+    ),
     "make_reference": Script(
         (),
         (
@@ -156,7 +166,7 @@ SCRIPTS = {
                 "keep_images",
                 0,
                 Role.IMAGES,
-                "also store the first so many images as arr_0, for precision and recall; -1: all",
+                "store so many images, spread evenly, as arr_0, for precision and recall; -1: all",
                 least=-1,
             ),
         ),

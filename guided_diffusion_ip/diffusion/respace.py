@@ -22,14 +22,18 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         section_counts: "N": N steps spread evenly from first to last; "a,b,c" (or a sequence): the
             range is cut in equal sections with a, b, c evenly spread steps in them, the noisy end
             last; "ddimN": every i-th step from 0 (Song et al. 2021), i being the smallest stride
-            that leaves N of them (T/N where N divides T).
+            that leaves N of them (T/N where N divides T). Any of them, or nothing for all steps,
+            with "@t" behind it: out of the steps 0 to t, so that chains start there.
 
     Raises:
         ValueError: not of these forms, more steps than there are, or ddimN where no stride leaves
             N.
     """
     if isinstance(section_counts, str):
-        text = section_counts.strip()
+        text, at, start = section_counts.strip().partition("@")
+        if at:
+            num_timesteps = _first_steps(start, num_timesteps, section_counts)
+            text = text or str(num_timesteps)
         if text.startswith("ddim"):
             return _every_sth(num_timesteps, _count(text[len("ddim") :], text))
         section_counts = [_count(part, text) for part in text.split(",")]
@@ -55,11 +59,22 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     return kept
 
 
+def _first_steps(start: str, num_timesteps: int, whole: str) -> int:
+    """How many steps there are up to `start`."""
+    if not start.strip().isdigit() or not 1 <= int(start) < num_timesteps:
+        raise ValueError(
+            f"timestep_respacing {whole!r} starts at {start or 'nothing'}: chains can start at a "
+            f"step from 1 to {num_timesteps - 1}, such as 10@{num_timesteps * 96 // 100}"
+        )
+    return int(start) + 1
+
+
 def _count(text: str, whole: str) -> int:
     if not text.strip().isdigit():
         raise ValueError(
             f"timestep_respacing {whole!r} is not understood: use a number (100), "
-            "numbers per section (10,15,20), or ddim and a number (ddim25)"
+            "numbers per section (10,15,20), ddim and a number (ddim25), or one of these with the "
+            "step to start at (10@960)"
         )
     return int(text)
 

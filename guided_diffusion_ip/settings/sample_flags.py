@@ -8,7 +8,10 @@ from ..diffusion.solvers import SOLVERS
 from .flag import Flag, Role, eps_scaler
 
 RESPACING = Flag(
-    "timestep_respacing", "", Role.IMAGES, "fewer sampling steps: N, a,b,c or ddimN; empty: all T"
+    "timestep_respacing",
+    "",
+    Role.IMAGES,
+    "fewer sampling steps: N, a,b,c or ddimN; empty: all T; N@t: from step t on",
 )
 
 # Of solvers that step along noise levels sigma, for EDM's models and for any other.
@@ -85,6 +88,16 @@ SAMPLE = (
     Flag("use_ddim", False, Role.IMAGES, "DDIM instead of DDPM"),
     Flag("eta", 0.0, Role.IMAGES, "DDIM's noise: 0 deterministic, 1 that of DDPM", least=0),
     RESPACING,
+    Flag(
+        "t_start",
+        0,
+        Role.IMAGES,
+        "start chains at this step of the process, rather than at the last one, where a cosine "
+        "schedule leaves nothing of the image; 0: at the last one, as published. The same as @t in "
+        "--timestep_respacing",
+        least=0,
+        quiet=True,
+    ),
     Flag("clip_denoised", True, Role.IMAGES, "clamp the predicted x_0 to [-1, 1] at each step"),
     Flag(
         "eps_scaler",

@@ -24,8 +24,9 @@ def along(*kinds: str) -> list[str]:
 
 
 def settle_sampler(cfg: Config) -> Config:
-    """`cfg` with --solver and --use_ddim, two ways to say it, in agreement, and with clip_denoised
-    settled; what is on the command line wins over a config file.
+    """`cfg` with --solver and --use_ddim, two ways to say it, in agreement, with clip_denoised
+    settled, and with --t_start as part of the respacing; what is on the command line wins over a
+    config file.
 
     Raises:
         ValueError: they contradict each other.
@@ -42,7 +43,31 @@ def settle_sampler(cfg: Config) -> Config:
     settled = {"solver": solver, "use_ddim": solver == "ddim"}
     if cfg.values.get("framework") == "edm" and "clip_denoised" not in cfg.given:
         settled["clip_denoised"] = False  # EDM does not clip; settings.yaml tells what was done
-    return cfg.with_values(**settled)
+    return _settle_start(cfg.with_values(**settled))
+
+
+def _settle_start(cfg: Config) -> Config:
+    """--t_start N as `timestep_respacing: ...@N`.
+
+    Raises:
+        ValueError: there are no such steps, or the respacing says where to start already.
+    """
+    start = cfg.values.get("t_start", 0)
+    if not start:
+        return cfg
+    if goes_along_sigma(cfg):
+        raise ValueError(
+            f"--t_start {start} is a step of a process, and {SOLVERS[sampler_kind(cfg)].title} "
+            "goes along noise levels: --sigma_max says where it starts"
+        )
+    if "@" in cfg.timestep_respacing:
+        raise ValueError(
+            f"--timestep_respacing {cfg.timestep_respacing} says already where chains start: leave "
+            f"--t_start {start} out"
+        )
+    respacing = f"{cfg.timestep_respacing}@{start}"
+    space_timesteps(cfg.diffusion_steps, respacing)  # complains
+    return cfg.with_values(timestep_respacing=respacing, t_start=0)
 
 
 def sampler_kind(cfg: Config) -> str:

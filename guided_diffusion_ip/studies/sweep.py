@@ -88,8 +88,9 @@ _SET_BY_EVALUATE = {
 
 
 def _steps(value: Any) -> str:
-    """a number of steps, or a respacing such as ddim50 or 10,10,20"""
-    if isinstance(value, bool) or not re.fullmatch(r"(ddim)?[1-9]\d*|\d+(,\d+)+", str(value)):
+    """a number of steps, or a respacing such as ddim50, 10,10,20 or 10@960"""
+    form = r"((ddim)?[1-9]\d*|\d+(,\d+)+)(@[1-9]\d*)?"
+    if isinstance(value, bool) or not re.fullmatch(form, str(value)):
         raise ValueError
     return str(value)
 

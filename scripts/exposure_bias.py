@@ -5,11 +5,11 @@ inputs do not.
         --num_images 500 --timestep_respacing 20 --batch_size 100
     mpiexec -n 4 python scripts/exposure_bias.py ...    (or torchrun --nproc_per_node 4 ...)
 
-Five measures (docs/exposure_bias.md): norm, delta, variance, prediction, accumulation; --measures
-takes some of them. The sampler is that of image_sample, with its flags. Results go to --out_dir:
-measures.json, measures.npz, and a picture of each measure as PNG and SVG. They depend on --seed,
-but for rounding not on batch size or number of processes. The same command again continues an
-interrupted run.
+The measures (docs/exposure_bias.md): norm, delta, variance, prediction, accumulation,
+discretisation; --measures takes some of them. The sampler is that of image_sample, with its flags.
+Results go to --out_dir: measures.json, measures.npz, and a picture of each measure as PNG and SVG.
+They depend on --seed, but for rounding not on batch size or number of processes. The same command
+again continues an interrupted run.
 """
 
 import os
@@ -17,10 +17,13 @@ from typing import Any
 
 from guided_diffusion_ip import dist_util, files
 from guided_diffusion_ip.exposure_bias import plots
+from guided_diffusion_ip.exposure_bias.discretisation import Discretisation
 from guided_diffusion_ip.exposure_bias.measure_run import MeasureRun
 from guided_diffusion_ip.exposure_bias.measures import Accumulation, create_measures
 from guided_diffusion_ip.features.spaces import open_features
+from guided_diffusion_ip.runs.sample_batch import Sampler
 from guided_diffusion_ip.settings.config import Config, command, parse
+from guided_diffusion_ip.settings.flag import items
 from guided_diffusion_ip.settings.make_sampler import make_sampler
 from guided_diffusion_ip.settings.measuring import (
     open_real_images,
@@ -42,7 +45,7 @@ def main() -> None:
     model, diffusion = load_model_and_diffusion(cfg)
     size = parse_size(cfg.image_size)
     sampler, real = make_sampler(cfg, diffusion, size), open_real_images(cfg, size)
-    measures = asked_for(cfg, sampler.num_steps)
+    measures = asked_for(cfg, sampler)
     settings = what_decides(
         cfg,
         real,
@@ -75,9 +78,17 @@ def main() -> None:
     dist_util.cleanup()
 
 
-def asked_for(cfg: Config, steps: int) -> list[Any]:
-    """The measures that --measures names."""
-    names = [name.strip() for name in cfg.measures.split(",") if name.strip()]
+def asked_for(cfg: Config, sampler: Sampler) -> list[Any]:
+    """The measures that --measures names; by default, those that this sampler allows."""
+    names, steps = items(cfg.measures), sampler.num_steps
+    if Discretisation.name in names:
+        try:
+            sampler.finer()
+        except ValueError as error:
+            if "measures" in cfg.given:
+                raise
+            dist_util.say(f"note: {Discretisation.name} is left out: {error}")
+            names.remove(Discretisation.name)
     lengths, space = (), None
     if Accumulation.name in names:
         quarters = sorted({max(1, round(steps * share)) for share in (0.25, 0.5, 0.75, 1)})
@@ -105,6 +116,13 @@ def tell(content: dict[str, Any]) -> None:
                 f"{ratio[t]:.4f} +- {error[t]:.4f} at t = {t}"
                 for t in sorted({0, 1, last // 2, last} & set(range(last + 1)))
             )
+        )
+    if "discretisation" in found:
+        rows, t = found["discretisation"], min(1, last)
+        print(
+            f"discretisation: at t = {t} the ratio {rows['ratio'][t]:.4f} becomes "
+            f"{rows['extrapolated'][t]:.4f} +- {rows['extrapolated_error'][t]:.4f} without the "
+            "sampler's finite steps"
         )
     if "delta" in found:
         t = min(1, last)

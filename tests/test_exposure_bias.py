@@ -20,6 +20,7 @@ from guided_diffusion_ip.exposure_bias.walks import CHAIN, Batch, Walk, noised, 
 from guided_diffusion_ip.features.spaces import PixelSpace
 from guided_diffusion_ip.noise import Stream, normal
 from guided_diffusion_ip.runs.sample_batch import Sampler, process_sampler
+from guided_diffusion_ip.script_util import create_gaussian_diffusion
 
 T, N, SIDE = 25, 400, 16
 NUMBERS = N * SIDE**2  # 102,400: a variance has a standard error of 0.44 %, a norm of 0.22 %
@@ -370,3 +371,65 @@ def test_measures_along_noise_levels(solver, order, c):
     np.testing.assert_allclose(norms, c * sigma / np.sqrt(S**2 + sigma**2), rtol=0.01)
     repaired = measured(steps, lam=c)[1]["variance"]["final"]
     assert repaired == pytest.approx(real, rel=0.02 if order == 2 else 0.2)
+
+
+# ---- discretisation ----
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.03])
+def test_the_extrapolation_removes_what_finite_steps_contribute_and_nothing_else(factor):
+    """An exact network has no exposure bias; one whose epsilon is too large keeps its own."""
+    side, found = 64, {}
+    for steps in (10, 20, 160):
+        process = create_gaussian_diffusion(steps=1000, timestep_respacing=str(steps))
+        whole = torch.from_numpy(process.whole().alphas_cumprod).float()
+
+        def model(x, t, whole=whole):
+            ab = whole[t].view(-1, 1, 1, 1)
+            return factor * (1 - ab).sqrt() * x / (ab * S**2 + 1 - ab)
+
+        how = process_sampler(process, (1, side, side), solver="ddim", clip_denoised=False)
+        images = S * torch.randn(100, 1, side, side, generator=torch.Generator().manual_seed(1))
+        found[steps] = measure(["discretisation"], how, model, [Batch(range(100), images, {})])[
+            "discretisation"
+        ]
+    coarse, places = found[10], np.arange(1, 8) / 9
+    truth = np.interp(places, np.arange(160) / 159, found[160]["ratio"])  # at the same levels
+    raw, left = coarse["ratio"][1:8] - truth, coarse["extrapolated"][1:8] - truth
+    assert np.abs(left).max() < 0.4 * np.abs(raw).max()
+    assert np.abs(truth - 1).max() < 0.01 if factor == 1 else np.abs(truth - 1).max() > 0.03
+    assert (coarse["extrapolated_error"] > 0).all() and coarse["share"].shape == (10,)
+
+
+def test_a_finer_sampler_has_the_levels_of_the_coarse_one():
+    process = create_gaussian_diffusion(steps=1000, timestep_respacing="10", eps_scaler=1.02)
+    coarse = process_sampler(process, (1, 4, 4), solver="ddim")
+    fine = coarse.finer()
+    assert fine.num_steps == 19
+    assert fine.along.process.timestep_map[::2] == process.timestep_map
+    np.testing.assert_allclose(fine.along.process.lambdas, 1.02)
+    with pytest.raises(ValueError, match="leave no room for one more between"):
+        process_sampler(
+            create_gaussian_diffusion(steps=50, timestep_respacing="50"), (1, 4, 4)
+        ).finer()
+
+
+@pytest.mark.parametrize("discretization", ["edm", "vp", "ve"])
+def test_finer_noise_levels_contain_the_coarse_ones(discretization):
+    grid = SigmaGrid(6, discretization=discretization)
+    along = AlongSigma(lambda network, kwargs: NoSigma(), grid)
+    levels = [one.bind(None, {}).sigmas for one in (along, along.finer())]
+    np.testing.assert_allclose(levels[1][::2], levels[0], rtol=1e-12)
+    iddpm = AlongSigma(lambda n, k: NoSigma(), SigmaGrid(6, discretization="iddpm"))
+    with pytest.raises(ValueError, match="iDDPM's noise levels"):
+        iddpm.finer()
+
+
+class NoSigma:
+    """What a path asks of a denoiser before it is called."""
+
+    sigma_min, sigma_max = 0.0, float("inf")
+
+    @staticmethod
+    def round_sigma(sigma):
+        return sigma

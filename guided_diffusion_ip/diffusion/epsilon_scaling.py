@@ -68,6 +68,14 @@ class EpsilonScaling:
             )
         return values
 
+    def finer(self, num_steps: int) -> EpsilonScaling:
+        """For 2 num_steps - 1 steps: step 2 t has lambda(t), those in between have the mean of their
+        neighbours.
+        """
+        places = np.arange(2 * num_steps - 1) / 2
+        lambdas = np.interp(places, np.arange(num_steps), self.lambdas(num_steps))
+        return EpsilonScaling.of(lambdas)
+
     def __str__(self) -> str:
         """1.017, 1.017 + 0.001 t, or 0.98 to 1.01, one per step."""
         b = (

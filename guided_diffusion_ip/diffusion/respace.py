@@ -30,9 +30,9 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
             N.
     """
     if isinstance(section_counts, str):
-        text, at, start = section_counts.strip().partition("@")
+        text, at, first = section_counts.strip().partition("@")
         if at:
-            num_timesteps = _first_steps(start, num_timesteps, section_counts)
+            num_timesteps = _first_steps(first, num_timesteps, section_counts)
             text = text or str(num_timesteps)
         if text.startswith("ddim"):
             return _every_sth(num_timesteps, _count(text[len("ddim") :], text))
@@ -125,13 +125,32 @@ class SpacedDiffusion(GaussianDiffusion):
         all_steps = np.arange(self.original_num_steps)
         distance = np.abs(np.asarray(self.timestep_map)[:, None] - all_steps)
         lambdas = self.lambdas[distance.argmin(axis=0)]
-        options = {
+        other = SpacedDiffusion(all_steps.tolist(), **self._original_without_scaling())
+        return other.with_scaling(EpsilonScaling.of(lambdas))
+
+    def finer(self) -> SpacedDiffusion:
+        """The process with a step more between any two of this one's: step t here is step 2 t
+        there, and lambda in between is the mean of its neighbours'.
+
+        Raises:
+            ValueError: there is no original timestep between two of them.
+        """
+        kept = self.timestep_map
+        between = [(a + b) // 2 for a, b in zip(kept, kept[1:])]
+        if any(middle in (a, b) for middle, a, b in zip(between, kept, kept[1:])):
+            raise ValueError(
+                f"{len(kept)} of {self.original_num_steps} steps leave no room for one more "
+                "between each two: take fewer (--timestep_respacing)"
+            )
+        other = SpacedDiffusion({*kept, *between}, **self._original_without_scaling())
+        return other.with_scaling(EpsilonScaling.of(self.lambdas).finer(self.num_timesteps))
+
+    def _original_without_scaling(self) -> dict[str, Any]:
+        return {
             name: value
             for name, value in self._original.items()
             if name not in ("eps_scaler", "eps_scaler_k")
         }
-        other = SpacedDiffusion(all_steps.tolist(), **options)
-        return other.with_scaling(EpsilonScaling.of(lambdas))
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
         """The only difference: first the original index, then the rescaling of the original

@@ -2,8 +2,14 @@
 trained on, and find a lambda(t) that brings it back.
 
     walks           the four ways to visit noisy images: as in training, and along chains
-    measures        five measures as sums over images, and what they come to
+    measures        the measures as sums over images, and what they come to
+    sums            running sums, and their means and variances
+    discretisation  the measure that tells exposure bias from finite steps
     measure_run     the same over many images and processes, continued after an interruption
     plots           a picture for each measure
-    calibrate       lambda(t) per step, without samples and without FID
+    calibrate       lambda(t): the rules by name
+    common_noise    the rule that is used: distances of finished images, a parabola
+    chains kernel_distance line_search   what it is made of
+    calibration_picture                  its curve
+    final_variance  a cheap rule; greedy, quotient: diagnostics
 """

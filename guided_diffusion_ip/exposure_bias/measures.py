@@ -1,4 +1,4 @@
-"""Five measures of exposure bias, as running sums over images; definitions of Ning et al. 2023 (IP)
+"""The measures of exposure bias, as running sums over images; definitions of Ning et al. 2023 (IP)
 and 2024 (ES).
 
 A measure names the walks it wants to watch, adds what it sees to `sums` (float64 arrays whose size
@@ -19,7 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -30,13 +30,13 @@ from ..diffusion.process import Network
 from ..diffusion.solvers.paths import SamplingPath
 from ..metrics import frechet_distance
 from ..runs.sample_batch import Sampler
+from .discretisation import Discretisation
+from .sums import Figures, Sums, add_moments, array_of, mean_and_error, variance_of
 from .walks import CHAIN, DATA, INPUTS, NOISE_FREE, Batch, Visit, Walk, walk
 
 if TYPE_CHECKING:
     from ..features.space import Features
 
-Sums = dict[str, np.ndarray]
-Figures = dict[str, Any]  # arrays [T'] and numbers
 PUBLISHED_GAMMA = 0.1
 _NORMALITY_IMAGES, _NORMALITY_PIXELS, _ALPHA = 50, 256, 0.05
 
@@ -83,11 +83,11 @@ class EpsilonNorm:
     def see(self, sums: Sums, visit: Visit) -> None:
         if visit.walk.kind in (INPUTS, CHAIN):
             norms = visit.prediction.raw_epsilon.flatten(1).double().norm(dim=1)
-            _add_moments(sums, visit.walk.kind, visit.path.num_steps, visit.t, norms[:, None])
+            add_moments(sums, visit.walk.kind, visit.path.num_steps, visit.t, norms[:, None])
 
     def result(self, sums: Sums, n: int, path: SamplingPath) -> Figures:
-        inputs, inputs_error = _mean_and_error(sums, INPUTS, n)
-        chain, chain_error = _mean_and_error(sums, CHAIN, n)
+        inputs, inputs_error = mean_and_error(sums, INPUTS, n)
+        chain, chain_error = mean_and_error(sums, CHAIN, n)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = chain / inputs
             error = ratio * np.hypot(chain_error / chain, inputs_error / inputs)
@@ -118,12 +118,12 @@ class Delta:
     def see(self, sums: Sums, visit: Visit) -> None:
         steps, t = visit.path.num_steps, visit.t
         if visit.walk == Walk(DATA, steps):
-            _add_moments(sums, "multi", steps, t, self._residual(visit, visit.x, t))
+            add_moments(sums, "multi", steps, t, self._residual(visit, visit.x, t))
         elif visit.walk.kind == INPUTS:
             if t == steps - 1:
-                _add_moments(sums, "single", steps, t, self._residual(visit, visit.x, t))
+                add_moments(sums, "single", steps, t, self._residual(visit, visit.x, t))
             if t > 0:
-                _add_moments(
+                add_moments(
                     sums, "single", steps, t - 1, self._residual(visit, visit.sample, t - 1)
                 )
 
@@ -134,7 +134,7 @@ class Delta:
     def result(self, sums: Sums, n: int, path: SamplingPath) -> Figures:
         expected = path.sigmas
         stds = {
-            kind: np.sqrt(_variance(sums, kind, n)).mean(axis=1) for kind in ("single", "multi")
+            kind: np.sqrt(variance_of(sums, kind, n)).mean(axis=1) for kind in ("single", "multi")
         }
         return {
             "expected_std": expected,
@@ -159,15 +159,15 @@ class Variance:
         steps = visit.path.num_steps
         if visit.walk.kind != CHAIN:
             return
-        _add_moments(sums, "x", steps + 1, visit.t, visit.x.flatten(1))
+        add_moments(sums, "x", steps + 1, visit.t, visit.x.flatten(1))
         if visit.t == steps - 1:
-            _add_moments(sums, "real", 1, 0, visit.batch.x_start.flatten(1))
+            add_moments(sums, "real", 1, 0, visit.batch.x_start.flatten(1))
         if visit.t == 0:
-            _add_moments(sums, "x", steps + 1, steps, visit.sample.flatten(1))
+            add_moments(sums, "x", steps + 1, steps, visit.sample.flatten(1))
 
     def result(self, sums: Sums, n: int, path: SamplingPath) -> Figures:
-        chain = _variance(sums, "x", n).mean(axis=1)
-        real = float(_variance(sums, "real", n).mean())
+        chain = variance_of(sums, "x", n).mean(axis=1)
+        real = float(variance_of(sums, "real", n).mean())
         expected = path.alphas**2 * real + path.sigmas**2
         return {
             "chain": chain[:-1],
@@ -201,16 +201,16 @@ class PredictionError:
             return
         steps, t, batch = visit.path.num_steps, visit.t, visit.batch
         error = (visit.prediction.raw_x_start.double() - batch.x_start.double()).flatten(1)
-        _add_moments(sums, "error", steps, t, error)
+        add_moments(sums, "error", steps, t, error)
         pixels = np.unique(np.linspace(0, error.shape[1] - 1, _NORMALITY_PIXELS).astype(int))
-        rows = _array(sums, "rows", (steps, _NORMALITY_IMAGES, len(pixels)))
+        rows = array_of(sums, "rows", (steps, _NORMALITY_IMAGES, len(pixels)))
         for number, row in zip(batch.index, error[:, pixels].cpu().numpy()):
             if number < _NORMALITY_IMAGES:
                 rows[t, number] += row
 
     def result(self, sums: Sums, n: int, path: SamplingPath) -> Figures:
         snr_root = path.alphas / path.sigmas
-        nu = np.sqrt(_variance(sums, "error", n)).mean(axis=1)
+        nu = np.sqrt(variance_of(sums, "error", n)).mean(axis=1)
         rejected, tested = zip(
             *(_rejected(rows[: min(n, _NORMALITY_IMAGES)]) for rows in sums["rows"])
         )
@@ -278,7 +278,9 @@ class Accumulation:
                 .mean(dim=1)
                 .sum()
             )
-            _array(sums, "noise_free", (count, visit.path.num_steps))[row, visit.t] += float(error)
+            array_of(sums, "noise_free", (count, visit.path.num_steps))[row, visit.t] += float(
+                error
+            )
         elif visit.t == 0:
             self._add_features(sums, count + 1, row, visit.sample)
             if row == 0:
@@ -286,8 +288,8 @@ class Accumulation:
 
     def _add_features(self, sums: Sums, count: int, row: int, images: Tensor) -> None:
         features = self.space(to_uint8(images).cpu().numpy()).pool.double().cpu().numpy()  # [n, D]
-        _array(sums, "features_1", (count, features.shape[1]))[row] += features.sum(axis=0)
-        _array(sums, "features_2", (count, features.shape[1], features.shape[1]))[row] += (
+        array_of(sums, "features_1", (count, features.shape[1]))[row] += features.sum(axis=0)
+        array_of(sums, "features_2", (count, features.shape[1], features.shape[1]))[row] += (
             features.T @ features
         )
 
@@ -311,7 +313,9 @@ class Accumulation:
         }
 
 
-PLAIN = {kind.name: kind for kind in (EpsilonNorm, Delta, Variance, PredictionError)}
+PLAIN: dict[str, Callable[[], Measure]] = {
+    kind.name: kind for kind in (EpsilonNorm, Delta, Variance, PredictionError, Discretisation)
+}
 NAMES = (*PLAIN, Accumulation.name)
 
 
@@ -409,33 +413,3 @@ def measure(
         observe(measures, sampler, model, batch, sums)
         n += len(batch.index)
     return figures_of(measures, sums, n, sampler.bind(model))
-
-
-# ---- sums ----
-
-
-def _array(sums: Sums, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    if name not in sums:
-        sums[name] = np.zeros(shape)
-    return sums[name]
-
-
-def _add_moments(sums: Sums, name: str, rows: int, row: int, values: Tensor) -> None:
-    """Add values [n, D] to row `row` of the sums name_1 and of the sums of squares name_2, both
-    [rows, D].
-    """
-    values = values.double()
-    both = torch.stack([values.sum(dim=0), values.square().sum(dim=0)]).cpu().numpy()
-    for power, total in zip((1, 2), both):
-        _array(sums, f"{name}_{power}", (rows, values.shape[1]))[row] += total
-
-
-def _variance(sums: Sums, name: str, n: int) -> np.ndarray:
-    """Variance over n images, [rows, D]."""
-    first, second = sums[f"{name}_1"], sums[f"{name}_2"]
-    return np.maximum(second - first**2 / n, 0) / (n - 1)
-
-
-def _mean_and_error(sums: Sums, name: str, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over n images and its standard error, each [rows], of one number per image."""
-    return sums[f"{name}_1"][:, 0] / n, np.sqrt(_variance(sums, name, n)[:, 0] / n)

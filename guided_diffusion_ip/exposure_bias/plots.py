@@ -355,12 +355,30 @@ def _accumulation(measured: Measured) -> list[Panel]:
     ]
 
 
+def _discretisation(measured: Measured) -> list[Panel]:
+    ratios = {
+        "extrapolated": "extrapolated to infinitely many steps",
+        "ratio": "with these steps",
+        "ratio_finer": "with a step more between any two",
+    }
+    return [
+        Panel(
+            "sampling over training",
+            _TIME,
+            "ratio of mean norms",
+            _curves(measured, "discretisation", ratios, "extrapolated_error", first=1),
+            lines=[1],
+        )
+    ]
+
+
 PANELS: dict[str, Callable[[Measured], list[Panel]]] = {
     "norm": _norm,
     "delta": _delta,
     "variance": _variance,
     "prediction": _prediction,
     "accumulation": _accumulation,
+    "discretisation": _discretisation,
 }
 TITLES = {
     "norm": "Norm of the predicted noise",
@@ -368,8 +386,12 @@ TITLES = {
     "variance": "Variance along the chain",
     "prediction": "Error of the predicted image on real images",
     "accumulation": "Error accumulation",
+    "discretisation": "Exposure bias without the sampler's finite steps",
 }
 NOTES = {
+    "discretisation": "What finite steps contribute to the ratio halves with a step more between "
+    "any two; the extrapolated curve is without it. Its distance from 1 is exposure bias. Bands: "
+    "two standard errors. The last step (t = 0) is left out.",
     "norm": "Above 1, the network predicts more noise along its own chain than on training inputs. "
     "Bands: two standard errors. The last step (t = 0) is left out of the ratio.",
     "delta": "The chain forgets the x_0 from whose noise it started: even a perfect sampler ends "

@@ -3,6 +3,8 @@ them.
 
     inputs      x_t = q_sample(x_0, t) at every t, as in training: T' calls
     chain       the sampler's chain from pure noise
+    finer       the same with a step more between any two: 2 T' - 1 steps, level t of the sampler
+                being level 2 t
     data        the sampler's chain from q(x_{K-1} | x_0), K steps
     noise_free  likewise, with every step's noise left out (DDPM: the posterior mean alone)
 
@@ -24,7 +26,7 @@ from ..diffusion.solvers.paths import Prediction, SamplingPath
 from ..noise import NormalStream, Stream
 from ..runs.sample_batch import Sampler
 
-INPUTS, CHAIN, DATA, NOISE_FREE = "inputs", "chain", "data", "noise_free"
+INPUTS, CHAIN, FINER, DATA, NOISE_FREE = "inputs", "chain", "finer", "data", "noise_free"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Visit:
 
 def walk(kind: Walk, sampler: Sampler, model: Network, batch: Batch) -> Iterator[Visit]:
     """The visits of one batch, from the noisy end to the clean end."""
+    if kind.kind == FINER:
+        sampler = sampler.finer()
     path = sampler.bind(model, batch.model_kwargs, batch.x_start.device)
     previous = x = None
     for t in range(kind.length - 1, -1, -1):
@@ -85,7 +89,7 @@ def walk(kind: Walk, sampler: Sampler, model: Network, batch: Batch) -> Iterator
 
 
 def _start(kind: Walk, sampler: Sampler, path: SamplingPath, batch: Batch, t: int) -> Tensor:
-    if kind.kind == CHAIN:
+    if kind.kind in (CHAIN, FINER):
         return path.start(step_noise(sampler, batch.index, path.num_steps)(batch.x_start))
     return noised(sampler, path, batch, t)
 

@@ -78,6 +78,14 @@ class Sampler:
         """The same with another lambda(t)."""
         return replace(self, along=self.along.with_scaling(scaling))
 
+    def finer(self) -> Sampler:
+        """The same with a level more between any two: level t here is level 2 t there.
+
+        Raises:
+            ValueError: there is no room for them.
+        """
+        return replace(self, along=self.along.finer())
+
     def bind(
         self,
         model: Network,

@@ -323,10 +323,10 @@ SCRIPTS = {
             *MEASURED_IMAGES,
             Flag(
                 "measures",
-                "norm,delta,variance,prediction,accumulation",
+                "norm,delta,variance,prediction,accumulation,discretisation",
                 Role.IMAGES,
                 "what to measure, separated by commas: norm, delta, "
-                "variance, prediction, accumulation",
+                "variance, prediction, accumulation, discretisation",
             ),
             Flag(
                 "accumulation_steps",

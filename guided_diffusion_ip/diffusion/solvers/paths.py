@@ -324,6 +324,19 @@ class AlongProcess:
             guide_score,
         )
 
+    def finer(self) -> AlongProcess:
+        """With a step more between any two.
+
+        Raises:
+            ValueError: there is no room for it.
+        """
+        if not hasattr(self.process, "finer"):
+            raise ValueError(
+                "a process on all its timesteps has none in between: take fewer steps "
+                "(--timestep_respacing)"
+            )
+        return replace(self, process=self.process.finer())
+
     def with_scaling(self, scaling: EpsilonScaling) -> AlongProcess:
         """The same with another lambda(t)."""
         return replace(self, process=self.process.with_scaling(scaling))

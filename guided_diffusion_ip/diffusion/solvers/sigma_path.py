@@ -280,6 +280,21 @@ class AlongSigma:
             device,
         )
 
+    def finer(self) -> AlongSigma:
+        """With a noise level more between any two.
+
+        Raises:
+            ValueError: the levels of this discretisation are not among those of a finer one.
+        """
+        if self.grid.discretization == "iddpm":
+            raise ValueError(
+                "iDDPM's noise levels for more steps do not contain those for fewer: use another "
+                "--discretization"
+            )
+        steps = 2 * self.num_steps - 1
+        grid = replace(self.grid, num_steps=steps)
+        return replace(self, grid=grid, scaling=self.scaling.finer(self.num_steps))
+
     def with_scaling(self, scaling: EpsilonScaling) -> AlongSigma:
         """The same with another lambda(t)."""
         return replace(self, scaling=scaling)

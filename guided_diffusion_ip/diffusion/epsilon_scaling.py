@@ -69,7 +69,7 @@ class EpsilonScaling:
         return values
 
     def finer(self, num_steps: int) -> EpsilonScaling:
-        """For 2 num_steps - 1 steps: step 2 t has lambda(t), those in between have the mean of their
+        """For 2 num_steps - 1 steps: step 2 t has lambda(t), others have the mean of their
         neighbours.
         """
         places = np.arange(2 * num_steps - 1) / 2

@@ -89,9 +89,11 @@ def sampler_of(kind: str, steps: int, variances: Tensor, schedule: str = "cosine
     return FirstStepExempt(**vars(plain))
 
 
-def final_variances(sampler: Sampler, network: ExactNetwork, b: float) -> np.ndarray:
-    """Of finished samples, by pixel, float64."""
-    scaled = sampler.with_scaling(EpsilonScaling.of(np.full(sampler.num_steps, b)))
+def final_variances(
+    sampler: Sampler, network: ExactNetwork, lambdas: float | np.ndarray
+) -> np.ndarray:
+    """Of finished samples, by pixel, float64, with a constant lambda or one for each step."""
+    scaled = sampler.with_scaling(EpsilonScaling.of(np.broadcast_to(lambdas, (sampler.num_steps,))))
     ones = torch.ones(1, *sampler.image_shape, dtype=torch.float64)
     path = scaled.bind(network)
     if sampler.solver != "ddpm":  # deterministic: x stays a multiple of its beginning

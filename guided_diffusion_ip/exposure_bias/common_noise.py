@@ -32,6 +32,7 @@ from .measure_run import ImagesFor
 FORMS = ("b", "kb", "groups")
 STEP = 0.02  # of b, between the first trials
 LIMITS = (0.75, 1.35)  # of b: published and measured values lie in 0.93 to 1.13
+WIDER = (0.6, 1.5)  # of lambda(t) at any step, where it has several parameters
 GROUPS = 20  # of chains and of real images, one of which is left out at a time
 ROUNDS = 2  # of Gauss-Newton steps, where lambda(t) has several parameters
 ENOUGH = 2.0  # standard errors that a gain must have
@@ -308,8 +309,11 @@ class _Search:
         return self._refined(found, constant.value, at_one)
 
     def _along(self, start: np.ndarray, change: np.ndarray, value: Replicates) -> Minimum:
-        """The lowest point of start + s change; `value` is the distance at s = 0."""
-        return minimise(lambda s: self.distance(start + s * change), 0.5, (-1.0, 2.0), {0.0: value})
+        """The lowest point of start + s change within WIDER; `value` is the distance at s = 0."""
+        moving = np.abs(change) > 1e-12
+        room = (np.array(WIDER)[:, None] - start[moving]) / change[moving]
+        limits = max(-1.0, float(room.min(axis=0).max())), min(2.0, float(room.max(axis=0).min()))
+        return minimise(lambda s: self.distance(start + s * change), 0.5, limits, {0.0: value})
 
     def _trials(self, searched: Minimum, at_one: Replicates) -> list[Trial]:
         return [

@@ -83,9 +83,11 @@ def _outward(best: float, points: dict[float, Replicates], step: float, end: flo
     """
     side = -1 if best == min(points) else 1
     nearest = sorted(points, key=lambda place: abs(place - best))[:3]
+    reach = max(points) - min(points)
+    if len(nearest) < 3:  # one side begins at its limit
+        return max(best - reach, end) if side < 0 else min(best + reach, end)
     a, b, c = sorted(nearest)
     place = float(vertex((a, b, c), points)[0][0])
-    reach = max(points) - min(points)
     ahead = side * (place - best)
     if min(abs(place - other) for other in points) >= step / 4 and ahead < 0:
         return place  # between places that there are

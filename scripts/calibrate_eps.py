@@ -1,12 +1,13 @@
 """Find lambda(t) of epsilon scaling for a checkpoint, a sampler and a number of steps, without FID.
 
     python scripts/calibrate_eps.py --model_path runs/NAME/ema_0.9999_100000.pt --data_dir DIR \\
-        --num_images 1000 --timestep_respacing 20 --out eps20.yaml
+        --num_images 5000 --num_chains 500 --timestep_respacing 20 --out eps20.yaml
     python scripts/image_sample.py --model_path ... --timestep_respacing 20 \\
         --eps_schedule eps20.yaml
 
 The same chains are drawn with several lambdas; the lowest point of the distance between finished
 and real images is the answer, if it pays on chains with other noise too, and lambda = 1 otherwise.
+The distance is taken in --features, which should be those by which the samples will be judged.
 --by chooses the distance, or another rule; --form lets lambda depend on t. The YAML says what was
 found, its errors, what it is worth and what it cost; a picture of the curve lies beside it. What is
 found makes up for the sampler's own errors too: it belongs to this sampler and this number of steps
@@ -20,13 +21,13 @@ import os
 from typing import Any
 
 from guided_diffusion_ip import dist_util, files
+from guided_diffusion_ip.evaluation.opening import FeatureChoice
 from guided_diffusion_ip.exposure_bias import plots
 from guided_diffusion_ip.exposure_bias.calibrate import RULES, calibrate
 from guided_diffusion_ip.exposure_bias.calibration_picture import picture
 from guided_diffusion_ip.exposure_bias.chains import TrialStore, in_space, pixels
 from guided_diffusion_ip.exposure_bias.common_noise import CommonNoise
 from guided_diffusion_ip.exposure_bias.greedy import StepByStep
-from guided_diffusion_ip.features.spaces import open_features
 from guided_diffusion_ip.runs.sample_batch import Sampler
 from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.settings.lambda_file import write_schedule
@@ -119,14 +120,13 @@ def options_of_rule(cfg: Config, out: str, settings: dict[str, Any]) -> dict[str
     """The keyword arguments of the rule, from the flags."""
     features = pixels
     if "features" in RULES[cfg.by].options and cfg.features != "pixels":
-        features = in_space(
-            open_features(
-                cfg.features,
-                device=dist_util.dev(),
-                inception_weights=cfg.inception_weights,
-                log=dist_util.say,
-            ),
-            parse_size(cfg.feature_size) if cfg.feature_size else None,
+        choice = FeatureChoice(cfg.features, inception_weights=cfg.inception_weights)
+        size = parse_size(cfg.feature_size) if cfg.feature_size else None
+        features = in_space(choice.open(dist_util.dev(), dist_util.say), size)
+    elif cfg.in_channels == 3:
+        dist_util.say(
+            "note: of photographs, pixels can ask for a lambda that every network's features "
+            "find worse (docs/study.md): prefer the --features by which samples are judged"
         )
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     every = {

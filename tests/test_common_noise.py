@@ -3,6 +3,7 @@ answer is known.
 """
 
 import itertools
+from functools import partial
 
 import launch
 import numpy as np
@@ -12,11 +13,10 @@ import yaml
 from test_calibrate_eps import exact_chain, images_for, network
 
 from guided_diffusion_ip import dist_util
-from guided_diffusion_ip.exposure_bias import chains as chains_file
 from guided_diffusion_ip.exposure_bias.calibrate import RULES, calibrate
 from guided_diffusion_ip.exposure_bias.calibration_picture import picture
-from guided_diffusion_ip.exposure_bias.chains import Chains, TrialStore, in_space
-from guided_diffusion_ip.exposure_bias.common_noise import by_common_noise
+from guided_diffusion_ip.exposure_bias.chains import Chains, TrialStore, in_space, pixels
+from guided_diffusion_ip.exposure_bias.common_noise import by_common_noise as search
 from guided_diffusion_ip.exposure_bias.final_variance import by_final_variance
 from guided_diffusion_ip.exposure_bias.kernel_distance import KERNELS, Distance, pair_sums
 from guided_diffusion_ip.exposure_bias.line_search import minimise
@@ -27,6 +27,7 @@ from guided_diffusion_ip.runs.sample_batch import ImagesWithNaN, process_sampler
 from guided_diffusion_ip.settings.lambda_file import read_schedule, write_schedule
 
 CPU = torch.device("cpu")
+by_common_noise = partial(search, features=pixels)
 
 
 def rows(n, seed, shift=0.0, dim=5):
@@ -258,7 +259,7 @@ def test_a_feature_space_of_the_evaluator_can_be_asked():
             CPU,
             features=features,
         )
-        for features in (chains_file.pixels, in_space(PixelSpace()))
+        for features in (pixels, in_space(PixelSpace()))
     ]
     assert found[1].b == pytest.approx(found[0].b, abs=0.01)
 
@@ -308,9 +309,9 @@ def test_the_picture_has_the_trials_the_parabola_and_the_other_noise(tmp_path):
     [
         (dict(by="fid"), "--by fid: allowed are energy, kid, final_variance, norm"),
         (dict(by="norm", num_chains=3), "--by norm has no option num_chains"),
-        (dict(num_images=3), "3 chains and 3 real images are too few"),
+        (dict(num_images=3, features=pixels), "3 chains and 3 real images are too few"),
         (dict(num_images=3, by="final_variance"), "too few for a variance"),
-        (dict(form="spline"), "'spline' is not known: allowed are b, kb, groups"),
+        (dict(form="spline", features=pixels), "'spline' is not known: allowed are b, kb, groups"),
     ],
 )
 def test_what_is_not_there_is_refused(arguments, text):
@@ -325,7 +326,14 @@ def test_every_rule_returns_what_samplers_can_read(tmp_path):
     process = exact_chain(5)
     for by in RULES:
         found = calibrate(
-            sampler_of(process, side=16), network(process), images_for(16), 64, 32, CPU, by
+            sampler_of(process, side=16),
+            network(process),
+            images_for(16),
+            64,
+            32,
+            CPU,
+            by,
+            **({"features": pixels} if "features" in RULES[by].options else {}),
         )
         path = tmp_path / f"{by}.yaml"
         write_schedule(path, {**found.content(), "settings": {}})

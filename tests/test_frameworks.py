@@ -593,7 +593,7 @@ def test_the_laboratory_measures_edm_models(solver, edm, images, tmp_path):  # n
     content = json.loads((tmp_path / "measures.json").read_text())
     assert len(content["sigma"]) == 4 and content["sigma"][-1] == 80 and content["alpha"] == [1] * 4
     assert (tmp_path / "norm.png").exists() and len(content["measures"]["norm"]["ratio"]) == 4
-    done = script("calibrate_eps", "--out", str(tmp_path / "eps.yaml"))
+    done = script("calibrate_eps", "--features", "pixels", "--out", str(tmp_path / "eps.yaml"))
     assert done.returncode == 0 and "lowest at b = " in done.stdout, done.stderr
     done = script("calibrate_eps", "--by", "norm", "--out", str(tmp_path / "eps.yaml"))
     if solver == "heun":
@@ -615,7 +615,7 @@ def test_a_solver_of_the_registry_works_everywhere(edm, images, tmp_path):  # no
         for script, more in (
             ("image_sample", ["--num_samples", "4", "--eps_scaler", "1.01"]),
             ("exposure_bias", ["--data_dir", images, "--num_images", "4", "--measures", "norm"]),
-            ("calibrate_eps", ["--data_dir", images, "--num_images", "8"]),
+            ("calibrate_eps", ["--data_dir", images, "--num_images", "8", "--features", "pixels"]),
         ):
             done = subprocess.run(
                 [sys.executable, f"scripts/{script}.py", *common, *more],

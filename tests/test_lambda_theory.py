@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from guided_diffusion_ip.diffusion.epsilon_scaling import EpsilonScaling
+from guided_diffusion_ip.exposure_bias.chains import pixels
 from guided_diffusion_ip.exposure_bias.common_noise import WIDER, by_common_noise
 from guided_diffusion_ip.exposure_bias.final_variance import by_final_variance
 from tools.lambda_theory import KINDS, STEPS, final_variances, known, real_images
@@ -64,7 +65,7 @@ def test_calibration_finds_it(case, cases):
     """The energy distance has its lowest point within .006 of W2's, and 97 % of its gain there."""
     one, best = cases[case]
     common = (one.sampler, one.network, real_images(one.network.variances), 4000, 1000, CPU)
-    found = by_common_noise(*common, num_chains=1000)
+    found = by_common_noise(*common, features=pixels, num_chains=1000)
     assert found.pays and abs(found.b - best) < 0.006 + 2 * found.b_error, (found.b, best)
     assert found.b_error < 0.006
     gained = one.distance(1.0) - one.distance(found.b)
@@ -78,7 +79,7 @@ def test_more_parameters_find_what_a_constant_cannot(form):
     """Too large variances in 10 steps: a lambda that changes along the chain comes closer."""
     one = known("ddpm fixed-large", 10, side=8)
     common = (one.sampler, one.network, real_images(one.network.variances), 4000, 1000, CPU)
-    found = by_common_noise(*common, num_chains=1000, form=form)
+    found = by_common_noise(*common, features=pixels, num_chains=1000, form=form)
     assert found.pays and np.ptp(found.lambdas) > 0.01, found.notes
 
     def distance(lambdas):

@@ -275,7 +275,10 @@ def test_measuring_takes_the_checkpoint_s_settings_too(images, run, tmp_path):
                 str(tmp_path / "bias"),
             ],
         ),
-        ("calibrate_eps", ["--num_images", "4", "--out", str(tmp_path / "eps.yaml")]),
+        (
+            "calibrate_eps",
+            ["--num_images", "4", "--features", "pixels", "--out", str(tmp_path / "eps.yaml")],
+        ),
     ):
         done = here(str(ROOT / "scripts" / f"{script}.py"), *common, *more)
         assert done.stdout.count("noise_schedule 'cosine' instead of 'linear'") == 1, done.stdout

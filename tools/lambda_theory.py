@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from guided_diffusion_ip.diffusion.epsilon_scaling import EpsilonScaling
 from guided_diffusion_ip.diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion_ip.exposure_bias.chains import pixels
 from guided_diffusion_ip.exposure_bias.common_noise import by_common_noise
 from guided_diffusion_ip.exposure_bias.final_variance import by_final_variance
 from guided_diffusion_ip.noise import NormalStream, Stream
@@ -193,7 +195,7 @@ def monte_carlo_columns(case: Known) -> str:
         torch.device("cpu"),
     )
     text = ""
-    for rule in (by_common_noise, by_final_variance):
+    for rule in (partial(by_common_noise, features=pixels), by_final_variance):
         try:
             found = rule(*common, num_chains=1000)
             text += f" {found.b:.4f} ({found.b_error:.4f}) |"

@@ -42,12 +42,10 @@ def picture(found: CommonNoise, name: str) -> Picture:
                 errors=[0.0, 2 * found.held_out.error],
             )
         )
-    panel = Panel(
-        found.verdict.partition(":")[0], "b", f"change of the {found.distance}", curves, [0]
-    )
+    panel = Panel(found.distance, "b", "change from lambda = 1", curves, [0])
     return Picture(
         name,
-        f"lambda(t) = b, lowest at {found.b:.4f} +- {found.b_error:.4f}",
+        f"{found.verdict.partition(':')[0]}: lowest at b = {found.b:.4f} +- {found.b_error:.4f}",
         [panel],
         "Bands: two standard errors of the difference from lambda = 1.",
     )

@@ -1,11 +1,10 @@
 """lambda(t) by common noise: the one that brings finished images closest to real ones.
 
 The same chains, with equal noise, are drawn with several lambdas, and each set of finished images
-is compared with real images by an unbiased distance (kernel_distance.py). Since nothing else
-differs, differences between the sets are known far better than the distances themselves: a few
-hundred chains find the lowest point of a parabola to some thousandths. No FID, no network but the
-model's own unless a feature space is asked for, and nothing is assumed about what lambda repairs:
-exposure bias, discretisation, or a poor first step.
+is compared with real images by an unbiased distance (kernel_distance.py) in a feature space. Since
+nothing else differs, differences between the sets are known far better than the distances
+themselves: a few hundred chains find the lowest point of a parabola to some thousandths. Nothing is
+assumed about what lambda repairs: exposure bias, discretisation, or a poor first step.
 
 What is found is kept only if it pays: the gain over lambda = 1 must be two standard errors at
 least, and chains with other noise must confirm its sign; else lambda = 1 is the answer.
@@ -24,7 +23,7 @@ from torch import Tensor
 from .. import dist_util
 from ..diffusion.process import Network
 from ..runs.sample_batch import Sampler
-from .chains import Chains, ImageFeatures, TrialStore, gathered, pixels, read_real_images
+from .chains import Chains, ImageFeatures, TrialStore, gathered, read_real_images
 from .kernel_distance import KERNELS, Distance, Replicates
 from .line_search import Minimum, minimise
 from .measure_run import ImagesFor
@@ -183,11 +182,11 @@ def by_common_noise(
     device: torch.device,
     distance: str = "energy",
     *,
+    features: ImageFeatures,
+    features_name: str = "features",
     num_chains: int = 0,
     form: str = "b",
     groups: int = 3,
-    features: ImageFeatures = pixels,
-    features_name: str = "pixels",
     store: TrialStore | None = None,
 ) -> CommonNoise:
     """Search; a collective: processes share the chains and the images by number.
@@ -199,6 +198,8 @@ def by_common_noise(
         sampler: any solver along any path; its own lambda is not used.
         images_for: real images and the model_kwargs of the chains, as of MeasureRun.
         distance: a name in KERNELS.
+        features: what is compared: those by which the samples will be judged. Features disagree on
+            which lambda is best, even on its sign (docs/study.md).
         num_chains: of each trial; 0: as many as real images.
         form: "b", a constant; "kb", lambda(t) = k t + b; "groups", a constant for each of `groups`
             stretches of the chain.

@@ -11,7 +11,7 @@ FEATURES = (
         "features",
         "inception",
         Role.IMAGES,
-        "feature space: inception, pixels (tiny images), or a FILE.onnx",
+        "feature space: inception, a FILE.onnx, pixels (tiny images), wavelets, random",
     ),
     Flag(
         "inception_weights",

@@ -389,9 +389,10 @@ SCRIPTS = {
             Flag("groups", 3, Role.IMAGES, "stretches of --form groups", least=2, quiet=True),
             Flag(
                 "features",
-                "pixels",
+                "inception",
                 Role.IMAGES,
-                "of energy and kid: pixels, or a feature space (--features of evaluator.py)",
+                "of energy and kid, as of evaluator.py: inception, a FILE.onnx, pixels (grey and "
+                "tiny images), wavelets, random",
                 quiet=True,
             ),
             Flag(
@@ -406,7 +407,7 @@ SCRIPTS = {
                 "inception_weights",
                 "",
                 Role.INPUT,
-                "Inception's weights, for --features inception; see evaluations/README.md",
+                "Inception's weights; default: $GUIDED_DIFFUSION_IP_INCEPTION, or the user's cache",
             ),
             Flag(
                 "plots",

@@ -1,7 +1,7 @@
 """The whole way on real images in a quarter of an hour: digits -> training without (gamma = 0) and
-with input perturbation (gamma = 0.1) -> samples of both, with and without epsilon scaling, from the
-same noise -> Frechet distance (pixels), precision and recall of each -> the exposure bias of both
--> a page that shows it all.
+with input perturbation (gamma = 0.1) -> epsilon scaling calibrated for each -> samples of both by
+DDIM in 10 steps, with and without it, from the same noise -> Frechet and kernel distance (pixels),
+precision and recall of each -> the exposure bias of both -> a page that shows it all.
 
     make demo          or, in an environment with the demo extra:   python scripts/demo.py
 
@@ -24,86 +24,78 @@ from guided_diffusion_ip.settings.config import command
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DIGITS, CONFIG = "datasets/digits", "configs/demo.yaml"
 RUNS = {0.0: "runs/demo_baseline", 0.1: "runs/demo"}  # by gamma
-STEPS, LAMBDA = 1500, 1.02
+STEPS = 1500
+# Ways of sampling: a name for files, words for the table, where the chain starts, and whether
+# lambda is calibrated.
+WAYS = (
+    ("plain", "lambda = 1", "", False),
+    ("calibrated", "calibrated lambda", "", True),
+    ("t_start", "from t = 960, calibrated lambda", "960", True),
+)
+Row = tuple[str, dict[str, dict]]
 
 
 def main() -> None:
     os.chdir(ROOT)
     run("datasets/digits.py", "--out", DIGITS)
-    rows = [("one half of the real digits", halves(f"{RUNS[0.1]}/real"))]
+    rows: list[Row] = [("one half of the real digits", halves(f"{RUNS[0.1]}/real"))]
     for gamma, folder in RUNS.items():
-        checkpoint = f"{folder}/ema_0.995_{STEPS:06d}.pt"
-        run(
-            "scripts/image_train.py",
-            "--config",
-            CONFIG,
-            "--data_dir",
-            DIGITS,
-            "--out_dir",
-            folder,
-            "--input_perturbation",
-            str(gamma),
-            "--max_steps",
-            str(STEPS),
-            "--resume",
-            "auto",
-        )
-        for lam in (1.0, LAMBDA):
-            out = f"{folder}/samples_lambda_{lam}"
+        train(gamma, folder)
+        rows += [sampled(gamma, folder, *way) for way in WAYS]
+        measure(folder)
+    table(rows)
+    title = "Digits, with and without remedies"
+    run("scripts/report.py", *RUNS.values(), "--out", "runs/demo_report.html", "--title", title)
+
+
+def train(gamma: float, folder: str) -> None:
+    run(
+        *("scripts/image_train.py", "--config", CONFIG, "--data_dir", DIGITS),
+        *("--out_dir", folder, "--input_perturbation", str(gamma)),
+        *("--max_steps", str(STEPS), "--resume", "auto"),
+    )
+
+
+def sampled(gamma: float, folder: str, name: str, words: str, start: str, calibrated: bool) -> Row:
+    """500 samples in one of the ways, and their distances to the real digits."""
+    checkpoint = ["--config", CONFIG, "--model_path", checkpoint_in(folder)]
+    how = ["--t_start", start] if start else []
+    out = f"{folder}/samples_{name}"
+    if calibrated:
+        schedule = f"{folder}/lambda_{name}.yaml"
+        if not os.path.exists(schedule):
             run(
-                "scripts/image_sample.py",
-                "--config",
-                CONFIG,
-                "--model_path",
-                checkpoint,
-                "--eps_scaler",
-                str(lam),
-                "--out_dir",
-                out,
+                *("scripts/calibrate_eps.py", *checkpoint, *how, "--data_dir", DIGITS),
+                *("--features", "pixels", "--num_images", "1797", "--num_chains", "1000"),
+                *("--out", schedule),
             )
-            rows.append(
-                (
-                    f"gamma = {gamma}, lambda = {lam}",
-                    evaluate(DIGITS, npz_in(out), f"{out}/evaluation.json"),
-                )
-            )
-        run(
-            "scripts/exposure_bias.py",
-            "--config",
-            CONFIG,
-            "--model_path",
-            checkpoint,
-            "--data_dir",
-            DIGITS,
-            "--measures",
-            "norm,delta,variance",
-            "--num_images",
-            "200",
-            "--batch_size",
-            "100",
-            "--timestep_respacing",
-            "20",
-            "--out_dir",
-            f"{folder}/exposure_bias",
-        )
+        how += ["--eps_schedule", schedule]
+    run("scripts/image_sample.py", *checkpoint, *how, "--out_dir", out)
+    return f"gamma = {gamma}, {words}", evaluate(DIGITS, npz_in(out), f"{out}/evaluation.json")
+
+
+def measure(folder: str) -> None:
+    run(
+        *("scripts/exposure_bias.py", "--config", CONFIG, "--model_path", checkpoint_in(folder)),
+        *("--data_dir", DIGITS, "--num_images", "200", "--batch_size", "100"),
+        *("--measures", "norm,delta,variance,discretisation"),
+        *("--out_dir", f"{folder}/exposure_bias"),
+    )
+
+
+def table(rows: list[Row]) -> None:
+    columns = {"fid": 18, "kid": 12, "prec": 12, "recall": 10}
     print(
-        f"\n{'against the real digits, on pixels':<38}{'Frechet distance':>18}{'precision':>12}"
-        f"{'recall':>10}{'images':>9}"
+        f"\n{'against the real digits, on pixels':<46}{'Frechet distance':>18}{'kernel':>12}"
+        f"{'precision':>12}{'recall':>10}{'images':>9}"
     )
     for name, numbers in rows:
-        values = "".join(
-            f"{numbers[key]['value']:{width}.4f}"
-            for key, width in (("fid", 18), ("prec", 12), ("recall", 10))
-        )
-        print(f"{name:<38}{values}{numbers['fid']['samples']:9d}")
-    run(
-        "scripts/report.py",
-        *RUNS.values(),
-        "--out",
-        "runs/demo_report.html",
-        "--title",
-        "Digits, with and without remedies",
-    )
+        values = "".join(f"{numbers[key]['value']:{width}.4f}" for key, width in columns.items())
+        print(f"{name:<46}{values}{numbers['fid']['samples']:9d}")
+
+
+def checkpoint_in(folder: str) -> str:
+    return f"{folder}/ema_0.995_{STEPS:06d}.pt"
 
 
 def run(*args: str) -> None:

@@ -23,9 +23,12 @@ from .walks import CHAIN, FINER, INPUTS, Visit, Walk
 
 @dataclass(frozen=True)
 class Discretisation:
-    """`ratio`: N(t); `ratio_finer`: at the same noise levels with 2 T' - 1 steps; `extrapolated`:
-    N_inf(t), and `extrapolated_error`, its standard error (the walks being taken as independent);
-    `share`: of N - 1, how much the extrapolation removes.
+    """What it finds, at each level t:
+
+    ratio: N(t), and ratio_error. ratio_finer: N there with 2 T' - 1 steps.
+    extrapolated: N_inf(t). extrapolated_error: its standard error if the two chains were
+        independent, which is too much: where they have the same levels they have the same noise.
+    share: of N - 1, how much the extrapolation removes.
     """
 
     name = "discretisation"

@@ -80,17 +80,28 @@ def walk(kind: Walk, sampler: Sampler, model: Network, batch: Batch) -> Iterator
     for t in range(kind.length - 1, -1, -1):
         if kind.kind == INPUTS or x is None:
             x, previous = _start(kind, sampler, path, batch, t), None
+        number = _as_coarse(t, path.num_steps) if kind.kind == FINER else t
         randn_like = (
-            torch.zeros_like if kind.kind == NOISE_FREE else step_noise(sampler, batch.index, t)
+            torch.zeros_like
+            if kind.kind == NOISE_FREE
+            else step_noise(sampler, batch.index, number)
         )
         previous = sampler.step(path, x, t, randn_like, previous)
         yield Visit(kind, path, t, batch, previous.prediction, previous.x)
         x = previous.x
 
 
+def _as_coarse(t: int, finer_steps: int) -> int:
+    """Which noise the finer chain takes at level t: at levels of the coarse one that of there, so
+    that the two differ by little but their steps; at others one that is not yet taken.
+    """
+    return (finer_steps + 1) // 2 + 1 + t // 2 if t % 2 else t // 2
+
+
 def _start(kind: Walk, sampler: Sampler, path: SamplingPath, batch: Batch, t: int) -> Tensor:
     if kind.kind in (CHAIN, FINER):
-        return path.start(step_noise(sampler, batch.index, path.num_steps)(batch.x_start))
+        steps = path.num_steps if kind.kind == CHAIN else (path.num_steps + 1) // 2
+        return path.start(step_noise(sampler, batch.index, steps)(batch.x_start))
     return noised(sampler, path, batch, t)
 
 

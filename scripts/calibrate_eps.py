@@ -63,7 +63,7 @@ def main() -> None:
         f"calibrating {kind} at {sampler.num_steps} steps with {cfg.model_path}, by {cfg.by}: "
         f"{RULES[cfg.by].worth}"
     )
-    options = options_of_rule(cfg, out, settings)
+    options = options_of_rule(cfg, out, settings, real.of_all)
     found = calibrate(
         sampler, model, real, len(real), cfg.batch_size, dist_util.dev(), cfg.by, **options
     )
@@ -116,8 +116,8 @@ def place_of_result(cfg: Config, sampler: Sampler, kind: str) -> str:
     return out
 
 
-def options_of_rule(cfg: Config, out: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of the rule, from the flags."""
+def options_of_rule(cfg: Config, out: str, settings: dict[str, Any], of_all: int) -> dict[str, Any]:
+    """The keyword arguments of the rule, from the flags; the images are some of so many."""
     features = pixels
     if "features" in RULES[cfg.by].options and cfg.features != "pixels":
         choice = FeatureChoice(cfg.features, inception_weights=cfg.inception_weights)
@@ -131,6 +131,7 @@ def options_of_rule(cfg: Config, out: str, settings: dict[str, Any]) -> dict[str
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     every = {
         "num_chains": cfg.num_chains,
+        "of_all": of_all,
         "form": cfg.form,
         "groups": cfg.groups,
         "features": features,

@@ -82,6 +82,19 @@ def test_the_jackknife_tells_the_spread_over_repetitions():
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values), rel=0.2)
 
 
+def test_real_images_that_are_all_of_them_leave_nothing_to_chance():
+    x, y = rows(40, 0), rows(60, 1)
+    errors = []
+    for of_all in (0, 240, 120, 60):
+        distance = Distance(KERNELS["energy"], y, 40, 10, of_all)
+        errors.append(distance.standard_error(distance(x)) ** 2)
+    of_chains = errors[3]
+    real = errors[0] - of_chains
+    assert 0 < of_chains < errors[0] and real > 0
+    assert errors[1] == pytest.approx(of_chains + 0.75 * real)
+    assert errors[2] == pytest.approx(of_chains + 0.5 * real)
+
+
 def test_wide_rows_are_added_up_in_pieces(monkeypatch):
     from guided_diffusion_ip.exposure_bias import kernel_distance
 

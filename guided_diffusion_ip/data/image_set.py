@@ -209,6 +209,11 @@ class ImageSet:
             sha.update(self.labels[:count].astype("<i8").tobytes())
         return sha.hexdigest()
 
+    @property
+    def of_all(self) -> int:
+        """Of a subset: how many images the whole set has; else the number of images."""
+        return getattr(self.source, "of_all", len(self))
+
     def subset(self, index: Numbers) -> ImageSet:
         """The images numbered `index`, as a set of their own, numbered from 0."""
         part = copy.copy(self)

@@ -107,6 +107,7 @@ class SubsetSource(Source):
     def __init__(self, source: Source, index: Sequence[int] | np.ndarray) -> None:
         self._source = source
         self._index = np.asarray(index, dtype=np.int64)
+        self.of_all = len(source.names)
         self.kind, self.path, self.text = source.kind, source.path, source.text
         self.names = [source.names[i] for i in self._index]
         self.labels = None if source.labels is None else source.labels[self._index]

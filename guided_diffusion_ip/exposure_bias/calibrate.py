@@ -60,7 +60,7 @@ class Rule:
         return self.worth.startswith("a diagnostic")
 
 
-_SEARCH = ("num_chains", "form", "groups", "features", "features_name", "store")
+_SEARCH = ("num_chains", "of_all", "form", "groups", "features", "features_name", "store")
 _GREEDY = (
     "a diagnostic, not for sampling: what is right for the next x_t is often wrong for the "
     "finished image"

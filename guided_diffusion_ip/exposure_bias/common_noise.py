@@ -185,6 +185,7 @@ def by_common_noise(
     features: ImageFeatures,
     features_name: str = "features",
     num_chains: int = 0,
+    of_all: int = 0,
     form: str = "b",
     groups: int = 3,
     store: TrialStore | None = None,
@@ -201,6 +202,7 @@ def by_common_noise(
         features: what is compared: those by which the samples will be judged. Features disagree on
             which lambda is best, even on its sign (docs/study.md).
         num_chains: of each trial; 0: as many as real images.
+        of_all: the real images are some of so many; 0: of infinitely many. See Distance.
         form: "b", a constant; "kb", lambda(t) = k t + b; "groups", a constant for each of `groups`
             stretches of the chain.
         store: keeps what trials have come to.
@@ -222,9 +224,8 @@ def by_common_noise(
     begun = time.monotonic()
     real = read_real_images(images_for, num_images, batch_size, features, device)
     chains = Chains(sampler, model, real.cond, num_chains, batch_size, device)
-    measure = Distance(
-        KERNELS[distance], real.all_rows(), num_chains, min(GROUPS, max(2, num_chains // 10))
-    )
+    jackknife = min(GROUPS, max(2, num_chains // 10))
+    measure = Distance(KERNELS[distance], real.all_rows(), num_chains, jackknife, of_all)
     search = _Search(chains, features, measure, store or TrialStore(), form, groups)
     found = search.run()
     fresh = replace(search, chains=chains.with_other_noise())

@@ -134,10 +134,15 @@ class Distance:
         real: features [m, D], float32.
         num_chains: in each set; chain i is row i.
         groups: into how many groups the chains, and the real images, are divided.
+        of_all: the real images are some of so many, which are what is to be matched: all of them
+            leave nothing to chance. 0: of infinitely many.
     """
 
-    def __init__(self, kernel: Kernel, real: Tensor, num_chains: int, groups: int) -> None:
+    def __init__(
+        self, kernel: Kernel, real: Tensor, num_chains: int, groups: int, of_all: int = 0
+    ) -> None:
         self.kernel, self.real = kernel, real
+        self._left_to_chance = 1 - len(real) / of_all if of_all else 1.0
         self.groups = (min(groups, num_chains // 2), min(groups, len(real) // 2))
         within = pair_sums(kernel, real, real, (self.groups[1],) * 2, paired=True)
         self._real_mean, self._real_without = within.mean, within.without_both()
@@ -156,11 +161,15 @@ class Distance:
 
     def standard_error(self, replicates: Replicates) -> float:
         """Of the first entry: delete-a-group jackknife (Efron & Tibshirani 1993, chapter 11), the
-        chains' part and the real images' being independent.
+        chains' part and the real images' being independent; the latter with the correction for a
+        finite population.
         """
-        chains = self.groups[0]
-        parts = replicates[1 : 1 + chains], replicates[1 + chains :]
-        return float(np.sqrt(sum((len(part) - 1) * part.var() for part in parts)))
+        count = self.groups[0]
+        chains, real = (
+            (len(part) - 1) * part.var()
+            for part in (replicates[1 : 1 + count], replicates[1 + count :])
+        )
+        return float(np.sqrt(chains + self._left_to_chance * real))
 
     def downhill(self, here: Tensor, others: list[Tensor], step: float) -> np.ndarray:
         """A Gauss-Newton step [P] of P parameters: D is the squared length of what separates the

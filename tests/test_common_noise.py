@@ -18,10 +18,12 @@ from guided_diffusion_ip.exposure_bias.calibration_picture import picture
 from guided_diffusion_ip.exposure_bias.chains import Chains, TrialStore, in_space, pixels
 from guided_diffusion_ip.exposure_bias.common_noise import by_common_noise as search
 from guided_diffusion_ip.exposure_bias.final_variance import by_final_variance
+from guided_diffusion_ip.exposure_bias.frechet_rule import FrechetDistance
 from guided_diffusion_ip.exposure_bias.kernel_distance import KERNELS, Distance, pair_sums
 from guided_diffusion_ip.exposure_bias.line_search import minimise
 from guided_diffusion_ip.exposure_bias.plots import save_picture
 from guided_diffusion_ip.features.pixels import PixelSpace
+from guided_diffusion_ip.metrics import frechet_distance
 from guided_diffusion_ip.metrics.kernel import squared_mmd
 from guided_diffusion_ip.runs.sample_batch import ImagesWithNaN, process_sampler
 from guided_diffusion_ip.settings.lambda_file import read_schedule, write_schedule
@@ -317,10 +319,36 @@ def test_the_picture_has_the_trials_the_parabola_and_the_other_noise(tmp_path):
     assert (tmp_path / "eps.png").stat().st_size > 5000 and png.endswith("eps.png")
 
 
+def test_the_frechet_distance_finds_the_same_and_has_the_values_of_the_evaluator():
+    process = exact_chain()
+    common = (sampler_of(process, side=4), network(process), images_for(4), 2000, 1000, CPU)
+    found = search(*common, "fid", features=pixels)
+    assert found.b == pytest.approx(1.02, abs=3 * found.b_error) and found.b_error < 0.02
+    x, y = rows(50, 0), rows(70, 1, 0.3)
+    distance = FrechetDistance(y, 50, 5)
+    by_hand = [
+        frechet_distance(*(f(part) for part in pair for f in (mean_of, cov_of)))
+        for pair in [(y, x)] + [(y, x[np.arange(50) % 5 != g]) for g in range(5)]
+    ]
+    np.testing.assert_allclose(distance(x)[:6], by_hand, rtol=1e-9)
+    with pytest.raises(ValueError, match="needs 10 chains and real images at least"):
+        FrechetDistance(y, 8, 5)
+    with pytest.raises(ValueError, match="--by fid finds a constant only"):
+        search(*common, "fid", features=pixels, form="kb")
+
+
+def mean_of(part):
+    return part.double().numpy().mean(axis=0)
+
+
+def cov_of(part):
+    return np.cov(part.double().numpy().T)
+
+
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (dict(by="fid"), "--by fid: allowed are energy, kid, final_variance, norm"),
+        (dict(by="fidelity"), "--by fidelity: allowed are energy, kid, fid, final_variance, norm"),
         (dict(by="norm", num_chains=3), "--by norm has no option num_chains"),
         (dict(num_images=3, features=pixels), "3 chains and 3 real images are too few"),
         (dict(num_images=3, by="final_variance"), "too few for a variance"),
@@ -339,9 +367,9 @@ def test_every_rule_returns_what_samplers_can_read(tmp_path):
     process = exact_chain(5)
     for by in RULES:
         found = calibrate(
-            sampler_of(process, side=16),
+            sampler_of(process, side=4),
             network(process),
-            images_for(16),
+            images_for(4),
             64,
             32,
             CPU,

@@ -18,10 +18,9 @@ import torch
 
 from ..diffusion.process import Network
 from ..runs.sample_batch import Sampler
-from .common_noise import by_common_noise
+from .common_noise import DISTANCES, by_common_noise
 from .final_variance import by_final_variance
 from .greedy import step_by_step
-from .kernel_distance import KERNELS
 from .measure_run import ImagesFor
 from .quotient import by_quotient
 
@@ -71,10 +70,10 @@ RULES = {
     **{
         name: Rule(
             partial(by_common_noise, distance=name),
-            f"{kernel.title} of finished images to real ones",
+            f"{title} of finished images to real ones",
             _SEARCH,
         )
-        for name, kernel in KERNELS.items()
+        for name, (title, _) in DISTANCES.items()
     },
     "final_variance": Rule(
         by_final_variance, "cheap: tells the sign, sees nothing but the variance", ("num_chains",)

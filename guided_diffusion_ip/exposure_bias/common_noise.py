@@ -1,8 +1,8 @@
 """lambda(t) by common noise: the one that brings finished images closest to real ones.
 
 The same chains, with equal noise, are drawn with several lambdas, and each set of finished images
-is compared with real images by an unbiased distance (kernel_distance.py) in a feature space. Since
-nothing else differs, differences between the sets are known far better than the distances
+is compared with real images in a feature space, best by an unbiased distance (kernel_distance.py).
+Since nothing else differs, differences between the sets are known far better than the distances
 themselves: a few hundred chains find the lowest point of a parabola to some thousandths. Nothing is
 assumed about what lambda repairs: exposure bias, discretisation, or a poor first step.
 
@@ -13,7 +13,9 @@ least, and chains with other noise must confirm its sign; else lambda = 1 is the
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +26,17 @@ from .. import dist_util
 from ..diffusion.process import Network
 from ..runs.sample_batch import Sampler
 from .chains import Chains, ImageFeatures, TrialStore, gathered, read_real_images
+from .frechet_rule import FrechetDistance
 from .kernel_distance import KERNELS, Distance, Replicates
 from .line_search import Minimum, minimise
 from .measure_run import ImagesFor
 
 FORMS = ("b", "kb", "groups")
+# What finished images are compared by: a title, and what makes it from the real images' features.
+DISTANCES: dict[str, tuple[str, Callable[..., Distance | FrechetDistance]]] = {
+    **{name: (kernel.title, partial(Distance, kernel)) for name, kernel in KERNELS.items()},
+    "fid": ("Frechet distance", FrechetDistance),
+}
 STEP = 0.02  # of b, between the first trials
 LIMITS = (0.75, 1.35)  # of b: published and measured values lie in 0.93 to 1.13
 WIDER = (0.6, 1.5)  # of lambda(t) at any step, where it has several parameters
@@ -198,7 +206,7 @@ def by_common_noise(
     Args:
         sampler: any solver along any path; its own lambda is not used.
         images_for: real images and the model_kwargs of the chains, as of MeasureRun.
-        distance: a name in KERNELS.
+        distance: a name in DISTANCES.
         features: what is compared: those by which the samples will be judged. Features disagree on
             which lambda is best, even on its sign (docs/study.md).
         num_chains: of each trial; 0: as many as real images.
@@ -211,8 +219,8 @@ def by_common_noise(
         ValueError: too few chains or images, an unknown distance or form.
         ImagesWithNaN: some images are none.
     """
-    if distance not in KERNELS or form not in FORMS:
-        wrong, known = (distance, KERNELS) if distance not in KERNELS else (form, FORMS)
+    if distance not in DISTANCES or form not in FORMS:
+        wrong, known = (distance, DISTANCES) if distance not in DISTANCES else (form, FORMS)
         raise ValueError(f"{wrong!r} is not known: allowed are {', '.join(known)}")
     num_chains = num_chains or num_images
     fewest = max(4, 2 * dist_util.get_world_size())
@@ -225,7 +233,8 @@ def by_common_noise(
     real = read_real_images(images_for, num_images, batch_size, features, device)
     chains = Chains(sampler, model, real.cond, num_chains, batch_size, device)
     jackknife = min(GROUPS, max(2, num_chains // 10))
-    measure = Distance(KERNELS[distance], real.all_rows(), num_chains, jackknife, of_all)
+    title, create = DISTANCES[distance]
+    measure = create(real.all_rows(), num_chains, jackknife, of_all)
     search = _Search(chains, features, measure, store or TrialStore(), form, groups)
     found = search.run()
     fresh = replace(search, chains=chains.with_other_noise())
@@ -235,7 +244,7 @@ def by_common_noise(
         form=form,
         lambdas=found["best"] if pays else search.ones,
         held_out=held_out,
-        distance=f"{KERNELS[distance].title}, {features_name}",
+        distance=f"{title}, {features_name}",
         num_chains=num_chains,
         num_images=num_images,
         network_calls=chains.network_calls + fresh.chains.network_calls,
@@ -248,7 +257,7 @@ def by_common_noise(
 class _Search:
     chains: Chains
     features: ImageFeatures
-    measure: Distance
+    measure: Distance | FrechetDistance
     store: TrialStore
     form: str
     groups: int

@@ -127,6 +127,19 @@ def _dots(x: Tensor, y: Tensor) -> Tensor:
     return dots
 
 
+def jackknife_error(replicates: Replicates, chains: int, left_to_chance: float) -> float:
+    """Of the first entry: delete-a-group jackknife (Efron & Tibshirani 1993, chapter 11).
+
+    Args:
+        chains: so many entries after the first are without a group of chains, the others without a
+            group of real images; the two parts are independent.
+        left_to_chance: factor on the variance of the latter.
+    """
+    parts = replicates[1 : 1 + chains], replicates[1 + chains :]
+    of_chains, of_real = ((len(part) - 1) * part.var() for part in parts)
+    return float(np.sqrt(of_chains + left_to_chance * of_real))
+
+
 class Distance:
     """To a set of real images, of sets of chains that have equal noise.
 
@@ -160,16 +173,8 @@ class Distance:
         )
 
     def standard_error(self, replicates: Replicates) -> float:
-        """Of the first entry: delete-a-group jackknife (Efron & Tibshirani 1993, chapter 11), the
-        chains' part and the real images' being independent; the latter with the correction for a
-        finite population.
-        """
-        count = self.groups[0]
-        chains, real = (
-            (len(part) - 1) * part.var()
-            for part in (replicates[1 : 1 + count], replicates[1 + count :])
-        )
-        return float(np.sqrt(chains + self._left_to_chance * real))
+        """Of the first entry, with the correction for a finite number of real images."""
+        return jackknife_error(replicates, self.groups[0], self._left_to_chance)
 
     def downhill(self, here: Tensor, others: list[Tensor], step: float) -> np.ndarray:
         """A Gauss-Newton step [P] of P parameters: D is the squared length of what separates the

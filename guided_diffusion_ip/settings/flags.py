@@ -364,15 +364,15 @@ SCRIPTS = {
                 "by",
                 "energy",
                 Role.IMAGES,
-                "rule: energy or kid (distance of finished images to real ones, by common noise), "
-                "final_variance (cheap), or a diagnostic: norm, variance, quotient",
+                "rule: energy, kid or fid (distance of finished images to real ones, by common "
+                "noise), final_variance (cheap), or a diagnostic: norm, variance, quotient",
                 choices=calibration_rules,
             ),
             Flag(
                 "num_chains",
                 0,
                 Role.IMAGES,
-                "chains of each trial, of energy, kid and final_variance; 0: as many as real "
+                "chains of each trial, of energy, kid, fid and final_variance; 0: as many as real "
                 "images",
                 least=0,
                 quiet=True,

@@ -19,12 +19,12 @@ from guided_diffusion_ip.exposure_bias.chains import Chains, TrialStore, in_spac
 from guided_diffusion_ip.exposure_bias.common_noise import by_common_noise as search
 from guided_diffusion_ip.exposure_bias.final_variance import by_final_variance
 from guided_diffusion_ip.exposure_bias.frechet_rule import FrechetDistance
-from guided_diffusion_ip.exposure_bias.kernel_distance import KERNELS, Distance, pair_sums
 from guided_diffusion_ip.exposure_bias.line_search import minimise
 from guided_diffusion_ip.exposure_bias.plots import save_picture
 from guided_diffusion_ip.features.pixels import PixelSpace
 from guided_diffusion_ip.metrics import frechet_distance
 from guided_diffusion_ip.metrics.kernel import squared_mmd
+from guided_diffusion_ip.metrics.replicates import KERNELS, Distance, pair_sums
 from guided_diffusion_ip.runs.sample_batch import ImagesWithNaN, process_sampler
 from guided_diffusion_ip.settings.lambda_file import read_schedule, write_schedule
 
@@ -98,11 +98,11 @@ def test_real_images_that_are_all_of_them_leave_nothing_to_chance():
 
 
 def test_wide_rows_are_added_up_in_pieces(monkeypatch):
-    from guided_diffusion_ip.exposure_bias import kernel_distance
+    from guided_diffusion_ip.metrics import replicates
 
     x, y = rows(6, 0, dim=50), rows(8, 1, dim=50)
     whole = pair_sums(KERNELS["energy"], x, y, (2, 3))
-    monkeypatch.setattr(kernel_distance, "_ENTRIES", 20)
+    monkeypatch.setattr(replicates, "_ENTRIES", 20)
     pieces = pair_sums(KERNELS["energy"], x, y, (2, 3))
     np.testing.assert_allclose(pieces.sums, whole.sums, rtol=1e-12)
     assert (pieces.counts == whole.counts).all() and whole.counts.sum() == 48

@@ -26,9 +26,9 @@ from guided_diffusion_ip.exposure_bias.chains import (
     pixels,
     read_real_images,
 )
-from guided_diffusion_ip.exposure_bias.kernel_distance import KERNELS, Distance, Replicates
 from guided_diffusion_ip.exposure_bias.line_search import vertex
 from guided_diffusion_ip.features.spaces import open_features
+from guided_diffusion_ip.metrics.replicates import KERNELS, Distance, Replicates
 from guided_diffusion_ip.settings.config import parse
 from guided_diffusion_ip.settings.make_sampler import make_sampler
 from guided_diffusion_ip.settings.measuring import open_real_images

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ..data.image_set import Images
 from ..features.space import FeatureSpace
 from ..metrics import frechet_distance
 from ..metrics.entry import MOMENTS, ROWS
-from ..metrics.kernel import squared_mmd
+from ..metrics.replicates import KERNELS, Distance, group_of
 from .opening import FeatureChoice, check_sizes, choose_device, open_side
 from .reference import has_images, has_statistics, read_statistics
 from .set_features import extract
@@ -64,15 +65,18 @@ class Against:
         """fid and kid of the samples with features [n, D]: of all, and without each group of image
         numbers, [1 + groups] each.
         """
-        group = np.arange(len(rows)) % groups
+        group = group_of(np.arange(len(rows)), groups)
         parts = [rows, *(rows[group != g] for g in range(groups))]
         found = {"fid": np.array([self._frechet(part) for part in parts])}
-        if len(self.rows):
-            reference = torch.from_numpy(self.rows).double()
-            found["kid"] = np.array(
-                [squared_mmd(torch.from_numpy(part).double(), reference) for part in parts]
-            )
+        if self._kernel is not None:
+            found["kid"] = self._kernel.of_chains(torch.from_numpy(rows), groups)
         return found
+
+    @cached_property
+    def _kernel(self) -> Distance | None:
+        if len(self.rows) < 4:
+            return None
+        return Distance(KERNELS["kid"], torch.from_numpy(self.rows), len(self.rows), 2)
 
     def _frechet(self, rows: np.ndarray) -> float:
         rows = rows.astype(np.float64)

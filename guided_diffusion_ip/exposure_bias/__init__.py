@@ -9,7 +9,7 @@ trained on, and find a lambda(t) that brings it back.
     plots           a picture for each measure
     calibrate       lambda(t): the rules by name
     common_noise    the rule that is used: distances of finished images, a parabola
-    chains kernel_distance frechet_rule line_search   what it is made of
+    chains frechet_rule line_search                  what it is made of (and metrics.replicates)
     calibration_picture                  its curve
     final_variance  a cheap rule; greedy, quotient: diagnostics
 """

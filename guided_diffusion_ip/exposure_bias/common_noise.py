@@ -1,10 +1,11 @@
 """lambda(t) by common noise: the one that brings finished images closest to real ones.
 
 The same chains, with equal noise, are drawn with several lambdas, and each set of finished images
-is compared with real images in a feature space, best by an unbiased distance (kernel_distance.py).
-Since nothing else differs, differences between the sets are known far better than the distances
-themselves: a few hundred chains find the lowest point of a parabola to some thousandths. Nothing is
-assumed about what lambda repairs: exposure bias, discretisation, or a poor first step.
+is compared with real images in a feature space, best by an unbiased distance
+(metrics/replicates.py). Since nothing else differs, differences between the sets are known far
+better than the distances themselves: a few hundred chains find the lowest point of a parabola to
+some thousandths. Nothing is assumed about what lambda repairs: exposure bias, discretisation, or a
+poor first step.
 
 What is found is kept only if it pays: the gain over lambda = 1 must be two standard errors at
 least, and chains with other noise must confirm its sign; else lambda = 1 is the answer.
@@ -24,10 +25,10 @@ from torch import Tensor
 
 from .. import dist_util
 from ..diffusion.process import Network
+from ..metrics.replicates import KERNELS, Distance, Replicates
 from ..runs.sample_batch import Sampler
 from .chains import Chains, ImageFeatures, TrialStore, gathered, read_real_images
 from .frechet_rule import FrechetDistance
-from .kernel_distance import KERNELS, Distance, Replicates
 from .line_search import Minimum, minimise
 from .measure_run import ImagesFor
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .. import dist_util
 from ..diffusion.process import Network
+from ..metrics.replicates import group_of
 from ..runs.sample_batch import Sampler
 from .chains import Chains, read_real_images, share
 from .common_noise import GROUPS, LIMITS, STEP
-from .kernel_distance import group_of
 from .measure_run import ImagesFor
 
 _TRIALS = 10

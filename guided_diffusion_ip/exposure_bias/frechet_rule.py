@@ -11,13 +11,13 @@ import numpy as np
 from torch import Tensor
 
 from ..metrics import frechet_distance
-from .kernel_distance import Replicates, group_of, jackknife_error
+from ..metrics.replicates import Replicates, group_of, jackknife_error
 
 _GROUPS = 10  # each costs a distance: D^3 operations
 
 
 class FrechetDistance:
-    """To a set of real images, with replicates as of kernel_distance.Distance.
+    """To a set of real images, with replicates as of metrics.replicates.Distance.
 
     Raises:
         ValueError: fewer than two chains for each feature.

@@ -172,6 +172,14 @@ class Distance:
             ]
         )
 
+    def of_chains(self, rows: Tensor, groups: int) -> np.ndarray:
+        """D of all rows [n, D], and without each of so many groups of them, [1 + groups]."""
+        own = pair_sums(self.kernel, rows, rows, (groups, groups), paired=True)
+        cross = pair_sums(self.kernel, rows, self.real, (groups, 1))
+        whole = own.mean + self._real_mean - 2 * cross.mean
+        without = own.without_both() + self._real_mean - 2 * cross.without_rows()
+        return np.append(whole, without)
+
     def standard_error(self, replicates: Replicates) -> float:
         """Of the first entry, with the correction for a finite number of real images."""
         return jackknife_error(replicates, self.groups[0], self._left_to_chance)

@@ -520,6 +520,12 @@ def test_the_librarys_solvers_take_it(solver):
     assert torch.equal(*results)
 
 
+def test_a_finer_process_is_the_librarys():
+    finer = [process.finer() for process in both({"steps": 100, "timestep_respacing": "10"})]
+    assert finer[0].timestep_map == finer[1].timestep_map and len(finer[0].timestep_map) == 19
+    assert (finer[0].betas == finer[1].betas).all()
+
+
 @pytest.mark.parametrize("rule", ["p2", "min_snr"])
 def test_loss_weights_are_the_librarys(rule):
     results = []

@@ -122,8 +122,8 @@ def test_an_interrupted_run_is_continued_and_measures_no_image_twice(
     images, checkpoint, reference, tmp_path
 ):
     per_image = (
-        5 + 5 + 5 + (2 + 2) + (5 + 5) - 5
-    )  # inputs, chain, data; accumulation's K = 5 shares the data walk
+        5 + 5 + 5 + (2 + 2) + (5 + 5) - 5 + 9
+    )  # inputs, chain, data; accumulation's K = 5 shares the data walk; twice as many steps
     for limit in (
         2 * per_image + 3,
         1 * per_image + 1,

@@ -50,7 +50,10 @@ class SpacedDiffusion(GaussianDiffusion):
         self._original = dict(kwargs)
         super().__init__(**{**kwargs, "betas": spaced.betas})
 
-    whole = core.SpacedDiffusion.whole  # reads what __init__ sets
+    # These read what __init__ sets.
+    whole = core.SpacedDiffusion.whole
+    finer = core.SpacedDiffusion.finer
+    _original_without_scaling = core.SpacedDiffusion._original_without_scaling
 
     def _wrap_model(self, model: Network) -> Network:
         """`model` with the map of timesteps in it; a wrapped one is left as it is."""

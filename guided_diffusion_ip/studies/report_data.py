@@ -284,7 +284,10 @@ def _read_measures(path: str) -> Measurement:
 
 
 def _read_schedule(path: str) -> Schedule | None:
-    lambdas = read_yaml(path).get("lambda")
+    content = read_yaml(path)
+    lambdas = content.get("lambda")
+    if "checkpoints" in content:  # a sweep's plan, whose lambdas are alternatives
+        return None
     if not isinstance(lambdas, list) or not all(map(is_number, lambdas)):
         return None
     return Schedule(path, [float(value) for value in lambdas], config=read_text(path))

@@ -77,11 +77,13 @@ LEAVES = {
     "allocator",
     "ieee_float32",
     "early_signals",
+    "go_between",
 }
 CORE = {"networks", "diffusion", "data", "features", "metrics"}
 WORK = {"preparation", "evaluation", "training", "runs", "interop", "exposure_bias"}
 MAY_IMPORT = {
     **{name: set() for name in LEAVES},
+    "early_signals": {"go_between"},
     "dist_util": {"files", "early_signals"},
     "networks": {"sizes"},
     "diffusion": set(),

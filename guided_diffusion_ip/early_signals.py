@@ -28,23 +28,22 @@ def note_signals() -> None:
     """From now on the signals of NOTED do not end this process, nor does an output that nobody
     reads any more. In the main thread only.
 
-    Under mpiexec, the script goes on in a child of the process that called this (go_between.py).
+    Under Open MPI, the script goes on in a child of the process that called this (go_between.py).
     """
     global parent
     for name in NOTED:
         number = getattr(signal, name, None)
         if number and not is_ignored(number):
             signal.signal(number, note)
-    mpiexec = go_between.started_by_mpiexec(os.environ)
-    if mpiexec or any(
-        stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr)
-    ):
+    apart = go_between.is_needed(os.environ)
+    if apart or any(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr)):
         go_between.forgive_lost_readers()
-    if mpiexec and hasattr(os, "fork"):
+    if apart:
         parent = go_between.step_aside(received)
 
 
 def _forked() -> None:
+    """In a forked child."""
     global parent
     parent = os.getppid()
 

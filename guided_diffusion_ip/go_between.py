@@ -1,11 +1,12 @@
-"""A rank that mpiexec cannot kill while it saves.
+"""A rank that Open MPI's mpiexec cannot kill while it saves.
 
-mpiexec answers Ctrl-C and SIGTERM by ending its ranks: Open MPI sends SIGCONT, SIGTERM and SIGKILL
-to their process groups, a quarter of a second apart, and MPICH SIGKILL alone; no option of theirs
-changes that. A checkpoint takes longer. So what mpiexec started stays behind as a go-between, which
-passes signals on and ends as the rank does, and the rank is its child, in a process group of its
-own. If the go-between is killed, the rank finds its parent gone, and takes that for the signal
-(dist_util/parent.py).
+It answers Ctrl-C and SIGTERM by sending SIGCONT, SIGTERM and SIGKILL to its ranks' process groups,
+a quarter of a second apart, which no parameter of its changes. A checkpoint takes longer. So what
+mpiexec started stays behind as a go-between, which passes signals on and ends as the rank does, and
+the rank is its child, in a process group of its own. If the go-between is killed, the rank finds
+its parent gone, and takes that for the signal (dist_util/parent.py).
+
+MPICH's mpiexec passes SIGINT and SIGTERM on, and waits: nothing is needed there.
 
 Nothing of ours is imported here, and nothing large: a go-between is there as long as its rank.
 """
@@ -25,9 +26,9 @@ _PASSED_ON = ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "TSTP", "CONT")
 _LOOK_S = 1.0  # how often a go-between looks whether mpiexec is still there
 
 
-def started_by_mpiexec(env: Mapping[str, str]) -> bool:
-    """Whether this process is a rank of Open MPI's mpiexec, MPICH's or Intel MPI's."""
-    return "OMPI_COMM_WORLD_RANK" in env or ("PMI_RANK" in env and "MPI_LOCALRANKID" in env)
+def is_needed(env: Mapping[str, str]) -> bool:
+    """Whether this process is a rank of Open MPI's mpiexec."""
+    return "OMPI_COMM_WORLD_RANK" in env and hasattr(os, "fork")
 
 
 def step_aside(received: Iterable[str]) -> int:

@@ -56,7 +56,7 @@ def mpiexec_program() -> str | None:
     return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
-def prefix(launcher: str, ranks: int) -> list[str]:
+def prefix(launcher: str, ranks: int, mpiexec: str | None) -> list[str]:
     """What comes before `script.py --flags` on the command line.
 
     Raises:
@@ -65,7 +65,7 @@ def prefix(launcher: str, ranks: int) -> list[str]:
     if launcher == "none":
         return [sys.executable]
     if launcher == "mpiexec":
-        program = mpiexec_program()
+        program = mpiexec or mpiexec_program()
         if program is None:
             raise ValueError('no mpiexec here: pip install -e ".[mpi]"')
         version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
@@ -91,6 +91,7 @@ class Run:
     script: str = "scripts/image_train.py"
     flags: tuple[str, ...] = ()  # {out_dir} is replaced
     options: tuple[str, ...] = ()  # of the launcher
+    mpiexec: str | None = None
     env: dict[str, str] = field(default_factory=dict)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -112,7 +113,7 @@ class Run:
             MARK: self.mark,
             **self.env,
         }
-        start = prefix(self.launcher, self.ranks if self.launcher != "none" else 1)
+        start = prefix(self.launcher, self.ranks, self.mpiexec)
         if self.options:
             start = (
                 [*start[:-1], *self.options, start[-1]]
@@ -221,7 +222,9 @@ class Run:
 
 @dataclass(frozen=True)
 class End:
-    """How a run ended: the launcher's exit code (None: it has not), who is left, how long it took."""
+    """How a run ended: the launcher's exit code (None: it has not), who is left, how long that
+    took.
+    """
 
     code: int | None
     left: list[int]
@@ -265,7 +268,7 @@ def to_launcher(*numbers: signal.Signals) -> Callable[[Run], None]:
     def do(run: Run) -> None:
         for i, number in enumerate(numbers):
             if i:  # the system delivers signals that wait at the same time in no certain order
-                time.sleep(0.3)
+                time.sleep(0.15)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(run.process.pid, number)
 
@@ -305,10 +308,9 @@ FAULTS = (
 )
 
 
-def trial(launcher: str, fault: Fault, data: Path, folder: Path, limit_s: float) -> str:
+def trial(run: Run, fault: Fault, limit_s: float) -> str:
     """One row of the table."""
-    flags = (*FLAGS, "--data_dir", str(data))
-    with Run(launcher, folder, flags=flags, options=fault.options) as run:
+    with run:
         run.wait_for_steps()
         reached = run.steps()
         fault.do(run)
@@ -316,14 +318,15 @@ def trial(launcher: str, fault: Fault, data: Path, folder: Path, limit_s: float)
         kept = "yes" if run.saved() >= reached else "no"
         code = "runs on" if end.code is None else str(end.code)
         took = f"{end.seconds:.1f}" if not end.left else f"> {limit_s:g}"
-        name = fault.name if launcher != "none" else fault.name.replace("launcher", "process")
-        return f"| {launcher} | {name} | {code} | {kept} | {len(end.left) or 'none'} | {took} |"
+        name = fault.name if run.launcher != "none" else fault.name.replace("launcher", "process")
+        return f"| {run.launcher} | {name} | {code} | {kept} | {len(end.left) or 'none'} | {took} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--launchers", nargs="+", default=LAUNCHERS, choices=LAUNCHERS)
     parser.add_argument("--faults", default="", help="only those with this in their names")
+    parser.add_argument("--mpiexec", help="another than the one beside this Python")
     parser.add_argument("--limit", type=float, default=60, help="seconds to wait at most")
     parser.add_argument("--keep", help="a folder for what the runs print and write")
     args = parser.parse_args()
@@ -340,8 +343,14 @@ def main() -> None:
         for launcher in args.launchers:
             for i, fault in enumerate(FAULTS):
                 if launcher in fault.launchers and args.faults in fault.name:
-                    row = trial(launcher, fault, data, folder / f"{launcher}{i}", args.limit)
-                    print(row, flush=True)
+                    run = Run(
+                        launcher,
+                        folder / f"{launcher}{i}",
+                        flags=(*FLAGS, "--data_dir", str(data)),
+                        options=fault.options,
+                        mpiexec=args.mpiexec,
+                    )
+                    print(trial(run, fault, args.limit), flush=True)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def setup_dist(timeout_s: float | None = None) -> None:
 
     From then on a rank that dies or fails ends the others (watchdog.py), and so does one that is
     silent for GUIDED_DIFFUSION_IP_TIMEOUT seconds (300). The end of torchrun or mpiexec counts as a
-    SIGTERM (parent.py). The limit of a later collective is 30
-    minutes, or that variable where it is more: ranks that are alive may have reason to wait.
+    SIGTERM (parent.py). The limit of a later collective is 30 minutes, or that variable where it is
+    more: ranks that are alive may have reason to wait.
 
     Raises:
         ValueError: contradictory environment, one of the two variables no number of seconds, more

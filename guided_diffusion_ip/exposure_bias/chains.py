@@ -21,7 +21,7 @@ from ..data.image_source import ArraySource
 from ..diffusion.epsilon_scaling import EpsilonScaling
 from ..diffusion.process import Network
 from ..features.space import FeatureSpace
-from ..files import atomic_file
+from ..files import atomic_file, remove_temporaries
 from ..runs.sample_batch import ImagesWithNaN, Sampler
 from .measure_run import ImagesFor
 
@@ -196,4 +196,5 @@ class TrialStore:
         for name in os.listdir(self.folder):
             if name.endswith(".npy"):
                 os.remove(os.path.join(self.folder, name))
+        remove_temporaries(self.folder)
         os.rmdir(self.folder)

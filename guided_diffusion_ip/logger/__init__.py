@@ -190,6 +190,8 @@ def configure(
     _current = Logger(dir, outputs, comm)
     if not named:
         log(f"logging to {dir}")
+    for note in (note for output in outputs for note in output.notes):
+        log(note)
 
 
 def _new_folder() -> str:

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from .. import dist_util
-from ..files import atomic_file
+from ..files import atomic_file, remove_temporaries
+from ..ownership import owning
 
 
 def claim_folder(out_dir: str, settings: dict[str, Any], holds: str) -> None:
@@ -57,17 +58,22 @@ def complete(
         fill: make what is missing, on all processes. finish: make `result` of it, on rank 0.
 
     Raises:
-        ValueError: the folder was claimed with other settings; on every rank.
+        ValueError: the folder was claimed with other settings, or another run is at work in it; on
+            every rank.
     """
-    claim_folder(out_dir, settings, holds)
-    # Rank 0 alone looks: it also writes the file.
-    if dist_util.broadcast_object(os.path.exists(result)):
-        return
-    fill()
-    dist_util.barrier()
-    if dist_util.is_main():
-        finish()
-    dist_util.barrier()
+    with owning(out_dir):
+        if dist_util.is_main():
+            # An evaluation is written by another program, which may be at work.
+            remove_temporaries(out_dir, "(?!evaluation).*")
+        claim_folder(out_dir, settings, holds)
+        # Rank 0 alone looks: it also writes the file.
+        if dist_util.broadcast_object(os.path.exists(result)):
+            return
+        fill()
+        dist_util.barrier()
+        if dist_util.is_main():
+            finish()
+        dist_util.barrier()
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 from .. import dist_util
 from ..data.npz_io import merge_npz, write_npz
 from ..diffusion.process import Network
+from ..files import remove_temporaries
 from .folder import resumable
 from .progress import ImageBar
 
@@ -74,7 +75,11 @@ class ShardFolder:
         write_npz(self._file((start, stop)), arrays)
 
     def merge(self, path: str) -> None:
-        """Join all shards into `path`, whose images are in order, and remove them."""
+        """Join all shards into `path`, whose images are in order, and remove them.
+
+        Raises:
+            ValueError: some are missing, or overlap.
+        """
         merge_npz(path, self.files(), self.num_samples)
         self.remove()
 
@@ -83,7 +88,7 @@ class ShardFolder:
         sees them.
 
         Raises:
-            ValueError: some do not appear.
+            ValueError: some do not appear, or two hold the same image.
         """
         if gaps := left_when_listed(lambda: self.missing(self.num_samples)):
             raise ValueError(
@@ -91,12 +96,26 @@ class ShardFolder:
                 "processes have written theirs: do they share this folder? The same command again "
                 "makes what is missing"
             )
-        return [self._file(r) for r in self.present()]
+        ranges = self.present()
+        for a, b in zip(ranges, ranges[1:]):
+            if b[0] < a[1]:
+                raise ValueError(
+                    f"{self._file(a)} and {os.path.basename(self._file(b))} both hold image "
+                    f"{b[0]}: two runs have written there at once; remove one of these files, and "
+                    "the same command again makes what is missing"
+                )
+        if ranges and ranges[-1][1] > self.num_samples:
+            raise ValueError(
+                f"{self._file(ranges[-1])} holds images beyond the {self.num_samples} of this run: "
+                "remove it, and give the same command again"
+            )
+        return [self._file(r) for r in ranges]
 
     def remove(self) -> None:
-        """Delete the shards and their folder."""
+        """Delete the shards and their folder, and what killed processes have left there."""
         for r in self.present():
             os.remove(self._file(r))
+        remove_temporaries(self.path)
         os.rmdir(self.path)
 
     def _file(self, r: Range) -> str:

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from .. import dist_util, logger
 from ..allocator import keep_freed_memory
 from ..diffusion.process import Process
+from ..ownership import owning
 from .ema import EMA, UpdateCounts
 from .gradients import Gradients, process_losses, trained_network
 from .guards import check_batch, is_out_of_memory, memory_advice, range_note
@@ -130,7 +131,8 @@ class TrainLoop:
         Raises:
             Diverged: losses or gradients are not finite; nothing of them has reached weights or
                 files.
-            ValueError: the data are not what the network is for, or memory has ended.
+            ValueError: the data are not what the network is for, memory has ended, or another run
+                is at work in the logger's folder.
         """
         self.model.train()
         for line in self.resumed:
@@ -149,7 +151,7 @@ class TrainLoop:
             disable=None if dist_util.is_main() else True,
         )
         try:
-            with bar, self._interruptions:
+            with owning(logger.get_dir()), bar, self._interruptions:
                 why = self._run_until_told(bar)
                 if why:
                     logger.log(

@@ -72,7 +72,7 @@ def test_an_interrupted_npz_is_not_there_and_begins_anew(tmp_path):
         render_npz(str(tmp_path / "out"), source(120, {77}), render, (4, 5), "line 4x5x3")
     assert not (tmp_path / "out").exists()
     left = tmp_path / "out" / ".train.npz.making"
-    left.mkdir()
+    left.mkdir(parents=True)
     (left / "train.npz").write_bytes(b"killed here")
     render_npz(str(tmp_path / "out"), source(120), render, (4, 5), "line 4x5x3")
     assert os.listdir(tmp_path / "out") == ["train.npz"]

@@ -20,9 +20,10 @@ _QUARTILE = re.compile(r"(.+)_q([0-3])")
 
 
 class Output:
-    """Base of all outputs: ignores what it is given. `notes`: what was found amiss in its file."""
+    """Base of all outputs: ignores what it is given. `path` names it; `notes`: what was found amiss in it."""
 
     notes: tuple[str, ...] = ()
+    path = "standard output"
 
     def write_values(self, values: Mapping[str, Value]) -> None:
         """Takes one row of numbers."""
@@ -52,6 +53,7 @@ class TextFile(Output):
     """The terminal's text, in a file."""
 
     def __init__(self, path: str) -> None:
+        self.path = path
         self._file = open(path, "a", encoding="utf-8")
 
     def write_values(self, values: Mapping[str, Value]) -> None:
@@ -69,7 +71,7 @@ class CsvFile(Output):
     """A row per dump, a column per key; rows older than a column have an empty cell there."""
 
     def __init__(self, path: str, resume_step: int | None = None) -> None:
-        self._path = path
+        self.path = path
         self.notes = _mend(path, _is_row, _is_table, has_header=True)
         if resume_step is not None:
             self._drop_after(resume_step)
@@ -87,9 +89,9 @@ class CsvFile(Output):
         self._file.close()
 
     def _read(self) -> list[list[str]]:
-        if not os.path.exists(self._path):
+        if not os.path.exists(self.path):
             return []
-        with open(self._path, newline="", encoding="utf-8") as file:
+        with open(self.path, newline="", encoding="utf-8") as file:
             return list(csv.reader(file))
 
     def _add_columns(self, new: list[str]) -> None:
@@ -99,13 +101,13 @@ class CsvFile(Output):
         self._rewrite(
             [self._columns] + [row + [""] * (len(self._columns) - len(row)) for row in rows]
         )
-        self._file = open(self._path, "a", newline="", encoding="utf-8")
+        self._file = open(self.path, "a", newline="", encoding="utf-8")
 
     def _rewrite(self, rows: list[list[str]]) -> None:
         # A crash half-way must not cost the history: write beside, then replace.
-        with open(self._path + ".tmp", "w", newline="", encoding="utf-8") as file:
+        with open(self.path + ".tmp", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
-        os.replace(self._path + ".tmp", self._path)
+        os.replace(self.path + ".tmp", self.path)
 
     def _drop_after(self, step: int) -> None:
         rows = self._read()
@@ -128,6 +130,7 @@ class JsonLines(Output):
     """An object per line. JSON has no nan and no infinity: both become null."""
 
     def __init__(self, path: str, resume_step: int | None = None) -> None:
+        self.path = path
         self.notes = _mend(path, _is_object)
         if resume_step is not None and os.path.exists(path):
             with open(path, encoding="utf-8") as file:
@@ -165,6 +168,7 @@ class TensorBoard(Output):
         self._writer: Any = SummaryWriter(
             folder, purge_step=None if resume_step is None else resume_step + 1
         )
+        self.path = folder
         self._dumps = 0
 
     def write_values(self, values: Mapping[str, Value]) -> None:

@@ -163,6 +163,12 @@ class TrainLoop:
                 # launcher.
                 if self.step != self._saved_step:
                     self.save()
+            if error := self._interruptions.failure:
+                raise ValueError(
+                    f"{error.filename} cannot be written ({error.strerror}); the checkpoint of "
+                    f"step {self.step} is saved: make room, and the same command with --resume "
+                    "auto continues"
+                )
         finally:
             # Loader processes that end by garbage collection, without being told, take torch 5 s
             # each, or for ever.
@@ -244,7 +250,10 @@ class TrainLoop:
         if self.progress.skipped:
             more["skipped"] = self.progress.skipped
         between = self.step == self.last_step and self.step % self.settings.log_interval != 0
-        self.log.write(self.step, self.statistics, self.update.grad_norm, more, keep=between)
+        try:
+            self.log.write(self.step, self.statistics, self.update.grad_norm, more, keep=between)
+        except OSError as error:  # a full disk; what has been learned must not be lost with it
+            self._interruptions.failed(error)
 
     def save(self) -> None:
         """Write the checkpoint of this step; see RunState.save. A collective."""

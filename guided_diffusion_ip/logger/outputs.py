@@ -20,7 +20,9 @@ _QUARTILE = re.compile(r"(.+)_q([0-3])")
 
 
 class Output:
-    """Base of all outputs: ignores what it is given. `path` names it; `notes`: what was found amiss in it."""
+    """Base of all outputs: ignores what it is given. `path` names it; `notes`: what was found amiss
+    in it.
+    """
 
     notes: tuple[str, ...] = ()
     path = "standard output"

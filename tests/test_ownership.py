@@ -207,28 +207,31 @@ def sampling(run, out, batch_size):
     ]
 
 
-def both(first, second, start=()):
-    """Two commands at once: (exit code, what it said) of each."""
-    processes = [
-        subprocess.Popen(
-            [*start, sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=launch.ROOT,
-            env=launch.clean_env(),
+def both(first, second, start=(), apart=0.0):
+    """Two commands at once, or `apart` seconds apart: (exit code, what it said) of each."""
+    program = (str(Path(sys.executable).parent / start[0]), *start[1:]) if start else ()
+    processes = []
+    for command in (first, second):
+        processes.append(
+            subprocess.Popen(
+                [*(program or [sys.executable]), *command],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=launch.ROOT,
+                env=launch.clean_env(),
+            )
         )
-        for command in (first, second)
-    ]
+        time.sleep(apart)
     said = [process.communicate(timeout=120)[0] for process in processes]
     return list(zip([process.returncode for process in processes], said))
 
 
-def refused_or_right(outcomes):
-    """How many were done; the others must have been refused in one line."""
+def refused_or_right(outcomes, launcher=False):
+    """How many were done; the others must have been refused in one line (torchrun adds its own)."""
     for code, said in outcomes:
-        assert code in (0, 2), said
-        assert "Traceback" not in said
+        assert code in (0, 1 if launcher else 2), said
+        assert launcher or "Traceback" not in said
         if code:
             lines = [line for line in said.splitlines() if line.startswith("error: ")]
             assert len(lines) == 1 and "is being written by process" in lines[0], said
@@ -276,3 +279,51 @@ def test_a_leftover_shard_of_a_kill_does_not_matter(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(out)) == ["grid.png", "png", "samples_24x8x8x1.npz", "settings.yaml"]
     assert len(os.listdir(out / "png")) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(4))
+@pytest.mark.parametrize("kind", ["training", "same batch size", "other batch size", "two ranks"])
+def test_many_pairs(run, tmp_path, kind, trial):
+    """Pairs at once, with other distances in time: right results or a clear refusal each time."""
+    images, folder = run
+    out, start = tmp_path / "both", ()
+    if kind == "training":
+        commands = [training(images, out, 40, seed=seed) for seed in (1, 2)]
+    else:
+        sizes = (5, 3) if kind == "other batch size" else (4, 4)
+        commands = [sampling(folder, out, size) for size in sizes]
+    if kind == "two ranks":
+        start = ("torchrun", "--standalone", "--nproc_per_node", "2")
+    done = refused_or_right(both(*commands, start=start, apart=trial * 0.7), bool(start))
+    if kind == "training":
+        states = {name for name in os.listdir(out) if name.startswith("state")}
+        assert "state000040.pt" in states
+        again = launch.run([sys.executable, *training(images, out, 44, seed=1)])
+        again = again if not again.returncode else None
+        other = launch.run([sys.executable, *training(images, out, 48, seed=2)])
+        assert again or other.returncode == 0, "what is there can be continued"
+        return
+    assert done >= 1
+    with np.load(out / "samples_24x8x8x1.npz") as found:
+        pictures = found["arr_0"]
+    alone = launch.run([sys.executable, *sampling(folder, tmp_path / "alone", 4)])
+    assert alone.returncode == 0, alone.stderr
+    with np.load(tmp_path / "alone" / "samples_24x8x8x1.npz") as expected:
+        assert abs(expected["arr_0"].astype(int) - pictures).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(4))
+def test_two_sweeps_at_once(run, tmp_path, trial):
+    images, folder = run
+    plan = tmp_path / "sweep.yaml"
+    plan.write_text(
+        f"checkpoints: {{a: {folder / 'ema_0.9_000002.pt'}}}\nreference: {images}\n"
+        "features: pixels\nmetrics: [kid]\nnum_samples: 16\nsteps: [3, 4]\n"
+    )
+    command = ["scripts/sweep.py", str(plan), "--out_dir", str(tmp_path / "out")]
+    outcomes = both(command, command, apart=trial * 0.7)
+    assert [code for code, _ in outcomes] == [0, 0], outcomes
+    assert (tmp_path / "out" / "table.md").read_text().count("|") > 4
+    assert len(os.listdir(tmp_path / "out" / "cells")) == 2

@@ -14,6 +14,7 @@ import yaml
 from .. import dist_util
 from ..files import atomic_file, remove_temporaries
 from ..ownership import owning
+from ..yaml_text import read_yaml_file
 
 
 def claim_folder(out_dir: str, settings: dict[str, Any], holds: str) -> None:
@@ -30,8 +31,15 @@ def claim_folder(out_dir: str, settings: dict[str, Any], holds: str) -> None:
     if dist_util.is_main():
         path = os.path.join(out_dir, "settings.yaml")
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                complaint = _difference(yaml.safe_load(file) or {}, settings)
+            try:
+                there = read_yaml_file(path)
+            except ValueError as error:
+                there = str(error)
+            complaint = (
+                _difference(there, settings)
+                if isinstance(there, dict)
+                else f"other settings ({str(there)[:400] if there else 'an empty settings.yaml'})"
+            )
         else:
             with atomic_file(path) as file:
                 file.write(yaml.safe_dump(settings, sort_keys=False).encode())

@@ -8,10 +8,11 @@ size or number of processes.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -55,17 +56,22 @@ class ShardFolder:
 
     def missing(self, batch_size: int) -> list[Range]:
         """(start, stop) of what is to be made, in pieces of at most batch_size images."""
+        return list(in_batches(self.gaps(), batch_size))
+
+    def gaps(self) -> list[Range]:
+        """(start, stop) of what is to be made."""
         gaps: list[Range] = []
         end = 0
         for start, stop in [*self.present(), (self.num_samples, self.num_samples)]:
-            gaps.extend((a, min(a + batch_size, start)) for a in range(end, start, batch_size))
+            if end < start:
+                gaps.append((end, start))
             end = max(end, stop)
         return gaps
 
     @property
     def left(self) -> int:
         """How many images are to be made."""
-        return sum(stop - start for start, stop in self.missing(self.num_samples))
+        return sum(stop - start for start, stop in self.gaps())
 
     def write(self, start: int, arrays: dict[str, np.ndarray]) -> None:
         """Store what belongs to the images numbered from start: arrays of n rows each, such as
@@ -90,7 +96,7 @@ class ShardFolder:
         Raises:
             ValueError: some do not appear, or two hold the same image.
         """
-        if gaps := left_when_listed(lambda: self.missing(self.num_samples)):
+        if gaps := left_when_listed(self.gaps):
             raise ValueError(
                 f"{self.path} lacks the images {gaps[0][0]} to {gaps[0][1] - 1}, though all "
                 "processes have written theirs: do they share this folder? The same command again "
@@ -122,6 +128,13 @@ class ShardFolder:
         return os.path.join(self.path, f"shard-{r[0]:08d}-{r[1]:08d}.npz")
 
 
+def in_batches(gaps: Iterable[Range], batch_size: int) -> Iterator[Range]:
+    """The same in pieces of at most batch_size images."""
+    for start, stop in gaps:
+        for a in range(start, stop, batch_size):
+            yield a, min(a + batch_size, stop)
+
+
 def fill_shards(
     folder: ShardFolder,
     make: Callable[[Network, range], dict[str, np.ndarray]],
@@ -136,9 +149,11 @@ def fill_shards(
         make: the arrays of the images numbered [n], by a model that counts its calls for the bar.
         desc: of the bar; calls: of the network for one batch.
     """
-    pieces = dist_util.broadcast_object(folder.missing(batch_size))
-    mine = pieces[dist_util.get_rank() :: dist_util.get_world_size()]
-    done = folder.num_samples - sum(stop - start for start, stop in pieces)
+    gaps = dist_util.broadcast_object(folder.gaps())
+    rank, world = dist_util.get_rank(), dist_util.get_world_size()
+    # One after the other: there may be more batches than fit into memory.
+    mine = itertools.islice(in_batches(gaps, batch_size), rank, None, world)
+    done = folder.num_samples - sum(stop - start for start, stop in gaps)
     with (
         resumable(folder.num_samples, lambda: folder.left),
         ImageBar(desc, folder.num_samples, done, calls) as bar,

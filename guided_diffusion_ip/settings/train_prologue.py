@@ -10,13 +10,12 @@ import os
 import time
 from collections.abc import Iterator
 
-import yaml
-
 from .. import dist_util, files
 from ..data.sources import Source, open_source
 from ..ownership import owning
 from ..training.checkpoint import complete_steps, states_near, without_state
 from ..training.resume import compare_settings, find
+from ..yaml_text import read_yaml_file
 from .config import Config
 
 
@@ -173,13 +172,12 @@ def _why_not(cfg: Config, out_dir: str) -> str:
     if cfg.overwrite or continued == "auto":
         if lost and os.path.exists(config):
             try:
-                with open(config, encoding="utf-8") as file:
-                    saved = yaml.safe_load(file)
+                saved = read_yaml_file(config)
                 compare_settings(
                     {name: keys for name, keys in dict(saved).items() if isinstance(keys, dict)},
                     cfg.sections(),
                 )
-            except (ValueError, TypeError, yaml.YAMLError) as error:
+            except (ValueError, TypeError) as error:
                 return (
                     f"{out_dir} holds {lost[-1]} without its state file, and only the config.yaml "
                     f"there tells what it is: a new run would replace that by its own ({error}): "

@@ -77,12 +77,15 @@ LEAVES = {
     "allocator",
     "ieee_float32",
     "early_signals",
+    "ownership",
+    "yaml_text",
 }
 CORE = {"networks", "diffusion", "data", "features", "metrics"}
 WORK = {"preparation", "evaluation", "training", "runs", "interop", "exposure_bias"}
 MAY_IMPORT = {
     **{name: set() for name in LEAVES},
     "dist_util": {"files", "early_signals"},
+    "ownership": {"dist_util"},
     "networks": {"sizes"},
     "diffusion": set(),
     "data": {"noise", "files", "sizes"},

@@ -190,6 +190,10 @@ class Flag:
         return result
 
     def _check(self, result: Any, value: Any) -> None:
+        if isinstance(result, str) and any("\ud800" <= c <= "\udfff" for c in result):
+            raise argparse.ArgumentTypeError(
+                f"{value!r} is not UTF-8, so that no file could name it: rename it"
+            )
         if (allowed := self.allowed) and result not in allowed:
             raise argparse.ArgumentTypeError(
                 f"expected one of {', '.join(map(str, allowed))}, got {value!r}"

@@ -1,8 +1,8 @@
 """What constant lambdas are worth, over a grid, beside calibrated ones.
 
     python tools/lambda_grid.py --reference REF --features FILE.onnx --image_size 32 \\
-        --grid 0.96,0.98,1.02 --seeds 0 --count 5000 --calibrated eps.yaml,more.yaml --out grid.json -- \\
-        --model_path ... --use_ddim True --timestep_respacing 10 --batch_size 250
+        --grid 0.96,0.98,1.02 --seeds 0 --count 5000 --calibrated eps.yaml,more.yaml \\
+        --out grid.json -- --model_path ... --use_ddim True --timestep_respacing 10 --batch_size 250
 
 What follows -- are flags of scripts/image_sample.py. For every seed, equal noise for all lambdas:
 FID and KID in the features, and their change from lambda = 1 with its standard error. Printed, and

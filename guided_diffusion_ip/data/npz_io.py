@@ -153,6 +153,21 @@ def _first_rows(paths: Sequence[str | os.PathLike], key: str, n: int) -> Iterato
         n -= rows
 
 
+def read_arrays(file: IO[bytes], keys: Iterable[str], where: str) -> dict[str, np.ndarray]:
+    """Those of the arrays that are in an npz that is open already, as one within an archive is.
+
+    Raises:
+        ValueError: damaged, or made of Python objects; names it as `where`.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in keys if key in arrays.files}
+    # Damaged headers and streams make NumPy raise anything, a MemoryError for a shape among it.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{where} cannot be read: {reason}") from error
+
+
 class NpzReader:
     """Rows of the arrays in an npz, without loading the rest.
 

@@ -26,7 +26,9 @@ from guided_diffusion_ip.interop.adm_checkpoint import (
     infer_classifier,
     require_fit,
 )
+from guided_diffusion_ip.interop.edm_pickle import EDMCheckpoint, edm_flags
 from guided_diffusion_ip.preparation.lmdb_source import LmdbSource
+from guided_diffusion_ip.runs.base_images import picture_names
 from guided_diffusion_ip.runs.folder import claim_folder
 from guided_diffusion_ip.script_util import create_model_and_diffusion
 from guided_diffusion_ip.settings.command import presentable
@@ -339,3 +341,15 @@ def test_flags_beyond_reason(words):
 def test_what_is_said_is_one_line_of_sensible_length_that_no_terminal_obeys():
     assert presentable("a\n\x1b[31mb\udce9") == "a \\x1b[31mb\\udce9"
     assert len(presentable("x" * 100_000)) < 2100 and presentable("Häuser, 猫") == "Häuser, 猫"
+
+
+@pytest.mark.parametrize("name", ["/".join("d" * 5000) + "/1.png", "a" * 300 + ".png"])
+def test_names_that_no_picture_can_have(name):
+    with pytest.raises(ValueError, match="cannot name a picture: it has"):
+        picture_names([name], 3)
+
+
+def test_an_edm_network_beyond_reason():
+    checkpoint = EDMCheckpoint("EDMPrecond", {"img_resolution": 8, "num_blocks": 10_000}, {})
+    with pytest.raises(ValueError, match="num_blocks 10000, which is beyond reason"):
+        edm_flags(checkpoint)

@@ -313,7 +313,7 @@ def edm_flags(checkpoint: EDMCheckpoint) -> dict[str, dict[str, Any]]:
         )
     for key, value in settings.items():
         most = 1000 if key == "num_blocks" else 10**7
-        large = [n for n in _numbers(value) if abs(n) > most]
+        large = [n for n in _numbers(value) if math.isfinite(n) and abs(n) > most]
         if large:
             raise ValueError(
                 f"the network was made with {key} {large[0]:g}, which is beyond reason"

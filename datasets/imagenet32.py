@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from guided_diffusion_ip.data import preprocessing
-from guided_diffusion_ip.data.npz_io import NpzReader, NpzWriter, merge_npz
+from guided_diffusion_ip.data.npz_io import NpzReader, NpzWriter, merge_npz, read_arrays
 from guided_diffusion_ip.preparation.publishers import Archive, PublishedSet
 from guided_diffusion_ip.preparation.safe_pickle import load_batch
 from guided_diffusion_ip.preparation.writers import TRAIN, is_finished, scratch, write_reference
@@ -53,16 +53,14 @@ def read_batch(file: IO[bytes], name: str, where: str) -> tuple[np.ndarray, np.n
         ValueError: damaged, or not such a batch.
     """
     if name.endswith(".npz"):
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                batch = {key: arrays[key] for key in ("data", "labels") if key in arrays.files}
-        except ValueError as error:
-            raise ValueError(f"{where} cannot be read: {error}") from error
+        batch = read_arrays(file, ("data", "labels"), where)
     else:
         batch = load_batch(file, where)
     data, labels = batch.get("data"), np.asarray(batch.get("labels"))
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (PIXELS,):
         raise ValueError(f"{where} holds no 'data' of uint8 [n, {PIXELS}]")
+    if not len(data):
+        raise ValueError(f"{where} holds no images: download it again")
     if (
         labels.shape != data.shape[:1]
         or labels.dtype.kind not in "iu"

@@ -73,7 +73,7 @@ def sample(request: SamplingRequest) -> str:
         request.out_dir,
         request.identity,
         _conditions(request),
-        _picture_names(base, request.num_samples) if base else (),
+        _picture_names(base, request.num_samples) if base and request.save_png else (),
         request.class_names,
     )
     for line in _announcement(request):

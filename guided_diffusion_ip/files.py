@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import IO
@@ -140,3 +141,16 @@ def atomic_file(path: str | os.PathLike, flush: bool = True) -> Iterator[IO[byte
         with contextlib.suppress(OSError):  # what went wrong first is what counts
             os.remove(temporary)
         raise
+
+
+def remove_temporaries(folder: str, names: str = ".*") -> None:
+    """Remove what killed processes have left of files that `atomic_file` was to write in a local
+    folder. For the folder's owner alone.
+
+    Args:
+        names: regular expression of the files' names.
+    """
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if re.fullmatch(rf"\.({names})\.[a-z0-9_]{{8}}\.tmp", name):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, name))

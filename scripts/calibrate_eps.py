@@ -20,7 +20,10 @@ import json
 import os
 from typing import Any
 
+import torch
+
 from guided_diffusion_ip import dist_util, files
+from guided_diffusion_ip.data.image_set import ImageSet
 from guided_diffusion_ip.evaluation.opening import FeatureChoice
 from guided_diffusion_ip.exposure_bias import plots
 from guided_diffusion_ip.exposure_bias.calibrate import RULES, calibrate
@@ -28,6 +31,7 @@ from guided_diffusion_ip.exposure_bias.calibration_picture import picture
 from guided_diffusion_ip.exposure_bias.chains import TrialStore, in_space, pixels
 from guided_diffusion_ip.exposure_bias.common_noise import CommonNoise
 from guided_diffusion_ip.exposure_bias.greedy import StepByStep
+from guided_diffusion_ip.ownership import owning
 from guided_diffusion_ip.runs.sample_batch import Sampler
 from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.settings.lambda_file import write_schedule
@@ -64,6 +68,22 @@ def main() -> None:
         f"{RULES[cfg.by].worth}"
     )
     options = options_of_rule(cfg, out, settings, real.of_all)
+    folder, name = os.path.split(os.path.abspath(out))
+    with owning(folder, f".{name}.lock", "give another --out"):
+        search(cfg, out, settings, sampler, model, real, options)
+    dist_util.cleanup()
+
+
+def search(
+    cfg: Config,
+    out: str,
+    settings: dict[str, Any],
+    sampler: Sampler,
+    model: torch.nn.Module,
+    real: ImageSet,
+    options: dict[str, Any],
+) -> None:
+    """Calibrate, write the YAML and draw."""
     found = calibrate(
         sampler, model, real, len(real), cfg.batch_size, dist_util.dev(), cfg.by, **options
     )
@@ -80,7 +100,6 @@ def main() -> None:
                 print(f"picture: {path}", flush=True)
     if "store" in options:
         options["store"].remove()
-    dist_util.cleanup()
 
 
 def refuse_options_of_other_rules(cfg: Config) -> None:

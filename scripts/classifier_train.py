@@ -24,6 +24,7 @@ import torch
 from guided_diffusion_ip import script_util
 from guided_diffusion_ip.data.image_datasets import ImageStream
 from guided_diffusion_ip.data.image_source import SourceError
+from guided_diffusion_ip.data.sources import Source
 from guided_diffusion_ip.settings.config import Config, command, parse
 from guided_diffusion_ip.settings.train_prologue import begin
 from guided_diffusion_ip.settings.training import (
@@ -47,7 +48,12 @@ from guided_diffusion_ip.training.stopping import Limits
 
 
 def main() -> None:
-    cfg, out_dir, source = begin(parse("classifier_train", __doc__))
+    with begin(parse("classifier_train", __doc__)) as (cfg, out_dir, source):
+        train(cfg, out_dir, source)
+
+
+def train(cfg: Config, out_dir: str, source: Source | None) -> None:
+    """The run, with its settings settled and its folder owned."""
     messages: list[str] = []
     classifier, process = create(cfg)
     size = script_util.parse_image_size(cfg.image_size)

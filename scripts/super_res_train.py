@@ -22,6 +22,7 @@ import torch
 
 from guided_diffusion_ip import dist_util, script_util
 from guided_diffusion_ip.data.image_io import save_grid, to_uint8
+from guided_diffusion_ip.data.sources import Source
 from guided_diffusion_ip.data.super_resolution import SuperResolutionStream, check_sizes
 from guided_diffusion_ip.runs.sample_batch import Sampler, process_sampler
 from guided_diffusion_ip.settings.config import Config, command, parse
@@ -38,7 +39,12 @@ from guided_diffusion_ip.settings.training import (
 
 
 def main() -> None:
-    cfg, out_dir, source = begin(parse("super_res_train", __doc__))
+    with begin(parse("super_res_train", __doc__)) as (cfg, out_dir, source):
+        train(cfg, out_dir, source)
+
+
+def train(cfg: Config, out_dir: str, source: Source | None) -> None:
+    """The run, with its settings settled and its folder owned."""
     messages: list[str] = []
     large, small = (script_util.parse_image_size(size) for size in (cfg.large_size, cfg.small_size))
     check_sizes(large, small)

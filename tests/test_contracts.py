@@ -78,6 +78,8 @@ LEAVES = {
     "ieee_float32",
     "early_signals",
     "go_between",
+    "ownership",
+    "yaml_text",
 }
 CORE = {"networks", "diffusion", "data", "features", "metrics"}
 WORK = {"preparation", "evaluation", "training", "runs", "interop", "exposure_bias"}
@@ -85,6 +87,7 @@ MAY_IMPORT = {
     **{name: set() for name in LEAVES},
     "early_signals": {"go_between"},
     "dist_util": {"files", "early_signals"},
+    "ownership": {"dist_util"},
     "networks": {"sizes"},
     "diffusion": set(),
     "data": {"noise", "files", "sizes"},

@@ -215,19 +215,33 @@ def test_celeba64_reference_is_a_fixed_random_part(tmp_path, monkeypatch):
     assert str(reference["preprocessing"]) == str(train["preprocessing"])
 
 
+# A script that stops for a minute when it comes to one of the images.
+STUCK = """
+import runpy, sys, time
+from guided_diffusion_ip.data import sources
+read = sources.read_image
+def slow(path, channels):
+    time.sleep(60 * path.endswith("000041.jpg"))
+    return read(path, channels)
+sources.read_image = slow
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_celeba64_killed_and_begun_anew(tmp_path):
     """A pipe among the images stops the script in the middle of its work; there it is killed."""
     celeba(tmp_path / "s", 60)
     run("celeba64", "--source", tmp_path / "s", "--out", tmp_path / "whole", PARTIAL)
     stuck, data = tmp_path / "s" / "000041.jpg", (tmp_path / "s" / "000041.jpg").read_bytes()
-    stuck.unlink()
-    os.mkfifo(stuck)
     out = tmp_path / "out"
     making = out / ".train.npz.making"
     process = subprocess.Popen(
         [
             sys.executable,
+            "-c",
+            STUCK,
             str(ROOT / "datasets" / "celeba64.py"),
             "--source",
             str(tmp_path / "s"),
@@ -245,8 +259,7 @@ def test_celeba64_killed_and_begun_anew(tmp_path):
     assert process.poll() is None, process.stderr.read()
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert os.listdir(out) == [making.name]
-    stuck.unlink()
+    assert sorted(os.listdir(out)) == [making.name, f"{making.name}.lock"]
     stuck.write_bytes(data[: len(data) // 3])
     argv = ("--source", tmp_path / "s", "--out", out, PARTIAL)
     with pytest.raises(

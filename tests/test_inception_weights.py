@@ -61,7 +61,7 @@ def test_unknown_weights_are_used_with_a_warning(checkpoint, graph):
 
 def test_published_weights_need_no_warning(checkpoint, monkeypatch):
     digest = inception_weights.load(checkpoint).sha256
-    monkeypatch.setattr(inception_weights, "PUBLISHED_SHA256", digest[:8])
+    monkeypatch.setattr(inception_weights, "PUBLISHED_SHA256", digest)
     network = open_features("inception", device="cpu", inception_weights=str(checkpoint))
     assert network.warnings == [] and network.describe()["published"] is True
 
@@ -298,12 +298,16 @@ CONTENT = bytes(range(256)) * 20000
 
 @pytest.fixture
 def server(monkeypatch):
-    """A web server on this machine: /whole serves CONTENT, /half ends in the middle, others are not
-    found.
+    """A web server on this machine: /whole serves CONTENT, /half ends in the middle, /elsewhere
+    leads to /whole, others are not found.
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            if self.path == "/elsewhere":
+                self.send_response(302)
+                self.send_header("Location", f"http://{self.headers['Host']}/whole")
+                return self.end_headers()
             if self.path not in ("/whole", "/half"):
                 return self.send_error(404)
             self.send_response(200)
@@ -326,11 +330,17 @@ def server(monkeypatch):
     thread.join()
 
 
+def test_a_download_does_not_leave_https(home, server, monkeypatch):
+    server("/elsewhere")
+    monkeypatch.setattr(inception_weights, "PUBLISHED_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    with pytest.raises(ValueError, match="the download failed .it leads to http://.*not https"):
+        inception_weights.resolve(allow_download=True, log=print)
+    assert not os.path.exists(inception_weights.cache_path())
+
+
 def test_download(home, server, monkeypatch):
     server("/whole")
-    monkeypatch.setattr(
-        inception_weights, "PUBLISHED_SHA256", hashlib.sha256(CONTENT).hexdigest()[:8]
-    )
+    monkeypatch.setattr(inception_weights, "PUBLISHED_SHA256", hashlib.sha256(CONTENT).hexdigest())
     said = []
     path = inception_weights.resolve(allow_download=True, log=said.append)
     assert (

@@ -362,3 +362,42 @@ def test_lines_do_not_tear_progress_bars(monkeypatch):
         logger.log("in between")
     lines = re.split(r"[\r\n]", screen.getvalue())
     assert "alone" in lines and "in between" in lines  # on lines of their own, not behind the bar
+
+
+DAMAGE = {
+    "garbage": b"garbage{\n",
+    "zeros": b"\0" * 40 + b"\n",
+    "no object": b"[1]\n",
+    "not UTF-8": b'2,\xff\n{"loss": "\xff"}\n',
+    "nested": b"[" * 100_000 + b"\n",
+    "quote": b'2,"half\n',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_lines_are_set_aside_and_the_log_goes_on(tmp_path, capsys, damage):
+    logger.configure(tmp_path, ["csv", "json", "log"], rank=0)
+    dump(step=1, loss=0.5)
+    dump(step=2, loss=0.4)
+    logger.reset()
+    for name in ("progress.csv", "progress.json", "log.txt"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content + damage)
+    logger.configure(tmp_path, ["stdout", "csv", "json", "log"], rank=0, resume_step=1)
+    dump(step=2, loss=0.3)
+    logger.reset()
+    table, found = rows(tmp_path / "progress.csv"), objects(tmp_path / "progress.json")
+    assert [row["loss"] for row in table if row["step"] in "12"] == ["0.5", "0.3"]
+    assert [row["loss"] for row in found] == [0.5, 0.3]
+    assert (tmp_path / "progress.json.damaged").read_bytes() in damage
+    assert "progress.json cannot be read; they are in" in capsys.readouterr().out
+
+
+def test_a_table_whose_header_is_lost_is_set_aside(tmp_path):
+    logger.configure(tmp_path, ["csv"], rank=0)
+    dump(step=1, loss=0.5)
+    logger.reset()
+    (tmp_path / "progress.csv").write_bytes(b"\0\0\0\xff\n1,0.5\n")
+    logger.configure(tmp_path, ["csv"], rank=0, resume_step=1)
+    dump(step=2, loss=0.25)
+    assert rows(tmp_path / "progress.csv")[-1] == {"step": "2", "loss": "0.25"}

@@ -17,6 +17,7 @@ from test_guards import close_logs  # noqa: F401 (a fixture)
 from test_training_evaluation import CLASSIFY, SAMPLE, here
 
 from guided_diffusion_ip.data.image_io import save_grid
+from guided_diffusion_ip.logger import outputs
 from guided_diffusion_ip.runs.sample_batch import draw_labels
 from guided_diffusion_ip.settings.adopt import adopt_checkpoint_config
 from guided_diffusion_ip.settings.beside import config_beside
@@ -671,3 +672,24 @@ def test_other_classes_than_before_are_pointed_out(images, two_classes, tmp_path
     assert (
         "warning: label 0 is class 'cow' of the training data, before it was 'cat'" in done.stdout
     )
+
+
+@pytest.mark.parametrize("log", [outputs.CsvFile, outputs.JsonLines])
+def test_a_log_that_cannot_be_written_saves_first(images, tmp_path, monkeypatch, log):
+    """The disk is full for logs from the second row on."""
+    write, rows = log.write_values, []
+
+    def full(self, values):
+        rows.append(values)
+        if len(rows) == 2:
+            self._file = open("/dev/full", "w")
+        write(self, values)
+
+    monkeypatch.setattr(log, "write_values", full)
+    done = train(images, tmp_path, "--max_steps", "9", "--log_interval", "3", code=2)
+    assert one_line(done.stderr) and "the checkpoint of step 4 is saved: make room" in done.stderr
+    assert "progress." in done.stderr and "No space left on device" in done.stderr
+    assert complete_steps(tmp_path) == [4]
+    monkeypatch.undo()
+    train(images, tmp_path, "--max_steps", "9", "--log_interval", "3", "--resume", "auto")
+    assert complete_steps(tmp_path) == [4, 9]

@@ -1,13 +1,13 @@
-"""What constant lambdas are worth, over a grid, beside a calibrated one.
+"""What constant lambdas are worth, over a grid, beside calibrated ones.
 
     python tools/lambda_grid.py --reference REF --features FILE.onnx --image_size 32 \\
-        --grid 0.96,0.98,1.02 --seeds 0 --count 5000 --calibrated eps.yaml --out grid.json -- \\
-        --model_path ... --use_ddim True --timestep_respacing 10 --batch_size 250
+        --grid 0.96,0.98,1.02 --seeds 0 --count 5000 --calibrated eps.yaml,more.yaml \\
+        --out grid.json -- --model_path ... --use_ddim True --timestep_respacing 10 --batch_size 250
 
 What follows -- are flags of scripts/image_sample.py. For every seed, equal noise for all lambdas:
 FID and KID in the features, and their change from lambda = 1 with its standard error. Printed, and
-kept in --out: the same command again computes no lambda twice. The share of the grid's best gain
-that the calibrated lambda reaches is printed last.
+kept in --out: the same command again computes no lambda twice. The share of the best gain that
+each calibrated lambda reaches is printed last.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def main() -> None:
     first = ImageSet(ArraySource(np.zeros((1, *size, cfg.in_channels), np.uint8)))
     against = open_reference(request, space, first)
     lambdas = {"1": 1.0, **{f"{b:g}": b for b in map(float, arguments.grid.split(","))}}
-    if arguments.calibrated:
-        lambdas["calibrated"] = read_schedule(arguments.calibrated, plain.num_steps)
+    calibrated = {name_of(path): path for path in arguments.calibrated.split(",") if path}
+    for name, path in calibrated.items():
+        lambdas[name] = read_schedule(path, plain.num_steps)
     kept = read_kept(arguments.out)
 
     def rows_of(sampler: Sampler, labels: bool) -> np.ndarray:
@@ -77,7 +78,12 @@ def main() -> None:
                 if arguments.out:
                     with files.atomic_file(arguments.out) as file:
                         file.write(json.dumps(kept).encode())
-    tell(kept, lambdas, arguments.seeds.split(","))
+    tell(kept, lambdas, list(calibrated), arguments.seeds.split(","))
+
+
+def name_of(path: str) -> str:
+    """Of a schedule, for the table."""
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def flags() -> argparse.ArgumentParser:
@@ -100,7 +106,7 @@ def read_kept(path: str) -> dict:
         return json.load(file)
 
 
-def tell(kept: dict, lambdas: dict, seeds: list[str]) -> None:
+def tell(kept: dict, lambdas: dict, calibrated: list[str], seeds: list[str]) -> None:
     for name in next(iter(kept.values())):
         print(f"\n{name}: change from lambda = 1 (standard error)\n")
         print("| lambda |" + "".join(f" seed {seed} |" for seed in seeds) + " mean |")
@@ -115,8 +121,8 @@ def tell(kept: dict, lambdas: dict, seeds: list[str]) -> None:
             ]
             print(f"| {label} |" + "".join(f" {t} |" for t in texts) + f" {means[label]:+.4g} |")
         best = min(means.values())
-        if "calibrated" in means and best < 0:
-            print(f"\ncalibrated: {means['calibrated'] / best:.0%} of the best gain")
+        for label in calibrated if best < 0 else ():
+            print(f"\n{label}: {means[label] / best:.0%} of the best gain")
 
 
 def change(kept: dict, seed: str, label: str, name: str) -> Change:

@@ -71,6 +71,11 @@ def to_uint8(x: Tensor, rounded: bool = False) -> Tensor:
     return pixels.permute(0, 2, 3, 1).contiguous()
 
 
+# What is decoded: the formats of image_source.EXTENSIONS. Pillow knows many more, and hands
+# PostScript to another program, which runs it.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
+
+
 def pil_mode(channels: int) -> str:
     """Pillow's name for images of 1, 3 or 4 channels.
 
@@ -168,14 +173,16 @@ def decode_image(
     bombs stays on.
 
     Args:
-        file: the bytes, an open file, or a path. name: what to call it in an error.
+        file: the bytes, an open file, or a path. name: what to call it in an error. Whatever the
+            name ends in, only FORMATS are decoded.
 
     Raises:
         ValueError: not an image, damaged, cut short, too large, or of a kind not listed; names it.
     """
     mode = pil_mode(channels)
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        source = io.BytesIO(file) if isinstance(file, bytes) else file
+        with Image.open(source, formats=FORMATS) as image:
             image.load()
             return _to_mode(image, mode)
     except MemoryError:

@@ -159,5 +159,11 @@ def classes_of(names: Sequence[str], root: str) -> tuple[list[str], np.ndarray, 
             f"a name found here: {names[folders.index('')] if '' in folders else names[0]}"
         )
     classes = sorted(set(found))
+    for name in classes:
+        if any("\ud800" <= c <= "\udfff" for c in name):
+            raise ValueError(
+                f"{root}: the name of the class {name!r} is not UTF-8, so that no file could name "
+                "it: rename it (convmv -f latin1 -t utf8 -r does it for whole folders)"
+            )
     number = {name: k for k, name in enumerate(classes)}
     return classes, np.array([number[name] for name in found], dtype=np.int64), rule

@@ -153,6 +153,21 @@ def _first_rows(paths: Sequence[str | os.PathLike], key: str, n: int) -> Iterato
         n -= rows
 
 
+def read_arrays(file: IO[bytes], keys: Iterable[str], where: str) -> dict[str, np.ndarray]:
+    """Those of the arrays that are in an npz that is open already, as one within an archive is.
+
+    Raises:
+        ValueError: damaged, or made of Python objects; names it as `where`.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in keys if key in arrays.files}
+    # Damaged headers and streams make NumPy raise anything, a MemoryError for a shape among it.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{where} cannot be read: {reason}") from error
+
+
 class NpzReader:
     """Rows of the arrays in an npz, without loading the rest.
 
@@ -203,6 +218,23 @@ class NpzReader:
         if len(data) != count:
             raise ValueError(f"{self.path}: {key} ends before row {stop}: the file is cut short")
         return data.reshape(stop - start, *shape[1:])
+
+    def whole(self, key: str, most: int) -> np.ndarray:
+        """The array, also a single number or text, if it has at most so many bytes.
+
+        Raises:
+            ValueError: it has more, or is damaged.
+        """
+        shape, dtype, offset = self._header(key)
+        size = math.prod(shape) * dtype.itemsize
+        if size > most:
+            raise ValueError(
+                f"{self.path}: {key} is {dtype} {list(shape)}; at most {most:,} bytes are expected"
+            )
+        data = self._decompress(key, offset, size)
+        if len(data) != size:
+            raise ValueError(f"{self.path}: {key} is cut short")
+        return np.frombuffer(data, dtype).reshape(shape).copy()
 
     def chunks(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Consecutive rows, about 16 MB at a time."""
@@ -277,17 +309,22 @@ class NpzReader:
                 with self._zip.open(self._members[key]) as file:
                     version = npy.read_magic(file)
                     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-                    shape, fortran, dtype = read[version](file)
+                    sides, fortran, dtype = read[version](file)
                     offset = file.tell()
-            except (
-                KeyError,
-                ValueError,
-                OSError,
-                RuntimeError,
-                zlib.error,
-                zipfile.BadZipFile,
-            ) as error:
-                raise ValueError(f"{self.path}: {key} is not a readable array: {error}") from error
+            except MemoryError:
+                raise ValueError(f"{self.path}: {key} has a header too large to be one") from None
+            # The header is a Python expression, and damaged ones make its parser raise anything.
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise ValueError(f"{self.path}: {key} is not a readable array: {reason}") from error
+            shape = tuple(map(int, sides))
+            announced = offset + math.prod(shape) * dtype.itemsize
+            held = self._members[key].file_size
+            if min(shape, default=0) < 0 or announced > held and not dtype.hasobject:
+                raise ValueError(
+                    f"{self.path}: {key} is announced as {dtype} {list(shape)[:8]}, which the "
+                    f"{held:,} bytes of it cannot hold: the file is damaged or cut short"
+                )
             if dtype.hasobject:
                 raise ValueError(
                     f"{self.path}: {key} holds Python objects, which could run code "

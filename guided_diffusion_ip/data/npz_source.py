@@ -13,6 +13,7 @@ from .image_source import Source, as_image
 from .npz_io import NpzReader
 
 CLASSES = "classes"  # array of an npz: the names of its labels
+_MOST_CLASSES = 10_000_000  # as --num_classes
 _SEVERAL = 64  # images that are looked at to see in which range floating-point pixels lie
 
 
@@ -169,6 +170,11 @@ def _read_labels(reader: NpzReader, n: int) -> np.ndarray:
             "one per image"
         )
     labels = reader.rows("arr_1", 0, n).astype(np.int64)
+    if labels.max() >= _MOST_CLASSES:
+        raise ValueError(
+            f"{reader.path}: arr_1 holds the label {labels.max()}: labels must be below "
+            f"{_MOST_CLASSES:,}; number the classes 0, 1, 2, ..."
+        )
     if labels.min() < 0:
         raise ValueError(
             f"{reader.path}: arr_1 holds the label {labels.min()}: labels must be 0 or more"

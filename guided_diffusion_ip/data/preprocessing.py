@@ -17,6 +17,7 @@ import zlib
 import numpy as np
 
 from .. import files
+from .npz_io import NpzReader
 
 FILE = "preprocessing.txt"
 KEY = "preprocessing"
@@ -122,22 +123,10 @@ def _from_zip(path: str) -> str:
 
 def _from_npz(path: str) -> str:
     where = f"{path}: {KEY}"
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if KEY not in arrays.files:
-                return ""
-            array = arrays[KEY]
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        NotImplementedError,
-        EOFError,
-        AttributeError,
-        zlib.error,
-        zipfile.BadZipFile,
-    ) as error:
-        raise ValueError(f"{where} cannot be read: {error}") from error
+    with NpzReader(path) as reader:
+        if KEY not in reader.keys:
+            return ""
+        array = reader.whole(KEY, 16 * _LONGEST)
     if array.dtype.kind != "U" or array.size != 1:
         raise ValueError(
             f"{where} is {array.dtype} {list(array.shape)}, but must be one text: how the images "

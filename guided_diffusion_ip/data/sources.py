@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
+from collections.abc import Iterator
+from typing import NoReturn
 
 from PIL import Image
 
@@ -13,6 +15,8 @@ from .image_io import decode_image
 from .image_source import EXTENSIONS, Source, SourceError
 from .npz_source import TRAINING, NpzSource, PixelRules
 
+LARGEST_VARIABLE = "GUIDED_DIFFUSION_IP_LARGEST_IMAGE_FILE"
+LARGEST_MEMBER = int(os.environ.get(LARGEST_VARIABLE, "256")) << 20  # bytes of a packed image
 _REMOTE = ("gs://", "az://")
 
 
@@ -61,9 +65,14 @@ def read_image(path: str | os.PathLike, channels: int) -> Image.Image:
         ValueError: it cannot be read; names the path.
     """
     path = os.fspath(path)
-    if not path.startswith(_REMOTE):
-        return decode_image(path, channels, path)
     try:
+        if not path.startswith(_REMOTE):
+            # A FIFO would be waited for, a device read without end.
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise ValueError(
+                    f"{path} is no regular file (a pipe, a socket, a device or a folder): remove it"
+                )
+            return decode_image(path, channels, path)
         with _blobfile().BlobFile(path, "rb") as file:
             data = file.read()
     except OSError as error:
@@ -78,7 +87,7 @@ class FolderSource(Source):
 
     def __init__(self, path: str, class_cond: bool) -> None:
         names = []
-        for folder, _, files in os.walk(path, followlinks=True, onerror=_cannot_list):
+        for folder, _, files in _walk(path):
             inside = os.path.relpath(folder, path).replace(os.sep, "/")
             prefix = "" if inside == "." else f"{inside}/"
             names += [prefix + name for name in files if _is_image(prefix + name)]
@@ -135,7 +144,13 @@ class ZipSource(Source):
     def image(self, i: int, channels: int) -> Image.Image:
         name = f"{self.path}/{self.names[i]}"
         try:
-            data = self._open().read(self.names[i])
+            member = self._open().getinfo(self.names[i])
+            if member.file_size > LARGEST_MEMBER:
+                raise ValueError(
+                    f"{name} would take {member.file_size:,} bytes; an image may have "
+                    f"{LARGEST_MEMBER:,} (${LARGEST_VARIABLE}, in MB, raises that)"
+                )
+            data = self._open().read(member)
         except (
             OSError,
             RuntimeError,
@@ -174,5 +189,33 @@ def _is_image(name: str) -> bool:
     )
 
 
-def _cannot_list(error: OSError) -> None:
+def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk that follows links.
+
+    Raises:
+        ValueError: a link leads to a folder that it lies in, or a folder cannot be listed.
+    """
+    above: dict[str, tuple[tuple[int, int], ...]] = {}  # of each folder, it and those around it
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_cannot_list):
+        around = above.pop(folder, None) or (_identity(folder),)
+        for name in folders:
+            inside = os.path.join(folder, name)
+            identity = _identity(inside)
+            if identity in around:
+                raise ValueError(
+                    f"{inside} is a link to a folder that it lies in, which has no end: remove it"
+                )
+            above[inside] = (*around, identity)
+        yield folder, folders, files
+
+
+def _identity(path: str) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        _cannot_list(error)
+    return found.st_dev, found.st_ino
+
+
+def _cannot_list(error: OSError) -> NoReturn:
     raise ValueError(f"{error.filename} cannot be listed: {error.strerror}") from error

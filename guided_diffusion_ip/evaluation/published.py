@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
+from ..yaml_text import read_yaml_file
 
 
 def published_values(paper: Mapping[str, Any], made_with: Mapping[str, Any]) -> dict[str, float]:
@@ -65,9 +65,8 @@ def settings_beside(path: str) -> dict[str, Any]:
     )
     if not os.path.isfile(beside):
         return {}
-    with open(beside, encoding="utf-8") as file:
-        try:
-            settings = yaml.safe_load(file)
-        except yaml.YAMLError:
-            return {}  # somebody else's file
+    try:
+        settings = read_yaml_file(beside)
+    except (ValueError, OSError):
+        return {}  # somebody else's file
     return settings if isinstance(settings, dict) else {}

@@ -4,6 +4,7 @@ lambda is, so that trials differ by lambda alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from ..data.image_source import ArraySource
 from ..diffusion.epsilon_scaling import EpsilonScaling
 from ..diffusion.process import Network
 from ..features.space import FeatureSpace
-from ..files import atomic_file
+from ..files import atomic_file, remove_temporaries
 from ..runs.sample_batch import ImagesWithNaN, Sampler
 from .measure_run import ImagesFor
 
@@ -179,10 +180,13 @@ class TrialStore:
         collective.
         """
         path = os.path.join(self.folder, hashlib.sha256(key.encode()).hexdigest()[:16] + ".npy")
-        there = bool(self.folder) and dist_util.is_main() and os.path.exists(path)
-        if dist_util.broadcast_object(there):
-            rows = np.load(path, allow_pickle=False) if dist_util.is_main() else None
-            return torch.from_numpy(dist_util.broadcast_object(rows)).to(device)
+        rows = None
+        if self.folder and dist_util.is_main() and os.path.exists(path):
+            with contextlib.suppress(ValueError, EOFError, OSError):  # damaged: computed again
+                rows = np.load(path, allow_pickle=False)
+        rows = dist_util.broadcast_object(rows)
+        if rows is not None:
+            return torch.from_numpy(rows).to(device)
         found = compute()
         if self.folder and dist_util.is_main():
             with atomic_file(path) as file:
@@ -196,4 +200,5 @@ class TrialStore:
         for name in os.listdir(self.folder):
             if name.endswith(".npy"):
                 os.remove(os.path.join(self.folder, name))
+        remove_temporaries(self.folder)
         os.rmdir(self.folder)

@@ -30,7 +30,7 @@ from .. import dist_util
 from ..data.npz_io import NpzReader, write_npz
 from ..diffusion.process import Network
 from ..diffusion.solvers.paths import ProcessPath, SamplingPath
-from ..files import atomic_file
+from ..files import atomic_file, remove_temporaries
 from ..runs.folder import complete, resumable
 from ..runs.sample_batch import Sampler
 from ..runs.shards import left_when_listed
@@ -201,22 +201,35 @@ class PartialSums:
         )
 
     def total(self) -> tuple[dict[str, Sums], int]:
-        """The sums of all files, and the number of images that they count."""
+        """The sums of all files, and the number of images that they count.
+
+        Raises:
+            ValueError: two files count the same image.
+        """
         sums: dict[str, Sums] = {}
-        n = 0
+        seen: set[int] = set()
         for name in self.files():
-            with NpzReader(os.path.join(self.path, name)) as reader:
-                n += reader.shape("images")[0]
+            path = os.path.join(self.path, name)
+            with NpzReader(path) as reader:
+                images = set(reader.rows("images", 0, reader.shape("images")[0]).tolist())
+                if twice := images & seen:
+                    raise ValueError(
+                        f"{path} counts image {min(twice)}, which another file there counts too: "
+                        "two runs have written there at once; remove this file, and the same "
+                        "command again makes what is missing"
+                    )
+                seen |= images
                 for key in reader.keys:
                     if key != "images":
                         measure, _, part = key.partition(".")
                         own = sums.setdefault(measure, {})
                         own[part] = own.get(part, 0) + reader.rows(key, 0, reader.shape(key)[0])
-        return sums, n
+        return sums, len(seen)
 
     def remove(self) -> None:
         for name in self.files():
             os.remove(os.path.join(self.path, name))
+        remove_temporaries(self.path)
         os.rmdir(self.path)
 
 

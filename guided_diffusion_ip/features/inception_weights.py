@@ -9,7 +9,7 @@ import http.client
 import os
 import urllib.request
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ..files import atomic_file, open_binary, sha256
 from . import inception, tf_graph
 
 PUBLISHED_NAME = "weights-inception-2015-12-05-6726825d.pth"
-PUBLISHED_SHA256 = "6726825d"  # how it begins
+PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{PUBLISHED_NAME}"
 URL_TF = (
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
@@ -93,10 +93,27 @@ def resolve(
 
 def _advice() -> str:
     return (
-        f"get {URL} (sha256 begins with {PUBLISHED_SHA256}) or ADM's TensorFlow graph {URL_TF}, "
+        f"get {URL} (sha256 {PUBLISHED_SHA256}) or ADM's TensorFlow graph {URL_TF}, "
         f"and name the file by --inception_weights PATH or the environment variable {ENVIRONMENT}, "
         f"or put the former at {cache_path()}"
     )
+
+
+class _SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect to https only."""
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        if not newurl.startswith("https://"):
+            raise OSError(f"it leads to {newurl}, which is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _download(path: str, log: Callable[[str], object]) -> None:
@@ -104,7 +121,8 @@ def _download(path: str, log: Callable[[str], object]) -> None:
     log(f"downloading {URL} to {path}")
     digest, size = hashlib.sha256(), 0
     try:
-        with urllib.request.urlopen(URL, timeout=60) as response, atomic_file(path) as file:
+        opener = urllib.request.build_opener(_SafeRedirects)
+        with opener.open(URL, timeout=60) as response, atomic_file(path) as file:
             promised = int(response.headers.get("Content-Length") or 0)
             with tqdm(total=promised or None, unit="B", unit_scale=True, disable=None) as bar:
                 while chunk := response.read(1 << 20):
@@ -114,7 +132,7 @@ def _download(path: str, log: Callable[[str], object]) -> None:
                     bar.update(len(chunk))
             if size < promised:
                 raise OSError(f"the connection ended after {size} of {promised} bytes")
-            if not digest.hexdigest().startswith(PUBLISHED_SHA256):
+            if digest.hexdigest() != PUBLISHED_SHA256:
                 raise OSError(
                     f"what came has the sha256 {digest.hexdigest()}, not the published one, and "
                     "was removed"
@@ -157,9 +175,7 @@ def load(path: str | os.PathLike) -> Weights:
     # Only now are a graph's arrays copied: their shapes are known to be sane.
     state = {key: _tensor(found[key]) for key in shapes}
     digest = sha256(name)
-    return Weights(
-        state, digest, kind, None if kind == "pb" else digest.startswith(PUBLISHED_SHA256)
-    )
+    return Weights(state, digest, kind, None if kind == "pb" else digest == PUBLISHED_SHA256)
 
 
 def _fits(value: object, shape: tuple[int, ...]) -> bool:

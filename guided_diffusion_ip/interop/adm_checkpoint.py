@@ -68,11 +68,20 @@ def require_state_dict(state: Any, path: str) -> None:
         not isinstance(state, dict)
         or not state
         or not all(isinstance(v, Tensor) for v in state.values())
+        or not all(isinstance(name, str) for name in state)
     ):
         raise ValueError(
             f"{path} is not a state_dict of a network (an opt or state file?): give a model or ema "
             "file"
         )
+    for name, v in state.items():
+        if v.layout != torch.strided or v.is_nested or v.is_quantized or v.device.type == "meta":
+            raise ValueError(
+                f"{path}: {name[:200]} is a sparse, nested, quantized or empty (meta) tensor: save "
+                "plain dense ones"
+            )
+        if v.is_complex():
+            raise ValueError(f"{path}: {name[:200]} holds complex numbers, and weights are real")
 
 
 def load_for_sampling(
@@ -224,6 +233,10 @@ def _numbers(text: Any) -> list[int]:
     return [int(part) for part in str(text).split(",") if part.strip()]
 
 
+# What a checkpoint without the usual names, or with tensors of other shapes, leads to.
+_UNLIKE_OURS = (LookupError, ZeroDivisionError, ValueError, OverflowError)
+
+
 def infer_architecture(state: State, image_size: int | None = None) -> dict[str, Any]:
     """The flags that names and shapes give away, and whether it is a super_resolution model; {} if
     this is not an ADM U-Net.
@@ -232,6 +245,13 @@ def infer_architecture(state: State, image_size: int | None = None) -> dict[str,
     attention_resolutions can be told only with image_size (the shorter side). num_classes counts
     the null class, if there is one: it looks like the others.
     """
+    try:
+        return _architecture(state, image_size)
+    except _UNLIKE_OURS:
+        return {}
+
+
+def _architecture(state: State, image_size: int | None) -> dict[str, Any]:
     if (
         "input_blocks.0.0.weight" not in state
         or "out.2.weight" not in state
@@ -299,6 +319,13 @@ def infer_classifier(state: State) -> dict[str, Any]:
     image_size shows only with attention pooling (of square images), and attention_resolutions only
     with image_size.
     """
+    try:
+        return _classifier_architecture(state)
+    except _UNLIKE_OURS:
+        return {}
+
+
+def _classifier_architecture(state: State) -> dict[str, Any]:
     head = {
         name.removeprefix("out."): value for name, value in state.items() if name.startswith("out.")
     }

@@ -311,6 +311,13 @@ def edm_flags(checkpoint: EDMCheckpoint) -> dict[str, dict[str, Any]]:
             f"the network was made with {', '.join(odd)}, for which there is no flag: build it in "
             "Python, by create_edm_denoiser(checkpoint.precond, **checkpoint.init_kwargs)"
         )
+    for key, value in settings.items():
+        most = 1000 if key == "num_blocks" else 10**7
+        large = [n for n in _numbers(value) if math.isfinite(n) and abs(n) > most]
+        if large:
+            raise ValueError(
+                f"the network was made with {key} {large[0]:g}, which is beyond reason"
+            )
     labels = settings["label_dim"]
     model = {flag: _as_flag(settings[key]) for flag, key in _FLAGS["model"].items()}
     model |= {"class_cond": bool(labels), **({"num_classes": labels} if labels else {})}
@@ -319,6 +326,12 @@ def edm_flags(checkpoint: EDMCheckpoint) -> dict[str, dict[str, Any]]:
         "model": {"framework": "edm", **model},
         "edm": {"precond": precond, "edm_network": name, **edm},
     }
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers in a setting, which is one or a list of them, or none."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [n for n in values if isinstance(n, (int, float)) and not isinstance(n, bool)]
 
 
 def _settings(checkpoint: EDMCheckpoint, precond: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -82,16 +82,30 @@ class Logger:
         values = self.getkvs() if self._comm is None else self._mean_over_ranks()
         self._sums.clear()
         if values and self._level < DISABLED:
-            for output in self._outputs:
-                output.write_values(values)
+            self._write(lambda output: output.write_values(values))
         return values
 
     def log(self, *args: Any, level: int = INFO) -> None:
         """Writes a message, the arguments joined by blanks, unless its level is too low."""
         if level >= self._level and self._level < DISABLED:
             text = _PREFIX.get(level, "") + " ".join(map(str, args))
-            for output in self._outputs:
-                output.write_line(text)
+            self._write(lambda output: output.write_line(text))
+
+    def _write(self, what: Callable[[Output], None]) -> None:
+        """To all outputs. One that fails (a full disk) gets nothing more from then on.
+
+        Raises:
+            OSError: one has failed just now; it names the file.
+        """
+        failure: OSError | None = None
+        for output in self._outputs:
+            try:
+                what(output)
+            except OSError as error:
+                failure = OSError(error.errno, error.strerror, error.filename or output.path)
+                self._outputs = [other for other in self._outputs if other is not output]
+        if failure is not None:
+            raise failure
 
     def set_level(self, level: int) -> None:
         """The least level of messages that are written; DISABLED also stops the rows."""
@@ -190,6 +204,8 @@ def configure(
     _current = Logger(dir, outputs, comm)
     if not named:
         log(f"logging to {dir}")
+    for note in (note for output in outputs for note in output.notes):
+        log(note)
 
 
 def _new_folder() -> str:

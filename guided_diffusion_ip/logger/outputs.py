@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Value = float | int | str
@@ -19,7 +20,12 @@ _QUARTILE = re.compile(r"(.+)_q([0-3])")
 
 
 class Output:
-    """Base of all outputs: ignores what it is given."""
+    """Base of all outputs: ignores what it is given. `path` names it; `notes`: what was found amiss
+    in it.
+    """
+
+    notes: tuple[str, ...] = ()
+    path = "standard output"
 
     def write_values(self, values: Mapping[str, Value]) -> None:
         """Takes one row of numbers."""
@@ -49,6 +55,7 @@ class TextFile(Output):
     """The terminal's text, in a file."""
 
     def __init__(self, path: str) -> None:
+        self.path = path
         self._file = open(path, "a", encoding="utf-8")
 
     def write_values(self, values: Mapping[str, Value]) -> None:
@@ -66,7 +73,8 @@ class CsvFile(Output):
     """A row per dump, a column per key; rows older than a column have an empty cell there."""
 
     def __init__(self, path: str, resume_step: int | None = None) -> None:
-        self._path = path
+        self.path = path
+        self.notes = _mend(path, _is_row, _is_table, has_header=True)
         if resume_step is not None:
             self._drop_after(resume_step)
         self._columns: list[str] = next(iter(self._read()), [])
@@ -83,10 +91,9 @@ class CsvFile(Output):
         self._file.close()
 
     def _read(self) -> list[list[str]]:
-        _drop_torn_line(self._path)
-        if not os.path.exists(self._path):
+        if not os.path.exists(self.path):
             return []
-        with open(self._path, newline="", encoding="utf-8") as file:
+        with open(self.path, newline="", encoding="utf-8") as file:
             return list(csv.reader(file))
 
     def _add_columns(self, new: list[str]) -> None:
@@ -96,26 +103,28 @@ class CsvFile(Output):
         self._rewrite(
             [self._columns] + [row + [""] * (len(self._columns) - len(row)) for row in rows]
         )
-        self._file = open(self._path, "a", newline="", encoding="utf-8")
+        self._file = open(self.path, "a", newline="", encoding="utf-8")
 
     def _rewrite(self, rows: list[list[str]]) -> None:
         # A crash half-way must not cost the history: write beside, then replace.
-        with open(self._path + ".tmp", "w", newline="", encoding="utf-8") as file:
+        with open(self.path + ".tmp", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
-        os.replace(self._path + ".tmp", self._path)
+        os.replace(self.path + ".tmp", self.path)
 
     def _drop_after(self, step: int) -> None:
         rows = self._read()
         if rows and "step" in rows[0]:
             column = rows[0].index("step")
-            self._rewrite(rows[:1] + [row for row in rows[1:] if _at_most(row[column], step)])
+            self._rewrite(
+                rows[:1] + [row for row in rows[1:] if _at_most("".join(row[column:][:1]), step)]
+            )
 
 
 def _at_most(text: Any, step: int) -> bool:
     """Is it a row of a step up to this one? Rows without a step stay."""
     try:
         return float(text) <= step
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return True
 
 
@@ -123,7 +132,8 @@ class JsonLines(Output):
     """An object per line. JSON has no nan and no infinity: both become null."""
 
     def __init__(self, path: str, resume_step: int | None = None) -> None:
-        _drop_torn_line(path)
+        self.path = path
+        self.notes = _mend(path, _is_object)
         if resume_step is not None and os.path.exists(path):
             with open(path, encoding="utf-8") as file:
                 kept = [
@@ -160,6 +170,7 @@ class TensorBoard(Output):
         self._writer: Any = SummaryWriter(
             folder, purge_step=None if resume_step is None else resume_step + 1
         )
+        self.path = folder
         self._dumps = 0
 
     def write_values(self, values: Mapping[str, Value]) -> None:
@@ -229,10 +240,71 @@ def number_text(value: Value, digits: int = 4) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
-def _drop_torn_line(path: str) -> None:
-    """Cuts off a last line without its end: a killed process may leave half a number there."""
+def _mend(
+    path: str,
+    is_readable: Callable[[bytes], bool],
+    is_whole: Callable[[bytes], bool] = lambda text: False,
+    has_header: bool = False,
+) -> tuple[str, ...]:
+    """Make a log of lines one that can be read and continued; says what was done.
+
+    A last line without its end is cut off: a killed process may leave half a number there. Lines
+    that cannot be read, as a power cut leaves them, go to a file of their own.
+
+    Args:
+        is_readable: of a line. is_whole: there is no need to look at the lines. has_header: without
+            the first line the others mean nothing.
+    """
     if not os.path.exists(path):
-        return
-    with open(path, "rb+") as file:
+        return ()
+    with open(path, "rb") as file:
         text = file.read()
-        file.truncate(text.rfind(b"\n") + 1)
+    whole = text[: text.rfind(b"\n") + 1]
+    lines = [line + b"\n" for line in whole.split(b"\n")[:-1]]
+    kept = lines if is_whole(whole) else [line for line in lines if is_readable(line)]
+    if has_header and kept[:1] != lines[:1]:
+        kept = []
+    if len(kept) < len(lines):
+        good = set(map(id, kept))
+        aside = f"{path}.damaged"
+        with open(aside, "ab") as file:
+            file.writelines(line for line in lines if id(line) not in good)
+    if b"".join(kept) != text:
+        # A crash half-way must not cost the history: write beside, then replace.
+        with open(path + ".tmp", "wb") as file:
+            file.writelines(kept)
+        os.replace(path + ".tmp", path)
+    if len(kept) == len(lines):
+        return ()
+    count = len(lines) - len(kept)
+    return (f"note: {count} of {len(lines)} lines of {path} cannot be read; they are in {aside}",)
+
+
+def _is_table(text: bytes) -> bool:
+    """Is it a CSV in which every row has as many cells as the first, whose cells are names?"""
+    rows = _rows(text)
+    return (
+        bool(rows) and len({len(row) for row in rows}) == 1 and all(map(str.isprintable, rows[0]))
+    )
+
+
+def _is_row(line: bytes) -> bool:
+    """Is it one row of a CSV, of printable text?"""
+    rows = _rows(line)
+    return len(rows) == 1 and all(map(str.isprintable, rows[0]))
+
+
+def _rows(text: bytes) -> list[list[str]]:
+    """The rows of a CSV; [] if it is none."""
+    try:
+        return list(csv.reader(io.StringIO(text.decode(), newline=""), strict=True))
+    except (csv.Error, UnicodeDecodeError):
+        return []
+
+
+def _is_object(line: bytes) -> bool:
+    """Is it one JSON object?"""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

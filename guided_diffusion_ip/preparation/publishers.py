@@ -102,6 +102,9 @@ class PublishedSet:
         return found
 
 
+LARGEST_MEMBER = 1 << 30  # bytes of a packed file that is read whole; the largest has 0.4 GB
+
+
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
     """Turn what a damaged archive raises into one line that names it.
@@ -164,14 +167,23 @@ class Archive:
         with contextlib.ExitStack() as stack:
             stack.enter_context(reading(f"{self.path}: {name}"))
             if isinstance(self._archive, zipfile.ZipFile):
+                self._refuse_huge(name, self._archive.getinfo(member).file_size)
                 yield stack.enter_context(self._archive.open(member))
             elif self._archive is not None:
+                self._refuse_huge(name, self._archive.getmember(member).size)
                 data = self._archive.extractfile(member)
                 if data is None:
                     raise tarfile.ReadError("it is no file")
                 yield stack.enter_context(data)
             else:
                 yield stack.enter_context(open(member, "rb"))
+
+    def _refuse_huge(self, name: str, size: int) -> None:
+        if size > LARGEST_MEMBER:
+            raise ValueError(
+                f"{self.path}: {name} would take {size:,} bytes, and no published file has more "
+                f"than {LARGEST_MEMBER:,}: download it again"
+            )
 
     def close(self) -> None:
         """Close the archive."""

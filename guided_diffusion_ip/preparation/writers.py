@@ -27,6 +27,7 @@ from ..data.npz_source import CLASSES
 from ..data.sources import FolderSource, open_source
 from ..files import atomic_file
 from ..noise import Stream, permutation
+from ..ownership import owning_alone
 
 TRAIN = "train.npz"
 REFERENCE = "reference.npz"
@@ -39,16 +40,20 @@ _FEW = 1000  # images that are decoded sooner than workers start
 def scratch(path: str | os.PathLike) -> Iterator[str]:
     """A temporary folder beside `path`, for what will be moved there once it is whole.
 
-    What a killed process left of an earlier one is removed first. Not for two processes at a time.
+    What a killed process left of an earlier one is removed first.
+
+    Raises:
+        ValueError: another process is making the same.
     """
     folder, name = os.path.split(os.path.abspath(path))
     place = os.path.join(folder, f".{name}.making")
-    shutil.rmtree(place, ignore_errors=True)
-    os.makedirs(place)
-    try:
-        yield place
-    finally:
+    with owning_alone(folder, f"{os.path.basename(place)}.lock", "choose another place"):
         shutil.rmtree(place, ignore_errors=True)
+        os.makedirs(place)
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def write_image_folder(

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from ..files import atomic_file
 
 TABLE = "base_images.csv"
+# Of a picture's name: file systems take 255 bytes, and there come an ending and a temporary name.
+_LONGEST, _DEEPEST = 220, 32
 
 
 def picture_names(base_names: Sequence[str], count: int) -> list[str]:
@@ -23,6 +25,9 @@ def picture_names(base_names: Sequence[str], count: int) -> list[str]:
 
     cat/001.jpg gives cat/001 and, enlarged again, cat/001~2, cat/001~3. No name comes twice (a.png
     and a.jpg give a and a~), and none leads out of the folder that it is meant for.
+
+    Raises:
+        ValueError: a name that no file of ours could have: too long, or in too many folders.
     """
     names: dict[str, None] = {}
     for i in range(count):
@@ -33,6 +38,12 @@ def picture_names(base_names: Sequence[str], count: int) -> list[str]:
             for part in os.path.splitext(base_names[base])[0].split("/")
             if part not in ("", ".", "..")
         ]
+        if len(parts) > _DEEPEST or max(map(len, map(os.fsencode, parts)), default=0) > _LONGEST:
+            raise ValueError(
+                f"{base_names[base][:80]}... cannot name a picture: it has {len(parts)} parts (at "
+                f"most {_DEEPEST}), the longest of {max(map(len, map(os.fsencode, parts)))} bytes "
+                f"(at most {_LONGEST}); rename it, or leave out --save_png"
+            )
         name = "/".join(parts) + (f"~{time + 1}" if time else "")
         while name in names:
             name += "~"

@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 
 from .. import dist_util
-from ..files import atomic_file
+from ..files import atomic_file, remove_temporaries
+from ..ownership import owning
+from ..yaml_text import read_yaml_file
 
 
 def claim_folder(out_dir: str, settings: dict[str, Any], holds: str) -> None:
@@ -29,8 +31,15 @@ def claim_folder(out_dir: str, settings: dict[str, Any], holds: str) -> None:
     if dist_util.is_main():
         path = os.path.join(out_dir, "settings.yaml")
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                complaint = _difference(yaml.safe_load(file) or {}, settings)
+            try:
+                there = read_yaml_file(path)
+            except ValueError as error:
+                there = str(error)
+            complaint = (
+                _difference(there, settings)
+                if isinstance(there, dict)
+                else f"other settings ({str(there)[:400] if there else 'an empty settings.yaml'})"
+            )
         else:
             with atomic_file(path) as file:
                 file.write(yaml.safe_dump(settings, sort_keys=False).encode())
@@ -57,17 +66,22 @@ def complete(
         fill: make what is missing, on all processes. finish: make `result` of it, on rank 0.
 
     Raises:
-        ValueError: the folder was claimed with other settings; on every rank.
+        ValueError: the folder was claimed with other settings, or another run is at work in it; on
+            every rank.
     """
-    claim_folder(out_dir, settings, holds)
-    # Rank 0 alone looks: it also writes the file.
-    if dist_util.broadcast_object(os.path.exists(result)):
-        return
-    fill()
-    dist_util.barrier()
-    if dist_util.is_main():
-        finish()
-    dist_util.barrier()
+    with owning(out_dir):
+        if dist_util.is_main():
+            # An evaluation is written by another program, which may be at work.
+            remove_temporaries(out_dir, "(?!evaluation).*")
+        claim_folder(out_dir, settings, holds)
+        # Rank 0 alone looks: it also writes the file.
+        if dist_util.broadcast_object(os.path.exists(result)):
+            return
+        fill()
+        dist_util.barrier()
+        if dist_util.is_main():
+            finish()
+        dist_util.barrier()
 
 
 @contextlib.contextmanager

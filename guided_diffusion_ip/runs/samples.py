@@ -23,6 +23,8 @@ from .. import dist_util
 from ..data.image_io import save_grid, save_png, to_uint8
 from ..data.npz_io import NpzReader
 from ..diffusion.process import Network
+from ..files import remove_temporaries
+from ..ownership import owning
 from .folder import complete
 from .sample_batch import Sampler, captions
 from .shards import ShardFolder, fill_shards
@@ -65,8 +67,17 @@ class SampleRun:
         """Make what is missing and join it; a collective. Returns the path of the npz.
 
         Raises:
-            ValueError: out_dir holds samples made with other settings.
+            ValueError: out_dir holds samples made with other settings, or another run is at work
+                in it.
         """
+        with owning(self.out_dir):
+            self._complete(model, batch_size, device)
+            if dist_util.is_main():
+                self._show(png)
+            dist_util.barrier()
+        return self.npz_path
+
+    def _complete(self, model: Network, batch_size: int, device: torch.device) -> None:
         complete(
             self.out_dir,
             self.settings,
@@ -82,10 +93,6 @@ class SampleRun:
             ),
             lambda: self._shards().merge(self.npz_path),
         )
-        if dist_util.is_main():
-            self._show(png)
-        dist_util.barrier()
-        return self.npz_path
 
     def _shards(self) -> ShardFolder:
         return ShardFolder(os.path.join(self.out_dir, "shards"), self.num_samples)
@@ -110,6 +117,8 @@ class SampleRun:
                 names = captions(reader.rows("arr_1", 0, len(first)).tolist(), self.class_names)
             save_grid(first, os.path.join(self.out_dir, "grid.png"), captions=names)
             if png:
+                pictures = os.path.join(self.out_dir, "png")
+                remove_temporaries(pictures)
                 digits = max(6, len(str(self.num_samples - 1)))
                 number = 0
                 for chunk in reader.chunks("arr_0"):
@@ -119,7 +128,7 @@ class SampleRun:
                             if self.picture_names
                             else f"{number:0{digits}d}"
                         )
-                        save_png(image, os.path.join(self.out_dir, "png", f"{name}.png"))
+                        save_png(image, os.path.join(pictures, f"{name}.png"))
                         number += 1
         finally:
             reader.close()

@@ -8,16 +8,18 @@ size or number of processes.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from .. import dist_util
 from ..data.npz_io import merge_npz, write_npz
 from ..diffusion.process import Network
+from ..files import remove_temporaries
 from .folder import resumable
 from .progress import ImageBar
 
@@ -54,17 +56,22 @@ class ShardFolder:
 
     def missing(self, batch_size: int) -> list[Range]:
         """(start, stop) of what is to be made, in pieces of at most batch_size images."""
+        return list(in_batches(self.gaps(), batch_size))
+
+    def gaps(self) -> list[Range]:
+        """(start, stop) of what is to be made."""
         gaps: list[Range] = []
         end = 0
         for start, stop in [*self.present(), (self.num_samples, self.num_samples)]:
-            gaps.extend((a, min(a + batch_size, start)) for a in range(end, start, batch_size))
+            if end < start:
+                gaps.append((end, start))
             end = max(end, stop)
         return gaps
 
     @property
     def left(self) -> int:
         """How many images are to be made."""
-        return sum(stop - start for start, stop in self.missing(self.num_samples))
+        return sum(stop - start for start, stop in self.gaps())
 
     def write(self, start: int, arrays: dict[str, np.ndarray]) -> None:
         """Store what belongs to the images numbered from start: arrays of n rows each, such as
@@ -74,7 +81,11 @@ class ShardFolder:
         write_npz(self._file((start, stop)), arrays)
 
     def merge(self, path: str) -> None:
-        """Join all shards into `path`, whose images are in order, and remove them."""
+        """Join all shards into `path`, whose images are in order, and remove them.
+
+        Raises:
+            ValueError: some are missing, or overlap.
+        """
         merge_npz(path, self.files(), self.num_samples)
         self.remove()
 
@@ -83,24 +94,45 @@ class ShardFolder:
         sees them.
 
         Raises:
-            ValueError: some do not appear.
+            ValueError: some do not appear, or two hold the same image.
         """
-        if gaps := left_when_listed(lambda: self.missing(self.num_samples)):
+        if gaps := left_when_listed(self.gaps):
             raise ValueError(
                 f"{self.path} lacks the images {gaps[0][0]} to {gaps[0][1] - 1}, though all "
                 "processes have written theirs: do they share this folder? The same command again "
                 "makes what is missing"
             )
-        return [self._file(r) for r in self.present()]
+        ranges = self.present()
+        for a, b in zip(ranges, ranges[1:]):
+            if b[0] < a[1]:
+                raise ValueError(
+                    f"{self._file(a)} and {os.path.basename(self._file(b))} both hold image "
+                    f"{b[0]}: two runs have written there at once; remove one of these files, and "
+                    "the same command again makes what is missing"
+                )
+        if ranges and ranges[-1][1] > self.num_samples:
+            raise ValueError(
+                f"{self._file(ranges[-1])} holds images beyond the {self.num_samples} of this run: "
+                "remove it, and give the same command again"
+            )
+        return [self._file(r) for r in ranges]
 
     def remove(self) -> None:
-        """Delete the shards and their folder."""
+        """Delete the shards and their folder, and what killed processes have left there."""
         for r in self.present():
             os.remove(self._file(r))
+        remove_temporaries(self.path)
         os.rmdir(self.path)
 
     def _file(self, r: Range) -> str:
         return os.path.join(self.path, f"shard-{r[0]:08d}-{r[1]:08d}.npz")
+
+
+def in_batches(gaps: Iterable[Range], batch_size: int) -> Iterator[Range]:
+    """The same in pieces of at most batch_size images."""
+    for start, stop in gaps:
+        for a in range(start, stop, batch_size):
+            yield a, min(a + batch_size, stop)
 
 
 def fill_shards(
@@ -117,9 +149,11 @@ def fill_shards(
         make: the arrays of the images numbered [n], by a model that counts its calls for the bar.
         desc: of the bar; calls: of the network for one batch.
     """
-    pieces = dist_util.broadcast_object(folder.missing(batch_size))
-    mine = pieces[dist_util.get_rank() :: dist_util.get_world_size()]
-    done = folder.num_samples - sum(stop - start for start, stop in pieces)
+    gaps = dist_util.broadcast_object(folder.gaps())
+    rank, world = dist_util.get_rank(), dist_util.get_world_size()
+    # One after the other: there may be more batches than fit into memory.
+    mine = itertools.islice(in_batches(gaps, batch_size), rank, None, world)
+    done = folder.num_samples - sum(stop - start for start, stop in gaps)
     with (
         resumable(folder.num_samples, lambda: folder.left),
         ImageBar(desc, folder.num_samples, done, calls) as bar,

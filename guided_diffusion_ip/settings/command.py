@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from .. import dist_util
 
+_LONGEST = 2000
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -24,11 +25,21 @@ def _raised_by_us(error: BaseException) -> bool:
 def _verdict(error: BaseException) -> tuple[str, int]:
     """The line that a user gets to see ("": the traceback), and the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted: {error}" if str(error) else "interrupted", 130
+        return f"interrupted: {presentable(str(error))}" if str(error) else "interrupted", 130
     ours = isinstance(error, OSError) or isinstance(error, ValueError) and _raised_by_us(error)
     if not ours or os.environ.get("GUIDED_DIFFUSION_IP_TRACEBACK"):
         return "", 1
-    return f"error: {' '.join(str(error).split())}", 2
+    return f"error: {presentable(str(error))}", 2
+
+
+def presentable(text: str) -> str:
+    """One line of at most _LONGEST characters, without any that a terminal would obey."""
+    line = " ".join(text.split())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line
+    )
 
 
 def command(main: Callable[[], Any]) -> NoReturn:
@@ -41,7 +52,7 @@ def command(main: Callable[[], Any]) -> NoReturn:
     and does not wait for any.
     """
     # A warning is for the user too: one line, without the place in the code that raised it.
-    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
+    warnings.formatwarning = lambda message, *_: f"warning: {presentable(str(message))}\n"
     try:
         main()
     except SystemExit as end:

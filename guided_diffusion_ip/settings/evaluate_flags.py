@@ -26,7 +26,7 @@ FEATURES = (
         Role.PLACE,
         "download Inception's weights (95 MB) into the user's cache if they are nowhere",
     ),
-    Flag("batch_size", 64, Role.SPEED, "images per process at a time", least=1),
+    Flag("batch_size", 64, Role.SPEED, "images per process at a time", least=1, most=1_000_000),
     Flag(
         "device", "auto", Role.SPEED, "auto: a GPU if there is one", choices=("auto", "cpu", "cuda")
     ),
@@ -65,7 +65,14 @@ EVALUATE = (
         Role.IMAGES,
         f"what to compute, separated by commas: {METRIC_NAMES}",
     ),
-    Flag("num_samples", 0, Role.IMAGES, "use the first so many samples; 0: all", least=0),
+    Flag(
+        "num_samples",
+        0,
+        Role.IMAGES,
+        "use the first so many samples; 0: all",
+        least=0,
+        most=100_000_000,
+    ),
     *FEATURES,
     Flag(
         "pr_arithmetic",
@@ -75,6 +82,6 @@ EVALUATE = (
         "makes both a little larger",
         choices=("float32", "float64", "half"),
     ),
-    Flag("seed", 0, Role.IMAGES, "of KID's random subsets", least=0),
+    Flag("seed", 0, Role.IMAGES, "of KID's random subsets", least=0, most=2**63 - 1),
     Flag("json", "", Role.PLACE, "also write everything to this file"),
 )

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..sizes import parse_size
+from ..yaml_text import parse_yaml
 
 
 class Role(enum.Enum):
@@ -62,8 +63,8 @@ def size_or_none(v: str | int) -> int | str:
 def mapping(v: str | Mapping[str, Any]) -> str:
     """a YAML mapping such as {width: 64}; empty for none"""
     try:
-        content = yaml.safe_load(v) if isinstance(v, str) else v
-    except yaml.YAMLError:
+        content = parse_yaml(v, "it") if isinstance(v, str) else v
+    except ValueError:
         content = v
     if content in (None, "") or content == {}:
         return ""
@@ -107,12 +108,14 @@ def eps_scaler(v: str | float | Sequence[float]) -> float | list[float] | str:
         parts = v
     try:
         values = [float(p) for p in parts]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise argparse.ArgumentTypeError(
             f"expected a number, numbers separated by commas, or 'published', got {v!r}"
         ) from None
     return values[0] if len(values) == 1 else values
 
+
+_LARGEST = 2**53  # what JSON and float64 keep exactly
 
 Choices = tuple[Any, ...] | Callable[[], Iterable[Any]]
 
@@ -126,7 +129,8 @@ class Flag:
         type: by default that of `default`.
         choices: what is allowed, or a function that returns it: the keys of a registry, which is
             then imported only when the flag is used.
-        least: the smallest value allowed.
+        least, most: the smallest and the largest value allowed; a whole number has 53 bits at most
+            in any case.
         finite: refuse NaN and infinity.
         quiet: leave the flag out of a run's identity where it has its default. For flags that are
             newer than the folders that are to be continued.
@@ -144,6 +148,7 @@ class Flag:
     aliases: tuple[str, ...] = ()
     choices: Choices | None = None
     least: float | None = None
+    most: float | None = None
     finite: bool = True
     quiet: bool = False
     solvers: str = ""
@@ -177,7 +182,7 @@ class Flag:
             if kind is int and isinstance(value, float) and value != int(value):
                 raise ValueError
             result = kind(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             words: dict[Any, str] = {int: "a whole number", float: "a number", str: "text"}
             name = words.get(kind) or kind.__doc__ or ""
             raise argparse.ArgumentTypeError(f"expected {name}, got {value!r}") from None
@@ -185,6 +190,10 @@ class Flag:
         return result
 
     def _check(self, result: Any, value: Any) -> None:
+        if isinstance(result, str) and any("\ud800" <= c <= "\udfff" for c in result):
+            raise argparse.ArgumentTypeError(
+                f"{value!r} is not UTF-8, so that no file could name it: rename it"
+            )
         if (allowed := self.allowed) and result not in allowed:
             raise argparse.ArgumentTypeError(
                 f"expected one of {', '.join(map(str, allowed))}, got {value!r}"
@@ -193,3 +202,8 @@ class Flag:
             raise argparse.ArgumentTypeError(f"{value!r} is no finite number")
         if self.least is not None and result < self.least:
             raise argparse.ArgumentTypeError(f"must be at least {self.least:g}, got {value!r}")
+        most = _LARGEST if self.most is None and isinstance(result, int) else self.most
+        if most is not None and not result <= most:
+            raise argparse.ArgumentTypeError(f"must be at most {most:,}, got {value!r}")
+        if isinstance(result, int) and result < -_LARGEST:
+            raise argparse.ArgumentTypeError(f"must be at least {-_LARGEST:,}, got {value!r}")

@@ -168,6 +168,7 @@ SCRIPTS = {
                 Role.IMAGES,
                 "store so many images, spread evenly, as arr_0, for precision and recall; -1: all",
                 least=-1,
+                most=100_000_000,
             ),
         ),
         positional=("data",),
@@ -182,7 +183,14 @@ SCRIPTS = {
                 Role.PLACE,
                 "what to write: a folder of pictures, one NAME.png with a grid, or NAME.npz",
             ),
-            Flag("count", 0, Role.IMAGES, "only the first so many images; 0: all", least=0),
+            Flag(
+                "count",
+                0,
+                Role.IMAGES,
+                "only the first so many images; 0: all",
+                least=0,
+                most=100_000_000,
+            ),
             Flag(
                 "image_size",
                 "",
@@ -306,7 +314,14 @@ SCRIPTS = {
         (
             Flag("sweep", "", Role.INPUT, "YAML file that describes the grid; see docs/sweep.md"),
             Flag("out_dir", "", Role.PLACE, "where results go; default: runs/sweep-NAME"),
-            Flag("processes", 1, Role.SPEED, "cells that are computed at the same time", least=1),
+            Flag(
+                "processes",
+                1,
+                Role.SPEED,
+                "cells that are computed at the same time",
+                least=1,
+                most=10_000,
+            ),
             Flag(
                 "launcher",
                 "",
@@ -375,6 +390,7 @@ SCRIPTS = {
                 "chains of each trial, of energy, kid, fid and final_variance; 0: as many as real "
                 "images",
                 least=0,
+                most=100_000_000,
                 quiet=True,
             ),
             Flag(
@@ -386,7 +402,15 @@ SCRIPTS = {
                 choices=("b", "kb", "groups"),
                 quiet=True,
             ),
-            Flag("groups", 3, Role.IMAGES, "stretches of --form groups", least=2, quiet=True),
+            Flag(
+                "groups",
+                3,
+                Role.IMAGES,
+                "stretches of --form groups",
+                least=2,
+                most=10_000,
+                quiet=True,
+            ),
             Flag(
                 "features",
                 "inception",

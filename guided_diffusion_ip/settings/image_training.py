@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import logger
+from ..data.sources import Source
 from ..diffusion.denoiser import BoundDenoiser, Denoiser
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.process import Process
@@ -54,7 +55,12 @@ def train(config: str = "", **flags: Any) -> str:
 
 def train_images(cfg: Config) -> str:
     """The run that the merged settings of image_train describe; returns its folder."""
-    cfg, out_dir, source = begin(cfg)
+    with begin(cfg) as (cfg, out_dir, source):
+        _train_images(cfg, out_dir, source)
+    return out_dir
+
+
+def _train_images(cfg: Config, out_dir: str, source: Source | None) -> None:
     messages: list[str] = []
     model, process = create(cfg)
     size = parse_size(cfg.image_size)
@@ -72,7 +78,6 @@ def train_images(cfg: Config) -> str:
     settings = diffusion_train_settings(cfg, start)
     loop = make_loop(cfg, model, process, data, settings, hooks=hooks)
     run(loop, cfg, out_dir, shape, messages)
-    return out_dir
 
 
 def create(cfg: Config) -> tuple[nn.Module, Process]:

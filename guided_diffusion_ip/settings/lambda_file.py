@@ -26,6 +26,7 @@ import yaml
 
 from ..diffusion.respace import space_timesteps
 from ..files import atomic_file
+from ..yaml_text import read_yaml_file
 
 FORMS = ("lambda", "b", "kb")
 _CHECKED = (
@@ -141,15 +142,10 @@ def _timesteps(settings: Mapping[str, Any]) -> set[int]:
 
 def _load(path: str | os.PathLike) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+        content = read_yaml_file(os.fspath(path), f"--eps_schedule {path}")
     except (FileNotFoundError, IsADirectoryError):
         raise ValueError(
             f"--eps_schedule {path}: there is no such file; scripts/calibrate_eps.py makes one"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--eps_schedule {path} is not valid YAML: {' '.join(str(error).split())}"
         ) from None
     if not isinstance(content, dict):
         raise ValueError(

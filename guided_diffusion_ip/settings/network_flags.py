@@ -46,8 +46,10 @@ MODEL = (
         "channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA)",
         choices=(1, 3, 4),
     ),
-    Flag("num_channels", 128, Role.ARCHITECTURE, "channels of the first level", least=1),
-    Flag("num_res_blocks", 2, Role.ARCHITECTURE, "residual blocks per level", least=1),
+    Flag(
+        "num_channels", 128, Role.ARCHITECTURE, "channels of the first level", least=1, most=65_536
+    ),
+    Flag("num_res_blocks", 2, Role.ARCHITECTURE, "residual blocks per level", least=1, most=1_000),
     Flag(
         "channel_mult",
         "",
@@ -73,7 +75,7 @@ MODEL = (
         Role.ARCHITECTURE,
         "sizes of the feature maps that get attention (shorter side)",
     ),
-    Flag("dropout", 0.0, Role.LOSS, "dropout in the residual blocks", least=0),
+    Flag("dropout", 0.0, Role.LOSS, "dropout in the residual blocks", least=0, most=1),
     Flag("class_cond", False, Role.ARCHITECTURE, "condition on class labels"),
     Flag(
         "num_classes",
@@ -82,6 +84,7 @@ MODEL = (
         "number of classes if class_cond; a training that is not told takes as many as its "
         "images have",
         least=1,
+        most=10_000_000,
     ),
     Flag(
         "null_class",
@@ -146,7 +149,14 @@ LOSS_WEIGHTING = (
 )
 
 DIFFUSION = (
-    Flag("diffusion_steps", 1000, Role.PROCESS, "T, the steps of the process", least=1),
+    Flag(
+        "diffusion_steps",
+        1000,
+        Role.PROCESS,
+        "T, the steps of the process",
+        least=1,
+        most=1_000_000,
+    ),
     Flag(
         "noise_schedule", "linear", Role.PROCESS, "linear or cosine", choices=("linear", "cosine")
     ),
@@ -193,6 +203,7 @@ EDM = (
         "augmentation labels that the network takes; 9 for --augment and EDM's CIFAR-10 "
         "checkpoints",
         least=0,
+        most=65_536,
     ),
     Flag(
         "label_dropout",
@@ -200,6 +211,7 @@ EDM = (
         Role.LOSS,
         "share of the class labels that EDM's networks drop in training",
         least=0,
+        most=1,
     ),
     Flag("sigma_data", 0.5, Role.PROCESS, "standard deviation of the images, for --precond edm"),
     Flag(
@@ -217,6 +229,7 @@ EDM = (
         Role.LOSS,
         "probability of each of EDM's augmentations, published 0.12 to 0.15; needs --augment_dim 9",
         least=0,
+        most=1,
     ),
 )
 
@@ -227,6 +240,7 @@ CLASSIFIER = (
         Role.ARCHITECTURE,
         "channels of the classifier's first level",
         least=1,
+        most=65_536,
     ),
     Flag(
         "classifier_depth",
@@ -234,6 +248,7 @@ CLASSIFIER = (
         Role.ARCHITECTURE,
         "residual blocks per level of the classifier",
         least=1,
+        most=1_000,
     ),
     Flag(
         "classifier_attention_resolutions",

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import yaml
 from torch import nn
 
 from ..sizes import parse_size
+from ..yaml_text import parse_yaml
 from .factories import number_of_labels
 from .yaml_file import nearest
 
@@ -79,7 +79,7 @@ def creator(make: Callable[..., nn.Module], name: str) -> Callable[..., nn.Modul
 
     def create(**flags: Any) -> nn.Module:
         values = _offered(flags)
-        given = yaml.safe_load(flags.get("network_args") or "{}")
+        given = parse_yaml(flags.get("network_args") or "{}", "--network_args")
         parameters = inspect.signature(make).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for key in given:

@@ -24,6 +24,7 @@ SIGMA = tuple(
             Role.IMAGES,
             "steps of heun (2 N - 1 network calls) and euler (N calls)",
             least=1,
+            most=1_000_000,
         ),
         Flag(
             "sigma_min",
@@ -83,8 +84,8 @@ SAMPLE = (
         Role.INPUT,
         "checkpoint, such as ema_0.9999_100000.pt; its config.yaml is read from beside it",
     ),
-    Flag("seed", 0, Role.IMAGES, "image i depends on (seed, i) only", least=0),
-    Flag("num_samples", 10000, Role.IMAGES, "images to make", least=1),
+    Flag("seed", 0, Role.IMAGES, "image i depends on (seed, i) only", least=0, most=2**63 - 1),
+    Flag("num_samples", 10000, Role.IMAGES, "images to make", least=1, most=100_000_000),
     Flag("use_ddim", False, Role.IMAGES, "DDIM instead of DDPM"),
     Flag("eta", 0.0, Role.IMAGES, "DDIM's noise: 0 deterministic, 1 that of DDPM", least=0),
     RESPACING,
@@ -96,6 +97,7 @@ SAMPLE = (
         "schedule leaves nothing of the image; 0: at the last one, as published. The same as @t in "
         "--timestep_respacing",
         least=0,
+        most=1_000_000,
         quiet=True,
     ),
     Flag("clip_denoised", True, Role.IMAGES, "clamp the predicted x_0 to [-1, 1] at each step"),
@@ -155,6 +157,7 @@ SAMPLE = (
         Role.IMAGES,
         "original steps that time_shift chooses from, half of them on either side of the one meant",
         least=0,
+        most=1_000_000,
         solvers="time_shift",
     ),
     Flag(
@@ -165,7 +168,7 @@ SAMPLE = (
         least=0,
         solvers="time_shift",
     ),
-    Flag("batch_size", 16, Role.SPEED, "images per process at a time", least=1),
+    Flag("batch_size", 16, Role.SPEED, "images per process at a time", least=1, most=1_000_000),
     Flag(
         "precision",
         "",
@@ -200,11 +203,18 @@ LIKELIHOOD = (
         Role.INPUT,
         "checkpoint, such as ema_0.9999_100000.pt; its config.yaml is read from beside it",
     ),
-    Flag("num_samples", 1000, Role.INPUT, "images to evaluate, over all processes", least=1),
-    Flag("seed", 0, Role.IMAGES, "seed of the noise", least=0),
+    Flag(
+        "num_samples",
+        1000,
+        Role.INPUT,
+        "images to evaluate, over all processes",
+        least=1,
+        most=100_000_000,
+    ),
+    Flag("seed", 0, Role.IMAGES, "seed of the noise", least=0, most=2**63 - 1),
     Flag("clip_denoised", True, Role.IMAGES, "clamp the predicted x_0 to [-1, 1] at each step"),
     RESPACING,
-    Flag("batch_size", 1, Role.SPEED, "images per process at a time", least=1),
+    Flag("batch_size", 1, Role.SPEED, "images per process at a time", least=1, most=1_000_000),
     Flag("out_dir", "", Role.PLACE, "where results go; default: nll/ beside the checkpoint"),
 )
 
@@ -222,5 +232,6 @@ MEASURED_IMAGES = (
         Role.INPUT,
         "real images, evenly spread over the set, and as many chains, over all processes",
         least=2,
+        most=100_000_000,
     ),
 )

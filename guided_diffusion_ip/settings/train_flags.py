@@ -20,6 +20,7 @@ STOPPING = (
         Role.LENGTH,
         "stop, saving first, after so many hours of this process; 0: no limit",
         least=0,
+        most=1_000_000,
     ),
     Flag(
         "max_skipped",
@@ -87,7 +88,7 @@ EVALUATING = (
         "steps between evaluations of samples from the averaged weights; 0: none",
         least=0,
     ),
-    Flag("eval_samples", 1000, Role.TELLING, "images in an evaluation", least=4),
+    Flag("eval_samples", 1000, Role.TELLING, "images in an evaluation", least=4, most=100_000_000),
     Flag(
         "eval_ref",
         "",
@@ -123,7 +124,7 @@ TRAIN = (
         Role.INPUT,
         "training images: a folder, a zip of images, or an npz with arr_0 (and arr_1)",
     ),
-    Flag("batch_size", 1, Role.TRAINING, "images per process and step", least=1),
+    Flag("batch_size", 1, Role.TRAINING, "images per process and step", least=1, most=1_000_000),
     Flag(
         "global_batch_size",
         0,
@@ -131,6 +132,7 @@ TRAIN = (
         "images per step over all processes, instead of batch_size; the same for any number of "
         "them",
         least=0,
+        most=10_000_000,
     ),
     Flag(
         "microbatch",
@@ -138,8 +140,8 @@ TRAIN = (
         Role.TRAINING,
         "images per forward pass; -1: the whole batch. The gradient is that of the batch",
     ),
-    Flag("lr", 1e-4, Role.TRAINING, "learning rate of AdamW", least=0),
-    Flag("weight_decay", 0.0, Role.TRAINING, "weight decay of AdamW", least=0),
+    Flag("lr", 1e-4, Role.TRAINING, "learning rate of AdamW", least=0, most=1_000),
+    Flag("weight_decay", 0.0, Role.TRAINING, "weight decay of AdamW", least=0, most=1_000),
     Flag(
         "lr_warmup_steps",
         0,
@@ -205,7 +207,7 @@ TRAIN = (
         "steps between sample grids from the averaged weights; 0: none",
         least=0,
     ),
-    Flag("sample_count", 64, Role.TELLING, "images in a sample grid", least=1),
+    Flag("sample_count", 64, Role.TELLING, "images in a sample grid", least=1, most=1_000_000),
     Flag("sample_respacing", "50", Role.TELLING, "timestep_respacing of the sample grids"),
     *EVALUATING,
     Flag(
@@ -221,6 +223,7 @@ TRAIN = (
         "share of the labels that are replaced by 'no class', for --guidance_scale; usual 0.1 to "
         "0.2",
         least=0,
+        most=1,
     ),
     Flag("random_flip", True, Role.TRAINING, "mirror images at random"),
     Flag("random_crop", False, Role.TRAINING, "crop at random instead of the centre"),
@@ -237,6 +240,6 @@ TRAIN = (
         "sets that fit in so many MB (as uint8) are decoded once and kept in memory",
         least=0,
     ),
-    Flag("seed", 0, Role.LOSS, "seed of everything that is drawn", least=0),
+    Flag("seed", 0, Role.LOSS, "seed of everything that is drawn", least=0, most=2**63 - 1),
     Flag("out_dir", "", Role.PLACE, "where results go; default: runs/<time>-<name>"),
 )

@@ -5,32 +5,37 @@ Settings are not changed in place: what settles something returns them anew.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-
-import yaml
+from collections.abc import Iterator
 
 from .. import dist_util, files
 from ..data.sources import Source, open_source
+from ..ownership import owning
 from ..training.checkpoint import complete_steps, states_near, without_state
 from ..training.resume import compare_settings, find
+from ..yaml_text import read_yaml_file
 from .config import Config
 
 
-def begin(cfg: Config) -> tuple[Config, str, Source | None]:
-    """Processes, the folder, and settings that depend on these and on the images. Returns the
-    settled settings, the folder's path, and the images where it took a look at them to settle the
-    number of classes. A collective.
+@contextlib.contextmanager
+def begin(cfg: Config) -> Iterator[tuple[Config, str, Source | None]]:
+    """Processes, the folder, which this run owns within the block, and settings that depend on
+    these and on the images. Gives the settled settings, the folder's path, and the images where it
+    took a look at them to settle the number of classes. A collective.
 
     Raises:
-        ValueError: flags that contradict each other, a folder in which another run would be
-            damaged, or images without classes where there should be some.
+        ValueError: flags that contradict each other, a folder in which another run is at work or
+            would be damaged, or images without classes where there should be some.
     """
     dist_util.setup_dist()
     cfg = add_null_class(settle_batch(cfg))
     out_dir = choose_out_dir(cfg)
-    cfg, source = settle_classes(cfg, out_dir)
-    return cfg, out_dir, source
+    with owning(out_dir):
+        refuse_damage(cfg, out_dir)
+        cfg, source = settle_classes(cfg, out_dir)
+        yield cfg, out_dir, source
 
 
 def add_null_class(cfg: Config) -> Config:
@@ -115,8 +120,7 @@ def choose_out_dir(cfg: Config) -> str:
     runs/<time>-<name>; the same on all ranks.
 
     Raises:
-        ValueError: --resume auto without a folder to look in, or a folder in which another run
-            would be damaged.
+        ValueError: --resume auto without a folder to look in.
     """
     if cfg.overwrite and (cfg.resume or cfg.resume_checkpoint):
         raise ValueError(
@@ -137,13 +141,18 @@ def choose_out_dir(cfg: Config) -> str:
     default = os.path.join("runs", f"{time.strftime('%Y-%m-%d-%H-%M-%S')}-{name}")
     if cfg.resume not in ("", "auto") and not files.is_remote(cfg.resume):
         default = cfg.resume if os.path.isdir(cfg.resume) else os.path.dirname(cfg.resume) or "."
-    out_dir = dist_util.broadcast_object(files.results_folder(cfg.out_dir, default))
+    return dist_util.broadcast_object(files.results_folder(cfg.out_dir, default))
+
+
+def refuse_damage(cfg: Config, out_dir: str) -> None:
+    """Raises ValueError, on all ranks, where a run with these settings would damage another one in
+    the folder.
+    """
     # Rank 0 looks, since it also writes. A folder that the environment names is reused, as
     # guided-diffusion's scripts do.
     ours = cfg.out_dir or not os.environ.get("OPENAI_LOGDIR")
     if complaint := dist_util.broadcast_object(_why_not(cfg, out_dir) if ours else ""):
         raise ValueError(complaint)
-    return out_dir
 
 
 def _why_not(cfg: Config, out_dir: str) -> str:
@@ -163,13 +172,12 @@ def _why_not(cfg: Config, out_dir: str) -> str:
     if cfg.overwrite or continued == "auto":
         if lost and os.path.exists(config):
             try:
-                with open(config, encoding="utf-8") as file:
-                    saved = yaml.safe_load(file)
+                saved = read_yaml_file(config)
                 compare_settings(
                     {name: keys for name, keys in dict(saved).items() if isinstance(keys, dict)},
                     cfg.sections(),
                 )
-            except (ValueError, TypeError, yaml.YAMLError) as error:
+            except (ValueError, TypeError) as error:
                 return (
                     f"{out_dir} holds {lost[-1]} without its state file, and only the config.yaml "
                     f"there tells what it is: a new run would replace that by its own ({error}): "

@@ -15,10 +15,9 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
-
 from .. import files
 from ..training import checkpoint
+from ..yaml_text import parse_yaml
 from .flags import SCRIPTS, SECTIONS
 
 Content = dict[str, dict[str, Any]]  # {section: {key: value}}
@@ -56,14 +55,12 @@ def read_yaml(path: str) -> Content:
         )
     if is_state(path):
         return checkpoint.saved_settings(checkpoint.read_state(path))
-    with files.open_binary(path) as file:
-        try:
-            content = (
-                yaml.safe_load(files.safetensors_config(path) if is_safetensors(path) else file)
-                or {}
-            )
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if is_safetensors(path):
+        text: str | bytes = files.safetensors_config(path)
+    else:
+        with files.open_binary(path) as file:
+            text = file.read()
+    content = parse_yaml(text, path) or {}
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: expected the sections {', '.join(SECTIONS)}, found {type(content).__name__}"

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import yaml
-
 from ..exposure_bias.plots import TITLES, is_number
+from ..yaml_text import parse_yaml
 
 _DEPTH = 3  # of the search in folders that hold runs
 _MOST_POINTS = 500  # of a curve: more cannot be seen, and each costs bytes
@@ -319,8 +318,8 @@ def read_text(path: str) -> str:
 def read_yaml(path: str) -> dict[str, Any]:
     """The mapping in a YAML file, {} if there is none."""
     try:
-        return _dict(yaml.safe_load(read_text(path)))
-    except (yaml.YAMLError, RecursionError):
+        return _dict(parse_yaml(read_text(path), path))
+    except ValueError:
         return {}
 
 
@@ -328,7 +327,7 @@ def read_json(path: str) -> dict[str, Any]:
     """The object in a JSON file, {} if there is none."""
     try:
         return _dict(json.loads(read_text(path)))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return {}
 
 

@@ -24,8 +24,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import yaml
-
 from .. import files
 from ..diffusion.solvers import SOLVERS
 from ..settings.config import from_values
@@ -33,6 +31,7 @@ from ..settings.flag import Flag
 from ..settings.flags import SCRIPTS
 from ..settings.sampling import adopt_beside
 from ..settings.yaml_file import nearest
+from ..yaml_text import parse_yaml
 
 KEYS = (
     "checkpoints",
@@ -326,12 +325,9 @@ def _words(flags: Iterable[tuple[str, str]]) -> tuple[str, ...]:
 def _load(path: str) -> tuple[dict[str, Any], str]:
     if not os.path.isfile(path):
         raise ValueError(f"sweep file {path} does not exist; configs/sweeps/ has an example")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    with open(path, "rb") as file:
+        raw = file.read()
+    content = parse_yaml(raw, path)
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: expected 'key: value' lines with {', '.join(KEYS)}, found "
@@ -343,7 +339,7 @@ def _load(path: str) -> tuple[dict[str, Any], str]:
                 f"{path}: unknown key {key!r}; allowed: {', '.join(KEYS)}."
                 + nearest(str(key), KEYS)
             )
-    return content, text
+    return content, raw.decode(errors="replace")
 
 
 def _list(content: dict[str, Any], key: str, default: Any) -> list[Any]:

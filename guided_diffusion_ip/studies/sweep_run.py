@@ -16,7 +16,6 @@ lock goes with the last of them, and there are no stale ones.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import queue
@@ -27,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +34,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..files import atomic_file
+from ..ownership import owning_alone
 from .sweep import GridCell, Sweep
 
 
@@ -110,7 +110,7 @@ def run_sweep(
         ValueError: the folder cannot be locked.
     """
     os.makedirs(out_dir, exist_ok=True)
-    with _lock(os.path.join(out_dir, "lock"), say) as lock:
+    with owning_alone(out_dir, "lock", say=say, keep=True) as lock:
         work = _CellRunner(sweep, out_dir, launch, lock, say)
         with ThreadPoolExecutor(launch.processes) as pool:
             try:
@@ -294,25 +294,3 @@ def _npz_in(folder: str) -> str:
 def _write_json(path: str, content: dict[str, Any]) -> None:
     with atomic_file(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
-
-
-@contextlib.contextmanager
-def _lock(path: str, say: Callable[[str], object]) -> Iterator[int]:
-    """The descriptor of the locked file; waits for whoever holds it, and says so."""
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                say(f"waiting for {holder}, which computes in {os.path.dirname(path)}")
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise ValueError(
-                f"{path} cannot be locked ({error}): give an --out_dir on a file system with locks"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield file.fileno()

@@ -186,9 +186,7 @@ def without_state(folder: str) -> list[str]:
 
 def remove_leftovers(folder: str) -> None:
     """Remove the temporary files of saves that were killed."""
-    for name in os.listdir(folder) if os.path.isdir(folder) else []:
-        if re.fullmatch(r"\.(model|opt|ema_|state).*\.pt\..*\.tmp", name):
-            os.remove(os.path.join(folder, name))
+    files.remove_temporaries(folder, r"(model|opt|ema_|state).*\.pt|config\.yaml")
 
 
 def read_state(path: str) -> dict[str, Any]:

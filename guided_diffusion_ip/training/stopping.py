@@ -95,6 +95,11 @@ class Interruptions:
         self._start = self._saved = time.monotonic()
         self._max_hours, self._save_minutes = max_hours, save_minutes
         self._signals = Signals()
+        self.failure: OSError | None = None
+
+    def failed(self, error: OSError) -> None:
+        """Something beside training has failed on this rank: save and end, and then say so."""
+        self.failure = self.failure or error
 
     def __enter__(self) -> Interruptions:
         self._signals = Signals().__enter__()
@@ -111,7 +116,7 @@ class Interruptions:
         """This rank's, at this moment."""
         now = time.monotonic()
         return Wishes(
-            stop=bool(self._signals.received),
+            stop=bool(self._signals.received or self.failure),
             over=0 < self._max_hours <= (now - self._start) / 3600,
             save_due=0 < self._save_minutes <= (now - self._saved) / 60,
         )
@@ -119,6 +124,8 @@ class Interruptions:
     def why_ended(self, agreed: Wishes) -> str:
         """What the ranks' agreement to end is about; '' if they have not agreed to."""
         if agreed.stop:
+            if self.failure:
+                return f"{self.failure}: stopped"
             why = early_signals.what(self._signals.received) or "another process was told to stop"
             return f"{why}: stopped"
         if agreed.over:

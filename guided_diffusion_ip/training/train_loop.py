@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from .. import dist_util, logger
 from ..allocator import keep_freed_memory
 from ..diffusion.process import Process
+from ..ownership import owning
 from .ema import EMA, UpdateCounts
 from .gradients import Gradients, process_losses, trained_network
 from .guards import check_batch, is_out_of_memory, memory_advice, range_note
@@ -130,7 +131,8 @@ class TrainLoop:
         Raises:
             Diverged: losses or gradients are not finite; nothing of them has reached weights or
                 files.
-            ValueError: the data are not what the network is for, or memory has ended.
+            ValueError: the data are not what the network is for, memory has ended, or another run
+                is at work in the logger's folder.
         """
         self.model.train()
         for line in self.resumed:
@@ -149,7 +151,7 @@ class TrainLoop:
             disable=None if dist_util.is_main() else True,
         )
         try:
-            with bar, self._interruptions:
+            with owning(logger.get_dir()), bar, self._interruptions:
                 why = self._run_until_told(bar)
                 if why:
                     logger.log(
@@ -161,6 +163,12 @@ class TrainLoop:
                 # launcher.
                 if self.step != self._saved_step:
                     self.save()
+            if error := self._interruptions.failure:
+                raise ValueError(
+                    f"{error.filename} cannot be written ({error.strerror}); the checkpoint of "
+                    f"step {self.step} is saved: make room, and the same command with --resume "
+                    "auto continues"
+                )
         finally:
             # Loader processes that end by garbage collection, without being told, take torch 5 s
             # each, or for ever.
@@ -242,7 +250,10 @@ class TrainLoop:
         if self.progress.skipped:
             more["skipped"] = self.progress.skipped
         between = self.step == self.last_step and self.step % self.settings.log_interval != 0
-        self.log.write(self.step, self.statistics, self.update.grad_norm, more, keep=between)
+        try:
+            self.log.write(self.step, self.statistics, self.update.grad_norm, more, keep=between)
+        except OSError as error:  # a full disk; what has been learned must not be lost with it
+            self._interruptions.failed(error)
 
     def save(self) -> None:
         """Write the checkpoint of this step; see RunState.save. A collective."""

@@ -21,7 +21,7 @@ from . import go_between
 NOTED = ("SIGHUP", "SIGTERM", "SIGUSR1")
 received: list[str] = []  # names, in the order in which they came
 parent = os.getppid()  # who started this process; once it is gone, the system names another
-lost = ""  # the launcher that is gone: what SIGTERM then is about
+launcher = ""  # the name of that program, if its end is to be noticed (dist_util/parent.py)
 
 
 def note_signals() -> None:
@@ -63,9 +63,14 @@ def note(number: int, _: Any) -> None:
     received.append(signal.Signals(number).name)
 
 
+def launcher_is_gone() -> bool:
+    """Whether the program that started this process, and should outlive it, has ended."""
+    return bool(launcher) and os.getppid() != parent
+
+
 def what(name: str) -> str:
-    """Why the signal of that name came, as far as is known."""
-    return f"{lost} is gone" if lost and name == "SIGTERM" else name
+    """Why the signal of that name came, or the word of another rank (name ""), as far as known."""
+    return f"{launcher} is gone" if name in ("", "SIGTERM") and launcher_is_gone() else name
 
 
 def after_training(number: int) -> signal.Handlers:

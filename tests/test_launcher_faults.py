@@ -204,9 +204,12 @@ def test_a_hang_up_saves_unless_nohup():
 
 
 def test_a_lost_launcher_is_named(monkeypatch):
-    monkeypatch.setattr(early_signals, "lost", "torchrun")
-    assert early_signals.what("SIGTERM") == "torchrun is gone"
-    assert early_signals.what("SIGINT") == "SIGINT" and early_signals.what("") == ""
+    assert early_signals.what("SIGTERM") == "SIGTERM" and early_signals.what("") == ""
+    monkeypatch.setattr(early_signals, "launcher", "torchrun")
+    assert early_signals.what("SIGTERM") == "SIGTERM"
+    monkeypatch.setattr(early_signals, "parent", -1)
+    assert early_signals.what("SIGTERM") == early_signals.what("") == "torchrun is gone"
+    assert early_signals.what("SIGINT") == "SIGINT"
 
 
 # ---- the go-between, without MPI ----

@@ -21,7 +21,6 @@ from . import watchdog
 from .launcher import Env, LaunchInfo
 
 _LOOK_S = 1.0
-_watching = False
 
 
 def launcher_above(info: LaunchInfo, env: Env) -> str:
@@ -34,17 +33,16 @@ def launcher_above(info: LaunchInfo, env: Env) -> str:
 
 def watch(info: LaunchInfo) -> None:
     """Starts to look, once in a process, if there is a launcher to look at."""
-    global _watching
     name = launcher_above(info, os.environ)
-    if name and not _watching:
-        _watching = True
-        threading.Thread(target=_look, args=(name,), name="parent", daemon=True).start()
+    if name and not early_signals.launcher:
+        early_signals.launcher = name
+        threading.Thread(target=_look, name="parent", daemon=True).start()
 
 
-def _look(name: str) -> None:
-    while os.getppid() == early_signals.parent:
+def _look() -> None:
+    while not early_signals.launcher_is_gone():
         time.sleep(_LOOK_S)
-    early_signals.lost = name
+    name = early_signals.launcher
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         # Nobody would hear of it otherwise, and data loaders would be left.
         watchdog.report_failure(f"{name} is gone")

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -71,11 +70,8 @@ def prefix(launcher: str, ranks: int, mpiexec: str | None) -> list[str]:
         version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
         more = ["--map-by", ":OVERSUBSCRIBE"] if "Open MPI" in version else []
         return [program, *more, "-n", str(ranks), sys.executable]
-    with socket.socket() as probe:  # for a port that is free
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    return [*launch, "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launch, "--nproc_per_node", str(ranks)]
 
 
 @dataclass

@@ -286,3 +286,21 @@ def test_back_to_an_older_checkpoint_and_on(images, tmp_path):  # noqa: F811
     ).run_loop()
     assert complete_steps(str(tmp_path)) == [2, 3, 4]
     assert "removed step 1" in said(tmp_path)
+
+
+def test_a_second_ctrl_c_in_a_save_is_no_fault_of_the_disk(tmp_path, monkeypatch):
+    """torch.save makes a RuntimeError of what comes up while it writes."""
+
+    class Interrupted(checkpoint._Hashing):
+        writes = 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes == 3:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    monkeypatch.setattr(checkpoint, "_Hashing", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_set(str(tmp_path), 3, {"model": {"weight": torch.ones(3)}}, {"step": 3})
+    assert not os.listdir(tmp_path)

@@ -77,6 +77,7 @@ LEAVES = {
     "allocator",
     "ieee_float32",
     "early_signals",
+    "go_between",
     "ownership",
     "yaml_text",
 }
@@ -84,6 +85,7 @@ CORE = {"networks", "diffusion", "data", "features", "metrics"}
 WORK = {"preparation", "evaluation", "training", "runs", "interop", "exposure_bias"}
 MAY_IMPORT = {
     **{name: set() for name in LEAVES},
+    "early_signals": {"go_between"},
     "dist_util": {"files", "early_signals"},
     "ownership": {"dist_util"},
     "networks": {"sizes"},

@@ -184,7 +184,7 @@ def _ignore_signals(worker: int) -> None:
 
     Workers still end with their parent: torch tells them, and they watch for its death.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 

@@ -6,6 +6,7 @@ torch.distributed itself, and `cleanup()` last.
     launcher     the environment -> rank and world (torchrun, srun, mpiexec, nobody)
     rendezvous   the process group; the only file that imports mpi4py
     watchdog     a rank that dies or fails ends all others, which say who it was
+    parent       a launcher that is gone ends its ranks, as a SIGTERM would
     endings      an error in one of several processes -> what it says, tells and exits with
     collectives  gather, broadcast, agree
     loading      a checkpoint file -> tensors, never code

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from .. import early_signals
-from . import endings, watchdog
+from . import endings, parent, watchdog
 from .interfaces import choose_gloo_interface, route
 from .launcher import Env, LaunchInfo, choose_gpu, has_master, launch_info, number, slurm_address
 
@@ -52,8 +52,9 @@ def setup_dist(timeout_s: float | None = None) -> None:
     seconds of waiting, a line on stderr says who is missing.
 
     From then on a rank that dies or fails ends the others (watchdog.py), and so does one that is
-    silent for GUIDED_DIFFUSION_IP_TIMEOUT seconds (300). The limit of a later collective is 30
-    minutes, or that variable where it is more: ranks that are alive may have reason to wait.
+    silent for GUIDED_DIFFUSION_IP_TIMEOUT seconds (300). The end of torchrun or mpiexec counts as a
+    SIGTERM (parent.py). The limit of a later collective is 30 minutes, or that variable where it is
+    more: ranks that are alive may have reason to wait.
 
     Raises:
         ValueError: contradictory environment, one of the two variables no number of seconds, more
@@ -70,6 +71,7 @@ def setup_dist(timeout_s: float | None = None) -> None:
         return
     limit_s = watchdog.silence_limit(os.environ)
     info = launch_info()
+    parent.watch(info)
     if _meeting is None:
         _meeting = _meet(info, os.environ, timeout_s)
         atexit.register(_cleanup_at_exit)

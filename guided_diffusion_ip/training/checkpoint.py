@@ -137,6 +137,8 @@ def save_set(
             if os.path.exists(paths[part]):
                 os.remove(paths[part])
         if isinstance(error, RuntimeError):  # torch.save wraps what the file system said
+            if isinstance(error.__context__, KeyboardInterrupt):  # a second Ctrl-C
+                raise error.__context__ from None
             raise OSError(str(error.__context__ or error)) from error
         raise
     return paths["model"]

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from .. import early_signals
 
-# Ctrl-C; what schedulers and launchers send; what Slurm sends ahead of time (--signal=USR1@120).
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+# Ctrl-C; what schedulers and launchers send, and a launcher's end (dist_util/parent.py); what Slurm
+# sends ahead of time (--signal=USR1@120); a terminal that is closed, unless nohup.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
 @dataclass(frozen=True)
@@ -44,24 +45,29 @@ class Signals:
     """In its block, the first signal of SIGNALS is noted in `received` instead of breaking into the
     middle of an update.
 
-    One that a script noted before it came here counts (early_signals.py). A second Ctrl-C breaks.
-    Does nothing outside the main thread, where Python takes no signals.
+    One that a script noted before it came here counts (early_signals.py). A second Ctrl-C breaks,
+    a first one after another signal does not. Does nothing outside the main thread, where Python
+    takes no signals.
     """
 
     received: str = ""
+    _interrupted: bool = False
     _before: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for name in SIGNALS:
-                if number := getattr(signal, name, None):
+                number = getattr(signal, name, None)
+                if number and not early_signals.is_ignored(number):
                     self._before[number] = signal.signal(number, self._note)
             self.received = self.received or next(iter(early_signals.received), "")
         return self
 
     def _note(self, number: int, _: Any) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
         self.received = self.received or signal.Signals(number).name
 
     def __exit__(self, *_: Any) -> None:
@@ -120,7 +126,8 @@ class Interruptions:
         if agreed.stop:
             if self.failure:
                 return f"{self.failure}: stopped"
-            return f"{self._signals.received or 'another process was told to stop'}: stopped"
+            why = early_signals.what(self._signals.received) or "another process was told to stop"
+            return f"{why}: stopped"
         if agreed.over:
             return f"--max_hours {self._max_hours:g} are over: stopped"
         return ""

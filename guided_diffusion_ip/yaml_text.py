@@ -51,6 +51,7 @@ def parse_yaml(text: str | bytes, what: str) -> Any:
         AttributeError,
     ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+    reason = reason.replace('in "<byte string>", ', "at ").replace('in "<unicode string>", ', "at ")
     raise ValueError(f"{what} is not valid YAML: {reason[:400]}")
 
 

@@ -350,6 +350,8 @@ def test_names_that_no_picture_can_have(name):
 
 
 def test_an_edm_network_beyond_reason():
-    checkpoint = EDMCheckpoint("EDMPrecond", {"img_resolution": 8, "img_channels": 3, "num_blocks": 10_000}, {})
+    checkpoint = EDMCheckpoint(
+        "EDMPrecond", {"img_resolution": 8, "img_channels": 3, "num_blocks": 10_000}, {}
+    )
     with pytest.raises(ValueError, match="num_blocks 10000, which is beyond reason"):
         edm_flags(checkpoint)

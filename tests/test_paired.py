@@ -62,3 +62,13 @@ def test_the_script_says_what_the_evaluator_says_and_the_change(tmp_path):
     assert done.returncode == 2 and "must be equally many" in done.stderr
     done = launch.run(command[:4])
     assert done.returncode == 2 and "three arguments are needed" in done.stderr
+
+
+def test_too_few_images_are_refused(tmp_path):
+    few = pictures(tmp_path / "few.npz", 1.0)
+    with np.load(few) as npz:
+        write_npz(few, {"arr_0": npz["arr_0"][:30]})
+    done = launch.run(
+        [sys.executable, "evaluations/compare.py", few, few, few, "--features", "pixels"]
+    )
+    assert done.returncode == 2 and "holds 30 images: 40 or more are needed" in done.stderr

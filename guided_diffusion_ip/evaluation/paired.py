@@ -127,6 +127,11 @@ def replicates_of(
     if len({images.n for images in sets}) > 1:
         counts = ", ".join(f"{images.path}: {images.n}" for images in sets)
         raise ValueError(f"samples to be compared one by one must be equally many; {counts}")
+    if sets[0].n < 2 * GROUPS:
+        raise ValueError(
+            f"{sets[0].path} holds {sets[0].n} images: {2 * GROUPS} or more are needed, for an "
+            f"error from {GROUPS} groups of them"
+        )
     against = open_reference(request, space, sets[0])
     return [
         against.replicates(_rows(images, space, request, f"features of {path}"))
@@ -144,6 +149,11 @@ def open_reference(request: ComparisonRequest, space: FeatureSpace, samples: Ima
     if has_images(path):
         images = open_side(path, "reference", request.image_size)
         check_sizes(images, samples, stored)
+        if images.n < 2 * GROUPS:
+            raise ValueError(
+                f"{path} holds {images.n} images: {2 * GROUPS} or more are needed, for an error "
+                f"from {GROUPS} groups of them"
+            )
         rows = _rows(images, space, request, "features of the reference")
     if stored:
         pool = read_statistics(path, space, samples.shape).pool

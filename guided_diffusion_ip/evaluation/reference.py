@@ -71,14 +71,14 @@ def read_statistics(
                 "it again with evaluations/make_reference.py"
             )
         features = _text(reader, "features")
-        if features and features.split()[0] != space.name:
+        if features and features.split()[:1] != [space.name]:
             raise ValueError(
-                f"{path} holds statistics of the features {features.split()[0]}, but {space.name} "
+                f"{path} holds statistics of the features {features[:80]!r}, but {space.name} "
                 "are asked for: make a reference of these, or pass the --features that it was "
                 "made with"
             )
         arrays = {name: _numbers(reader, name) for name in needed}
-        n = int(_numbers(reader, "n").reshape(-1)[0]) if "n" in reader.keys else None
+        n = _count(reader) if "n" in reader.keys else None
     dim = space.dim or math.prod(image_shape)  # pixels
     sizes = {"mu": (dim,), "sigma": (dim,) * 2, "mu_s": (SPATIAL,), "sigma_s": (SPATIAL,) * 2}
     for name in needed:
@@ -136,6 +136,18 @@ def _numbers(reader: NpzReader, name: str) -> np.ndarray:
             f"{reader.path}: {name} is {reader.dtype(name)} {list(shape)}, expected numbers"
         )
     return reader.rows(name, 0, shape[0]).astype(np.float64)
+
+
+def _count(reader: NpzReader) -> int:
+    """How many images the statistics are of."""
+    found = reader.whole("n", 1 << 20)
+    number = float(found.reshape(-1)[0]) if found.size == 1 and found.dtype.kind in "fiu" else 0.0
+    if not 1 <= number <= 2**53:
+        raise ValueError(
+            f"{reader.path}: n is {found.dtype} {list(found.shape)} {str(found)[:40]}, expected the "
+            "number of images: make it again with evaluations/make_reference.py"
+        )
+    return int(number)
 
 
 def _text(reader: NpzReader, name: str) -> str:

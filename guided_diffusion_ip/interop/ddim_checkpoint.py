@@ -85,7 +85,9 @@ def _parts(content: Any) -> list[State]:
     return [
         {name.removeprefix("module."): value for name, value in part.items()}
         for part in candidates
-        if isinstance(part, dict) and part and all(isinstance(v, Tensor) for v in part.values())
+        if isinstance(part, dict)
+        and part
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in part.items())
     ]
 
 

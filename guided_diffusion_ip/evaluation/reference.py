@@ -144,8 +144,8 @@ def _count(reader: NpzReader) -> int:
     number = float(found.reshape(-1)[0]) if found.size == 1 and found.dtype.kind in "fiu" else 0.0
     if not 1 <= number <= 2**53:
         raise ValueError(
-            f"{reader.path}: n is {found.dtype} {list(found.shape)} {str(found)[:40]}, expected the "
-            "number of images: make it again with evaluations/make_reference.py"
+            f"{reader.path}: n is {found.dtype} {list(found.shape)} {str(found)[:40]}, expected "
+            "the number of images: make it again with evaluations/make_reference.py"
         )
     return int(number)
 

@@ -299,13 +299,22 @@ def test_the_child_outlives_a_killed_go_between_and_output_that_nobody_reads(tmp
 
 
 def test_a_stopped_child_of_a_killed_go_between_does_not_stay_for_ever():
-    code = "print(os.getpid(), flush=True)\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\ntime.sleep(600)"
+    code = """
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        print(os.getpid(), flush=True)
+        time.sleep(600)
+    """
     with below_a_go_between(code) as process:
         child = int(process.stdout.readline())
         os.kill(child, signal.SIGSTOP)
+        until = time.monotonic() + 30
+        while b") T " not in launcher_faults.read(child, "stat") and time.monotonic() < until:
+            time.sleep(0.01)  # it may not have come to it yet
         process.kill()
         process.wait()
-        until = time.monotonic() + 30
         while launcher_faults.read(child, "cmdline") and time.monotonic() < until:
             time.sleep(0.05)
-        assert not launcher_faults.read(child, "cmdline")
+        left = launcher_faults.read(child, "cmdline")
+        if left:  # or it keeps the pipes open
+            os.kill(child, signal.SIGKILL)
+        assert not left

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 # Where the header of a safetensors file has the text of its config.yaml.
 CONFIG_IN_HEADER = "config"
@@ -23,22 +23,40 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+@contextlib.contextmanager
+def remote(path: str | os.PathLike) -> Iterator[Any]:
+    """The module blobfile, for what is done with a remote path in the block.
+
+    Raises:
+        ValueError: it is not installed, or it cannot do it.
+    """
+    try:
+        import blobfile  # only here: it is slow to import and most data are local
+    except ImportError as error:
+        raise ValueError(
+            "remote data need the blobfile package: pip install blobfile, or copy the "
+            "images to a local folder"
+        ) from error
+    try:
+        yield blobfile
+    except blobfile.Error as error:
+        raise ValueError(f"{path} cannot be read or written: {error}") from error
+
+
 def open_binary(path: str | os.PathLike) -> IO[bytes]:
     """The file, open for reading bytes."""
     if not is_remote(path):
         return open(path, "rb")
-    import blobfile
-
-    return blobfile.BlobFile(os.fspath(path), "rb")
+    with remote(path) as blobfile:
+        return blobfile.BlobFile(os.fspath(path), "rb")
 
 
 def exists(path: str | os.PathLike) -> bool:
     """Is there a file or folder?"""
     if not is_remote(path):
         return os.path.exists(path)
-    import blobfile
-
-    return blobfile.exists(os.fspath(path))
+    with remote(path) as blobfile:
+        return blobfile.exists(os.fspath(path))
 
 
 def folder_beside(path: str | os.PathLike) -> str:
@@ -119,9 +137,7 @@ def atomic_file(path: str | os.PathLike, flush: bool = True) -> Iterator[IO[byte
     With `flush` its contents are on the disk before the name is, so that it survives a power cut.
     """
     if is_remote(path):  # an object store shows an object when its upload is complete
-        import blobfile
-
-        with blobfile.BlobFile(os.fspath(path), "wb") as file:
+        with remote(path) as blobfile, blobfile.BlobFile(os.fspath(path), "wb") as file:
             yield file
         return
     folder, name = os.path.split(os.path.abspath(path))

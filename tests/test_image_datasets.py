@@ -401,6 +401,7 @@ def test_data_dir_errors(folder, tmp_path):
 def test_remote_folder(folder, monkeypatch):
     """blobfile is imported only for remote paths; here a stand-in that serves the local folder."""
     fake = types.SimpleNamespace(
+        Error=ValueError,
         walk=lambda top: (
             (f"gs://bucket/{os.path.relpath(where, folder)}/".replace("/./", "/"), [], files)
             for where, _, files in os.walk(folder)

@@ -157,6 +157,7 @@ def test_remote_folder(places, monkeypatch):
         sys.modules,
         "blobfile",
         types.SimpleNamespace(
+            Error=ValueError,
             walk=lambda top: (
                 (f"gs://bucket/{os.path.relpath(where, folder)}/".replace("/./", "/"), [], names)
                 for where, _, names in os.walk(folder)

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from PIL import Image
 
+from ..files import remote
 from . import preprocessing
 from .image_io import decode_image
 from .image_source import EXTENSIONS, Source, SourceError
@@ -73,7 +74,7 @@ def read_image(path: str | os.PathLike, channels: int) -> Image.Image:
                     f"{path} is no regular file (a pipe, a socket, a device or a folder): remove it"
                 )
             return decode_image(path, channels, path)
-        with _blobfile().BlobFile(path, "rb") as file:
+        with remote(path) as blobfile, blobfile.BlobFile(path, "rb") as file:
             data = file.read()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
@@ -109,9 +110,10 @@ class RemoteSource(Source):
     def __init__(self, path: str, class_cond: bool) -> None:
         root = path.rstrip("/") + "/"
         names = []
-        for folder, _, files in _blobfile().walk(root):
-            prefix = folder.rstrip("/") + "/"
-            names += [prefix.removeprefix(root) + name for name in files]
+        with remote(path) as blobfile:
+            for folder, _, files in blobfile.walk(root):
+                prefix = folder.rstrip("/") + "/"
+                names += [prefix.removeprefix(root) + name for name in files]
         super().__init__(root, [name for name in names if _is_image(name)], class_cond)
         if preprocessing.FILE in names:
             self.preprocessing = preprocessing.recorded(root)
@@ -169,17 +171,6 @@ class ZipSource(Source):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_zip": None}
-
-
-def _blobfile():
-    try:
-        import blobfile  # only here: it is slow to import and most data are local
-    except ImportError as error:
-        raise ValueError(
-            "remote data need the blobfile package: pip install blobfile, or copy the "
-            "images to a local folder"
-        ) from error
-    return blobfile
 
 
 def _is_image(name: str) -> bool:

@@ -8,6 +8,7 @@ under a final name where an input is refused.
 
 import collections
 import os
+import re
 import shutil
 import warnings
 
@@ -72,13 +73,14 @@ def test_all(base, tmp_path):
     fuzz(base, tmp_path, range(FIRST, FIRST + COUNT))
 
 
-def test_the_judge_sees_what_is_wrong(base, tmp_path):
+def test_the_judge_sees_what_is_wrong(base, tmp_path, monkeypatch):
     """A fuzzer that never complains shows nothing."""
+    monkeypatch.setattr(running, "SECONDS", 2)
     for code, complaint in {
         "1 / 0": "ended with a traceback",
         "import os; os.kill(os.getpid(), 11)": "was killed by SIGSEGV",
         "while True: pass": "took longer than",
-        "x = bytearray(3 << 30)": "took 3",
+        "x = b'1' * (3 << 30)": "[0-9]{4} MB",
         "import sys; open('made.npz', 'w'); print('error: x'); sys.exit(2)": "refused its input and",
         "import sys; sys.exit(3)": "ended with exit code 3",
         "import sys; sys.exit(2)": "ended with exit code 2 and 0 lines",
@@ -87,4 +89,4 @@ def test_the_judge_sees_what_is_wrong(base, tmp_path):
         (tmp_path / "made.npz").unlink(missing_ok=True)
         (tmp_path / "script.py").write_text(code)
         case = running.Case("judge", str(tmp_path / "script.py"), [], ("made.npz",))
-        assert complaint in running.run(case, tmp_path).complaint, code
+        assert re.search(complaint, running.run(case, tmp_path).complaint), code

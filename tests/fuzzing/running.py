@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 10  # of CPU time; a busy machine does not change it
 _WALL = 90
-MEMORY = 2 << 30  # bytes, resident
+MEMORY = 2 << 30  # bytes, resident, beyond those that it was born with
 FINE = (0, 2)
 
 
@@ -70,7 +70,7 @@ def run(case: Case, folder: Path) -> Outcome:
     """Run it in a child that starts as a copy of this process, with everything imported."""
     before = _finals(case, folder)
     out = folder / "said.txt"
-    start = time.monotonic()
+    start, own = time.monotonic(), _resident()
     child = os.fork()
     if child == 0:
         _be_the_script(case, folder, out)
@@ -79,10 +79,16 @@ def run(case: Case, folder: Path) -> Outcome:
         case,
         os.waitstatus_to_exitcode(status),
         time.monotonic() - start,
-        usage.ru_maxrss << 10,
+        max(0, (usage.ru_maxrss << 10) - own),
         out.read_text(errors="backslashreplace") if out.exists() else "",
         sorted(_finals(case, folder) - before),
     )
+
+
+def _resident() -> int:
+    """Bytes of memory of this process, which a forked child has too."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _finals(case: Case, folder: Path) -> set[str]:

@@ -96,12 +96,14 @@ SAMPLED = ("out/samples_*.npz", "out/grid.png")
 
 def flags_of(base: Base, folder: Path, rng: Rng) -> Case:
     """Any script, with a few flags of any value."""
-    name = pick(rng, sorted(set(SCRIPTS) - {"sweep"}))
-    script = next(
-        path
+    scripts = {  # other tests may have declared more
+        path.stem: f"{home}/{path.name}"
         for home in ("scripts", "evaluations")
-        if os.path.exists(launch.ROOT / (path := f"{home}/{name}.py"))
-    )
+        for path in (launch.ROOT / home).glob("*.py")
+        if path.stem in SCRIPTS and path.stem != "sweep"
+    }
+    name = pick(rng, sorted(scripts))
+    script = scripts[name]
     given = {"out_dir": "out", "data_dir": base.place / "images.npz"}
     given |= {"model_path": base.ema, "max_steps": 1, "num_samples": 2, "timestep_respacing": 2}
     given |= {"num_images": 4, "batch_size": 2, "iterations": 1, "num_workers": 0}

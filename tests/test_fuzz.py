@@ -75,12 +75,13 @@ def test_all(base, tmp_path):
 
 def test_the_judge_sees_what_is_wrong(base, tmp_path, monkeypatch):
     """A fuzzer that never complains shows nothing."""
-    monkeypatch.setattr(running, "SECONDS", 2)
+    monkeypatch.setattr(running, "SECONDS", 3)
+    monkeypatch.setattr(running, "MEMORY", 400 << 20)
     for code, complaint in {
         "1 / 0": "ended with a traceback",
         "import os; os.kill(os.getpid(), 11)": "was killed by SIGSEGV",
         "while True: pass": "took longer than",
-        "x = b'1' * (3 << 30)": "[0-9]{4} MB",
+        "x = b'1' * (600 << 20)": "took [5-9][0-9]{2} MB",
         "import sys; open('made.npz', 'w'); print('error: x'); sys.exit(2)": "refused its input and",
         "import sys; sys.exit(3)": "ended with exit code 3",
         "import sys; sys.exit(2)": "ended with exit code 2 and 0 lines",

@@ -59,6 +59,15 @@ def exists(path: str | os.PathLike) -> bool:
         return blobfile.exists(os.fspath(path))
 
 
+def is_utf8(name: str) -> bool:
+    """Can a file of text hold this name? Names of files may be any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def folder_beside(path: str | os.PathLike) -> str:
     """The folder of a local file; runs/ for a remote one, since results are written to this
     machine.

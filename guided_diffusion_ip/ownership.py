@@ -2,8 +2,8 @@
 
 The lock is the kernel's (`flock`) on a small file in the folder, which names its holder. It goes
 with the process, however that ends, and never goes stale. Children that are forked do not share it.
-Where a file system has no such locks (some Lustre and FUSE mounts), the file's existence is the
-lock: one that a dead process of this machine has left is taken over, one of another machine is
+Where there are no such locks (some Lustre and FUSE mounts, Windows), a second file's existence is
+the lock: one that a dead process of this machine has left is taken over, one of another machine is
 refused with the file's name.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import sys
@@ -20,12 +19,17 @@ from collections.abc import Callable, Iterator
 
 from . import dist_util
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 LOCK = ".lock"
 _WITHOUT_LOCKS = ".exclusive"  # after a lock's name, where a file system has no locks
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 _GRACE_S = 10.0  # a killed process's descriptor may outlive it by as long as its memory is freed
 
-_held: dict[str, int] = {}  # by the file's real path: how often this process has entered
+_held: set[str] = set()  # real paths of this process's locks
 _descriptors: set[int] = set()
 
 
@@ -80,20 +84,16 @@ def owning_alone(
     """
     made = _make_folders(folder)
     path = os.path.join(os.path.realpath(folder), name)
-    if path in _held:
-        _held[path] += 1
-        try:
-            yield -1
-        finally:
-            _held[path] -= 1
+    if path in _held:  # blocks are nested: the outer one keeps it
+        yield -1
         return
     descriptor = _take(path, folder, instead, say)
-    _held[path] = 1
+    _held.add(path)
     _descriptors.add(descriptor)
     try:
         yield descriptor
     finally:
-        del _held[path]
+        _held.discard(path)
         _descriptors.discard(descriptor)
         for file in () if keep else (path, path + _WITHOUT_LOCKS):
             with contextlib.suppress(OSError):
@@ -113,7 +113,11 @@ def _take(path: str, folder: str, instead: str, say: Callable[[str], object] | N
             os.write(descriptor, _own_name().encode())
             return descriptor
         exclusive = path + _WITHOUT_LOCKS
-        holder, alive = _holder(exclusive if os.path.exists(exclusive) else path)
+        if os.path.exists(exclusive):
+            holder, alive = _holder(exclusive)
+            holder += f" (if that is gone, remove {exclusive})"
+        else:
+            holder, alive = _holder(path)
         if say is not None:
             if not told:
                 say(f"waiting for {holder}, which computes in {folder}")
@@ -125,6 +129,8 @@ def _take(path: str, folder: str, instead: str, say: Callable[[str], object] | N
 
 def _try(path: str) -> int | None:
     """The locked file's descriptor; None if another process has it."""
+    if fcntl is None:
+        return _try_without_locks(path)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,11 +148,13 @@ def _try(path: str) -> int | None:
 
 
 def _try_without_locks(path: str) -> int | None:
-    """The same by being the one who makes a second file."""
+    """The same by being the one who makes a second file. One that does not say yet whose it is
+    has just been made.
+    """
     exclusive = path + _WITHOUT_LOCKS
     with contextlib.suppress(FileExistsError):
         return os.open(exclusive, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    if not _holder(exclusive)[1]:
+    if _holder(exclusive)[1] is False:
         with contextlib.suppress(OSError):
             os.remove(exclusive)
     return None
@@ -166,8 +174,10 @@ def _own_name() -> str:
     return f"process {os.getpid()} on {socket.gethostname()} ({program}, since {since})"
 
 
-def _holder(path: str) -> tuple[str, bool]:
-    """Who says in the file to be its owner, and may it be alive? Other machines' processes may."""
+def _holder(path: str) -> tuple[str, bool | None]:
+    """Who says in the file to be its owner, and may it be alive? Other machines' processes may;
+    None if the file does not say.
+    """
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             text = file.read(300).strip()
@@ -176,8 +186,8 @@ def _holder(path: str) -> tuple[str, bool]:
     words = text.split()
     known = len(words) >= 4 and words[0] == "process" and words[1].isdigit()
     if not known:
-        return "another process", False
-    if words[3] != socket.gethostname():
+        return "another process", None
+    if words[3] != socket.gethostname() or os.name != "posix":  # kill(pid, 0) is not harmless there
         return text, True
     try:
         os.kill(int(words[1]), 0)
@@ -206,4 +216,5 @@ def _forget_in_child() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -26,7 +26,7 @@ def parse_yaml(text: str | bytes, what: str) -> Any:
             numbers of more than 64 bits.
     """
     if len(text) > _BYTES:
-        raise ValueError(f"{what} has {len(text):,} bytes; YAML of at most {_BYTES:,} is read")
+        raise ValueError(f"{what} has more than {_BYTES:,} bytes, which no YAML of ours has")
     try:
         loader = yaml.SafeLoader(text)
         try:
@@ -41,15 +41,7 @@ def parse_yaml(text: str | bytes, what: str) -> Any:
         return content
     except RecursionError:
         reason = "it is nested too deeply"
-    # PyYAML's own constructors raise whatever Python does for dates, numbers and keys.
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        LookupError,
-        ArithmeticError,
-        AttributeError,
-    ) as error:
+    except _RAISED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
     reason = reason.replace('in "<byte string>", ', "at ").replace('in "<unicode string>", ', "at ")
     raise ValueError(f"{what} is not valid YAML: {reason[:400]}")
@@ -62,7 +54,12 @@ def read_yaml_file(path: str, what: str = "") -> Any:
         ValueError: see parse_yaml. OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        return parse_yaml(file.read(_BYTES + 1), what or path)
+        return read_yaml_stream(file, what or path)
+
+
+def read_yaml_stream(file: IO[bytes], what: str) -> Any:
+    """The same of an open file, of which no more is read than may be in one."""
+    return parse_yaml(file.read(_BYTES + 1), what)
 
 
 def _weight(node: yaml.Node, known: dict[int, int], depth: int) -> int:

@@ -263,13 +263,16 @@ def test_links_that_have_no_end_are_refused_by_name(tmp_path):
 
 
 def test_a_packed_picture_that_inflates_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LARGEST_MEMBER", 1 << 20)
+    monkeypatch.setenv(sources.LARGEST_VARIABLE, "1")
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("a.png", b"\0" * (2 << 20))
     source = open_source(str(tmp_path / "x.zip"), class_cond=False)
     with pytest.raises(
         ValueError, match=r"a.png would take 2,097,152 bytes; .*_LARGEST_IMAGE_FILE"
     ):
+        source.image(0, 3)
+    monkeypatch.setenv(sources.LARGEST_VARIABLE, "much")
+    with pytest.raises(ValueError, match="=much: expected a number of MB"):
         source.image(0, 3)
 
 
@@ -349,9 +352,10 @@ def test_names_that_no_picture_can_have(name):
         picture_names([name], 3)
 
 
-def test_an_edm_network_beyond_reason():
+@pytest.mark.parametrize("blocks", [10_000, 10**400])
+def test_an_edm_network_beyond_reason(blocks):
     checkpoint = EDMCheckpoint(
-        "EDMPrecond", {"img_resolution": 8, "img_channels": 3, "num_blocks": 10_000}, {}
+        "EDMPrecond", {"img_resolution": 8, "img_channels": 3, "num_blocks": blocks}, {}
     )
-    with pytest.raises(ValueError, match="num_blocks 10000, which is beyond reason"):
+    with pytest.raises(ValueError, match="num_blocks 10000.*, which is beyond reason"):
         edm_flags(checkpoint)

@@ -13,6 +13,7 @@ from pathlib import Path
 import launch
 import numpy as np
 import pytest
+from test_run_folders import TINY, flags
 
 from guided_diffusion_ip import ownership
 from guided_diffusion_ip.data.npz_io import write_npz
@@ -91,9 +92,14 @@ def test_where_a_file_system_has_no_locks(owner, tmp_path, monkeypatch):
     folder.mkdir()
     left = folder / ".lock.exclusive"
     left.write_text(f"process {owner.pid} on another-machine (image_sample.py, since long)")
-    with pytest.raises(Held, match="on another-machine"):
+    with pytest.raises(Held, match="on another-machine.*if that is gone, remove .*.lock.exclusive"):
         with owning_alone(str(folder)):
             pass
+    left.write_text("")  # made a moment ago, by a process that has yet to say who it is
+    with pytest.raises(Held, match="another process"):
+        with owning_alone(str(folder)):
+            pass
+    assert left.exists()
     left.write_text(f"process {owner.pid} on {ownership.socket.gethostname()} (x.py, since long)")
     with pytest.raises(Held, match=f"process {owner.pid}"):
         with owning_alone(str(folder)):
@@ -164,20 +170,6 @@ def test_two_preparations_of_one_file(tmp_path):
 
 # ---- two of everything at once, from the command line ----
 
-MODEL = dict(
-    image_size=8,
-    in_channels=1,
-    num_channels=32,
-    num_res_blocks=1,
-    channel_mult="1,1",
-    attention_resolutions="4",
-    num_head_channels=32,
-)
-
-
-def words(**values):
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -194,16 +186,16 @@ def run(tmp_path_factory):
 def training(images, out, steps, **more):
     return [
         "scripts/image_train.py",
-        *words(**MODEL, data_dir=images, out_dir=out, max_steps=steps, batch_size=4),
-        *words(ema_rate=0.9, resume="auto", log_interval=10, **more),
+        *flags(**TINY, data_dir=images, out_dir=out, max_steps=steps, batch_size=4),
+        *flags(ema_rate=0.9, resume="auto", log_interval=10, **more),
     ]
 
 
 def sampling(run, out, batch_size):
     return [
         "scripts/image_sample.py",
-        *words(model_path=run / "ema_0.9_000002.pt", num_samples=24, timestep_respacing=12),
-        *words(out_dir=out, batch_size=batch_size),
+        *flags(model_path=run / "ema_0.9_000002.pt", num_samples=24, timestep_respacing=12),
+        *flags(out_dir=out, batch_size=batch_size),
     ]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from ..files import is_utf8
 from .image_io import pil_mode
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "bmp", "webp", "tif", "tiff")
@@ -160,7 +161,7 @@ def classes_of(names: Sequence[str], root: str) -> tuple[list[str], np.ndarray, 
         )
     classes = sorted(set(found))
     for name in classes:
-        if any("\ud800" <= c <= "\udfff" for c in name):
+        if not is_utf8(name):
             raise ValueError(
                 f"{root}: the name of the class {name!r} is not UTF-8, so that no file could name "
                 "it: rename it (convmv -f latin1 -t utf8 -r does it for whole folders)"

@@ -17,7 +17,7 @@ from .image_source import EXTENSIONS, Source, SourceError
 from .npz_source import TRAINING, NpzSource, PixelRules
 
 LARGEST_VARIABLE = "GUIDED_DIFFUSION_IP_LARGEST_IMAGE_FILE"
-LARGEST_MEMBER = int(os.environ.get(LARGEST_VARIABLE, "256")) << 20  # bytes of a packed image
+_LARGEST_MB = 256  # of a packed image
 _REMOTE = ("gs://", "az://")
 
 
@@ -147,10 +147,10 @@ class ZipSource(Source):
         name = f"{self.path}/{self.names[i]}"
         try:
             member = self._open().getinfo(self.names[i])
-            if member.file_size > LARGEST_MEMBER:
+            if member.file_size > _largest_mb() << 20:
                 raise ValueError(
                     f"{name} would take {member.file_size:,} bytes; an image may have "
-                    f"{LARGEST_MEMBER:,} (${LARGEST_VARIABLE}, in MB, raises that)"
+                    f"{_largest_mb()} MB ({LARGEST_VARIABLE} raises that)"
                 )
             data = self._open().read(member)
         except (
@@ -171,6 +171,13 @@ class ZipSource(Source):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_zip": None}
+
+
+def _largest_mb() -> int:
+    given = os.environ.get(LARGEST_VARIABLE) or str(_LARGEST_MB)
+    if not given.isdecimal():
+        raise ValueError(f"{LARGEST_VARIABLE}={given}: expected a number of MB, such as 1024")
+    return int(given)
 
 
 def _is_image(name: str) -> bool:

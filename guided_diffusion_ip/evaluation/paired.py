@@ -127,16 +127,21 @@ def replicates_of(
     if len({images.n for images in sets}) > 1:
         counts = ", ".join(f"{images.path}: {images.n}" for images in sets)
         raise ValueError(f"samples to be compared one by one must be equally many; {counts}")
-    if sets[0].n < 2 * GROUPS:
-        raise ValueError(
-            f"{sets[0].path} holds {sets[0].n} images: {2 * GROUPS} or more are needed, for an "
-            f"error from {GROUPS} groups of them"
-        )
+    require_groups(sets[0])
     against = open_reference(request, space, sets[0])
     return [
         against.replicates(_rows(images, space, request, f"features of {path}"))
         for path, images in zip(request.samples, sets)
     ]
+
+
+def require_groups(images: Images) -> None:
+    """Raises ValueError where there are too few images for an error from groups of them."""
+    if images.n < 2 * GROUPS:
+        raise ValueError(
+            f"{images.path} holds {images.n} images: {2 * GROUPS} or more are needed, for an error "
+            f"from {GROUPS} groups of them"
+        )
 
 
 def open_reference(request: ComparisonRequest, space: FeatureSpace, samples: Images) -> Against:
@@ -149,11 +154,7 @@ def open_reference(request: ComparisonRequest, space: FeatureSpace, samples: Ima
     if has_images(path):
         images = open_side(path, "reference", request.image_size)
         check_sizes(images, samples, stored)
-        if images.n < 2 * GROUPS:
-            raise ValueError(
-                f"{path} holds {images.n} images: {2 * GROUPS} or more are needed, for an error "
-                f"from {GROUPS} groups of them"
-            )
+        require_groups(images)
         rows = _rows(images, space, request, "features of the reference")
     if stored:
         pool = read_statistics(path, space, samples.shape).pool

@@ -313,10 +313,10 @@ def edm_flags(checkpoint: EDMCheckpoint) -> dict[str, dict[str, Any]]:
         )
     for key, value in settings.items():
         most = 1000 if key == "num_blocks" else 10**7
-        large = [n for n in _numbers(value) if math.isfinite(n) and abs(n) > most]
+        large = [n for n in _numbers(value) if most < abs(n) < math.inf]
         if large:
             raise ValueError(
-                f"the network was made with {key} {large[0]:g}, which is beyond reason"
+                f"the network was made with {key} {str(large[0])[:30]}, which is beyond reason"
             )
     labels = settings["label_dim"]
     model = {flag: _as_flag(settings[key]) for flag, key in _FLAGS["model"].items()}

@@ -54,10 +54,6 @@ class ShardFolder:
         matches = (re.fullmatch(r"shard-(\d+)-(\d+)\.npz", name) for name in os.listdir(self.path))
         return sorted((int(m[1]), int(m[2])) for m in matches if m)
 
-    def missing(self, batch_size: int) -> list[Range]:
-        """(start, stop) of what is to be made, in pieces of at most batch_size images."""
-        return list(in_batches(self.gaps(), batch_size))
-
     def gaps(self) -> list[Range]:
         """(start, stop) of what is to be made."""
         gaps: list[Range] = []
@@ -129,7 +125,7 @@ class ShardFolder:
 
 
 def in_batches(gaps: Iterable[Range], batch_size: int) -> Iterator[Range]:
-    """The same in pieces of at most batch_size images."""
+    """(start, stop) of the gaps in pieces of at most batch_size images."""
     for start, stop in gaps:
         for a in range(start, stop, batch_size):
             yield a, min(a + batch_size, stop)

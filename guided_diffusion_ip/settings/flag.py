@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..files import is_utf8
 from ..sizes import parse_size
 from ..yaml_text import parse_yaml
 
@@ -190,7 +191,7 @@ class Flag:
         return result
 
     def _check(self, result: Any, value: Any) -> None:
-        if isinstance(result, str) and any("\ud800" <= c <= "\udfff" for c in result):
+        if isinstance(result, str) and not is_utf8(result):
             raise argparse.ArgumentTypeError(
                 f"{value!r} is not UTF-8, so that no file could name it: rename it"
             )

@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import files
 from ..training import checkpoint
-from ..yaml_text import parse_yaml
+from ..yaml_text import parse_yaml, read_yaml_stream
 from .flags import SCRIPTS, SECTIONS
 
 Content = dict[str, dict[str, Any]]  # {section: {key: value}}
@@ -56,11 +56,10 @@ def read_yaml(path: str) -> Content:
     if is_state(path):
         return checkpoint.saved_settings(checkpoint.read_state(path))
     if is_safetensors(path):
-        text: str | bytes = files.safetensors_config(path)
+        content = parse_yaml(files.safetensors_config(path), path) or {}
     else:
         with files.open_binary(path) as file:
-            text = file.read()
-    content = parse_yaml(text, path) or {}
+            content = read_yaml_stream(file, path) or {}
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: expected the sections {', '.join(SECTIONS)}, found {type(content).__name__}"

@@ -105,11 +105,7 @@ def run_sweep(
 
     A cell that fails is reported, and the others go on. An exception (Ctrl-C) stops the cells that
     are being computed.
-
-    Raises:
-        ValueError: the folder cannot be locked.
     """
-    os.makedirs(out_dir, exist_ok=True)
     with owning_alone(out_dir, "lock", say=say, keep=True) as lock:
         work = _CellRunner(sweep, out_dir, launch, lock, say)
         with ThreadPoolExecutor(launch.processes) as pool:

@@ -7,14 +7,32 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import lzma
 import os
 import re
+import struct
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
 # Where the header of a safetensors file has the text of its config.yaml.
 CONFIG_IN_HEADER = "config"
+# What zipfile raises where a file is damaged: names that are not the UTF-8 they say they are, sizes
+# beyond the file, methods and versions that do not exist, encryption, each in its own way.
+DAMAGED_ZIP = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+    OverflowError,
+    UnicodeDecodeError,
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+)
 _LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 

@@ -61,7 +61,8 @@ def fuzz(base, tmp_path, numbers):
         f"{number}: {outcome.case.target}: {outcome.complaint}: {outcome.said[-300:]!r}"
         for number, outcome in failures[:20]
     )
-    assert codes[0] and codes[2] > codes[0] / 4, "both right and refused inputs are among them"
+    if sum(codes.values()) >= QUICK:
+        assert codes[0] and codes[2] > codes[0] / 4, "both right and refused inputs"
 
 
 def test_quick(base, tmp_path):

@@ -12,7 +12,6 @@ import contextlib
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import IO
@@ -20,7 +19,7 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
-from ..files import atomic_file
+from ..files import DAMAGED_ZIP, atomic_file
 
 _CHUNK_BYTES = 1 << 24  # 16 MB: few system calls, little memory
 _LOCAL_HEADER = 30  # fixed part of a zip member's local header, before its name and extra field
@@ -182,7 +181,7 @@ class NpzReader:
         self.path = os.fspath(path)
         try:
             self._zip = zipfile.ZipFile(self.path)
-        except (OSError, zipfile.BadZipFile) as error:
+        except DAMAGED_ZIP as error:
             raise ValueError(f"{self.path} cannot be read as an npz file: {error}") from error
         self._members = {
             info.filename.removesuffix(".npy"): info
@@ -297,7 +296,7 @@ class NpzReader:
                 self._streams[key] = self._zip.open(self._members[key])
             self._streams[key].seek(start)
             return self._streams[key].read(count)[:count]
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+        except DAMAGED_ZIP as error:
             raise ValueError(f"{self.path}: {key} is damaged: {error}") from error
 
     def _header(self, key: str) -> tuple[tuple[int, ...], np.dtype, int]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 
 import numpy as np
 
@@ -110,14 +109,7 @@ def _from_zip(path: str) -> str:
                 return ""
             with packed.open(own[0]) as file:
                 return _decoded(file.read(4 * _LONGEST + 1), f"{path}/{own[0]}")
-    except (
-        OSError,
-        RuntimeError,
-        NotImplementedError,
-        EOFError,
-        zlib.error,
-        zipfile.BadZipFile,
-    ) as error:
+    except files.DAMAGED_ZIP as error:
         raise ValueError(f"{path} cannot be read as a zip file: {error}") from error
 
 

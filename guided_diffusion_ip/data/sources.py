@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import NoReturn
 
 from PIL import Image
 
-from ..files import remote
+from ..files import DAMAGED_ZIP, remote
 from . import preprocessing
 from .image_io import decode_image
 from .image_source import EXTENSIONS, Source, SourceError
@@ -139,7 +138,7 @@ class ZipSource(Source):
         if self._zip is None or self._owner != os.getpid():
             try:
                 self._zip, self._owner = zipfile.ZipFile(self.path), os.getpid()
-            except (OSError, zipfile.BadZipFile) as error:
+            except DAMAGED_ZIP as error:
                 raise ValueError(f"{self.path} cannot be read as a zip file: {error}") from error
         return self._zip
 
@@ -153,14 +152,7 @@ class ZipSource(Source):
                     f"{_largest_mb()} MB ({LARGEST_VARIABLE} raises that)"
                 )
             data = self._open().read(member)
-        except (
-            OSError,
-            RuntimeError,
-            NotImplementedError,
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-        ) as error:
+        except DAMAGED_ZIP as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
         return decode_image(data, channels, name)
 

@@ -10,11 +10,11 @@ import contextlib
 import os
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import IO
 
+from .. import files
 from ..data.image_source import Source, SourceError
 
 
@@ -114,15 +114,7 @@ def reading(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        NotImplementedError,
-        zlib.error,
-        zipfile.BadZipFile,
-        tarfile.TarError,
-    ) as error:
+    except (*files.DAMAGED_ZIP, tarfile.TarError) as error:
         raise ValueError(f"{name} cannot be read: {error} (download it again)") from error
 
 

@@ -107,6 +107,7 @@ def flags_of(base: Base, folder: Path, rng: Rng) -> Case:
     given = {"out_dir": "out", "data_dir": base.place / "images.npz"}
     given |= {"model_path": base.ema, "max_steps": 1, "num_samples": 2, "timestep_respacing": 2}
     given |= {"num_images": 4, "batch_size": 2, "iterations": 1, "num_workers": 0}
+    given |= {"large_size": 16, "small_size": 8}  # by default 256: right, and long
     given |= {"out": "out/made.npz", "data": base.place / "images.npz", "source": base.ema}
     given |= {"ref": base.place / "reference.npz", "samples": base.place / "images.npz"}
     given |= {"baseline": base.place / "images.npz", "features": "pixels", "num_chains": 20}

@@ -276,6 +276,18 @@ def test_a_packed_picture_that_inflates_is_refused(tmp_path, monkeypatch):
         source.image(0, 3)
 
 
+def test_a_zip_whose_names_are_not_the_utf8_they_claim_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as packed:
+        packed.writestr("caf\u00e9.png", b"")  # not ASCII: marked as UTF-8
+    data = (tmp_path / "x.zip").read_bytes()
+    (tmp_path / "x.zip").write_bytes(data.replace("\u00e9".encode(), b"\xff\xff"))
+    for read in (lambda path: open_source(path, class_cond=False), NpzReader, recorded):
+        with pytest.raises(
+            ValueError, match=r"x.zip cannot be read as an? (zip|npz) file: 'utf-8'"
+        ):
+            read(str(tmp_path / "x.zip"))
+
+
 def test_classes_whose_names_are_not_utf8_are_refused(tmp_path):
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)

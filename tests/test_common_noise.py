@@ -16,6 +16,7 @@ from guided_diffusion_ip import dist_util
 from guided_diffusion_ip.exposure_bias.calibrate import RULES, calibrate
 from guided_diffusion_ip.exposure_bias.calibration_picture import picture
 from guided_diffusion_ip.exposure_bias.chains import Chains, TrialStore, in_space, pixels
+from guided_diffusion_ip.exposure_bias.common_noise import Gain
 from guided_diffusion_ip.exposure_bias.common_noise import by_common_noise as search
 from guided_diffusion_ip.exposure_bias.final_variance import by_final_variance
 from guided_diffusion_ip.exposure_bias.frechet_rule import FrechetDistance
@@ -184,6 +185,15 @@ def test_an_exact_chain_has_nothing_to_gain():
     content = found.content()
     assert content["use"] == "b" and content["b"] == 1.0
     assert content["found"]["b"] == pytest.approx(1, abs=4 * found.b_error)
+
+
+def test_a_gain_must_be_clear_of_its_error_with_other_noise_too():
+    """Both pairs are the study's (docs/study.md): DDIM in 10 steps, gamma = 0.1, whose lambda made
+    FD and KID worse; Heun in 18, gamma = 0, where both gained.
+    """
+    assert not Gain(0.1754, 0.0118, 0.0029).confirmed_by(Gain(0.1629, 0.0047, 0.0061))
+    assert Gain(0.1467, 0.0126, 0.0056).confirmed_by(Gain(0.1338, 0.0113, 0.0055))
+    assert not Gain(0.1467, 0.0056, 0.0056).confirmed_by(Gain(0.1338, 0.0113, 0.0055))
 
 
 def test_a_form_that_gains_nothing_over_the_constant_is_not_taken():

@@ -8,7 +8,7 @@ some thousandths. Nothing is assumed about what lambda repairs: exposure bias, d
 poor first step.
 
 What is found is kept only if it pays: the gain over lambda = 1 must be two standard errors at
-least, and chains with other noise must confirm its sign; else lambda = 1 is the answer.
+least, on the chains of the search and on chains with other noise; else lambda = 1 is the answer.
 """
 
 from __future__ import annotations
@@ -70,6 +70,12 @@ class Gain:
     def pays(self) -> bool:
         return self.value >= ENOUGH * self.error and self.value > 0
 
+    def confirmed_by(self, held_out: Gain) -> bool:
+        """Is it to be used? The search has chosen the lambda by its own noise, which flatters it:
+        with noise that it has not seen the gain must be clear of its error, too.
+        """
+        return self.pays and held_out.pays
+
     def __str__(self) -> str:
         share = f", {self.value / self.before:.0%}" if self.before > 0 else ""
         return f"{self.value:.4g} +- {self.error:.2g} of {self.before:.4g}{share}"
@@ -108,7 +114,7 @@ class CommonNoise:
 
     @property
     def pays(self) -> bool:
-        return self.gain.pays and self.held_out.value > 0
+        return self.gain.confirmed_by(self.held_out)
 
     @property
     def verdict(self) -> str:
@@ -118,7 +124,7 @@ class CommonNoise:
             return f"calibrated: {what}"
         if not self.gain.pays:
             return f"lambda = 1: no gain to be had (less than two standard errors): {what}"
-        return f"lambda = 1: the gain does not repeat: {what}"
+        return f"lambda = 1: the gain is not confirmed by other noise: {what}"
 
     def content(self) -> dict[str, Any]:
         """What goes into the YAML; see lambda_file for the keys that samplers read."""
@@ -240,10 +246,9 @@ def by_common_noise(
     found = search.run()
     fresh = replace(search, chains=chains.with_other_noise())
     held_out = fresh.gain(fresh.distance(search.ones), fresh.distance(found["best"]))
-    pays = found["gain"].pays and held_out.value > 0
     return CommonNoise(
         form=form,
-        lambdas=found["best"] if pays else search.ones,
+        lambdas=found["best"] if found["gain"].confirmed_by(held_out) else search.ones,
         held_out=held_out,
         distance=f"{title}, {features_name}",
         num_chains=num_chains,

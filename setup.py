@@ -14,11 +14,25 @@ setup(
         (Path(__file__).parent / "guided_diffusion_ip/__init__.py").read_text(),
     )[1],
     description="Diffusion models with remedies for exposure bias: train, sample, measure",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="MIT",
+    keywords=["diffusion models", "exposure bias", "input perturbation", "epsilon scaling", "FID"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     # Top-level `datasets` and `tests` would shadow other people's packages: only ours is installed.
     packages=find_packages(include=["guided_diffusion_ip", "guided_diffusion_ip.*"]),
-    package_data={"guided_diffusion_ip.studies": ["report.html"]},
+    package_data={
+        "guided_diffusion_ip": ["py.typed"],
+        "guided_diffusion_ip.studies": ["report.html"],
+    },
     install_requires=[
         # 2.6: before it, torch.load(weights_only=True) could be made to run code (CVE-2025-32434).
         # It also is the first release with CUDA 12.6 builds, which still know the V100 (sm_70).

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from golden_tools import DATA
 
-from guided_diffusion_ip import script_util
+from guided_diffusion_ip import __version__, script_util
 from guided_diffusion_ip.settings.config import parse
 from guided_diffusion_ip.settings.flags import SCRIPTS, SECTIONS
 
@@ -283,3 +284,9 @@ def test_configs_are_the_papers_settings(name, ip):
     assert cfg.paper.get("eps_scaler") == (None if ip else lambdas), (
         "published lambdas belong to gamma = 0"
     )
+
+
+def test_the_version_to_cite_is_the_version_that_is_installed():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert [len(paper["authors"]) for paper in citation["references"]] == [5, 5, 5]

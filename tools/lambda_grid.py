@@ -7,7 +7,7 @@
 What follows -- are flags of scripts/image_sample.py. For every seed, equal noise for all lambdas:
 FID and KID in the features, and their change from lambda = 1 with its standard error. Printed, and
 kept in --out: the same command again computes no lambda twice. The share of the best gain that
-each calibrated lambda reaches is printed last.
+each calibrated lambda reaches is printed last, where that gain is two standard errors or more.
 """
 
 from __future__ import annotations
@@ -111,18 +111,22 @@ def tell(kept: dict, lambdas: dict, calibrated: list[str], seeds: list[str]) -> 
         print(f"\n{name}: change from lambda = 1 (standard error)\n")
         print("| lambda |" + "".join(f" seed {seed} |" for seed in seeds) + " mean |")
         print("|---" * (len(seeds) + 2) + "|")
-        means = {}
+        means, errors = {}, {}
         for label in lambdas:
             found = [change(kept, seed, label, name) for seed in seeds]
             means[label] = float(np.mean([one.value for one in found]))
+            errors[label] = float(np.linalg.norm([one.error for one in found])) / len(found)
             texts = [
                 f"{one.after:.4g}" if label == "1" else f"{one.value:+.4g} ({one.error:.2g})"
                 for one in found
             ]
             print(f"| {label} |" + "".join(f" {t} |" for t in texts) + f" {means[label]:+.4g} |")
-        best = min(means.values())
-        for label in calibrated if best < 0 else ():
-            print(f"\n{label}: {means[label] / best:.0%} of the best gain")
+        best = min(means, key=lambda label: means[label])
+        if means[best] > -2 * errors[best] or best == "1":
+            print("\nno lambda gains two standard errors: there is nothing to have a share of")
+            continue
+        for label in calibrated:
+            print(f"\n{label}: {means[label] / means[best]:.0%} of the best gain, of lambda {best}")
 
 
 def change(kept: dict, seed: str, label: str, name: str) -> Change:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import lzma
 import os
 import re
 import struct
@@ -19,6 +18,11 @@ from typing import IO, Any
 
 # Where the header of a safetensors file has the text of its config.yaml.
 CONFIG_IN_HEADER = "config"
+try:
+    from lzma import LZMAError
+except ImportError:  # a Python that was built without it, and cannot read such files at all
+    LZMAError = RuntimeError  # type: ignore[assignment, misc]
+
 # What zipfile raises where a file is damaged: names that are not the UTF-8 they say they are, sizes
 # beyond the file, methods and versions that do not exist, encryption, each in its own way.
 DAMAGED_ZIP = (
@@ -30,7 +34,7 @@ DAMAGED_ZIP = (
     UnicodeDecodeError,
     struct.error,
     zlib.error,
-    lzma.LZMAError,
+    LZMAError,
     zipfile.BadZipFile,
 )
 _LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it

@@ -75,10 +75,7 @@ def run(case: Case, folder: Path) -> Outcome:
     ours, its = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(its, str(_resident()).encode())
-        os.close(its)
-        os.close(ours)
-        _be_the_script(case, folder, out)
+        _be_the_script(case, folder, out, its)
     os.close(its)
     _, status, usage = os.wait4(child, 0)
     born = int(os.read(ours, 32) or 0)
@@ -105,9 +102,11 @@ def _finals(case: Case, folder: Path) -> set[str]:
     }
 
 
-def _be_the_script(case: Case, folder: Path, out: Path) -> None:
+def _be_the_script(case: Case, folder: Path, out: Path, born: int) -> None:
     code = 99
     try:
+        os.write(born, str(_resident()).encode())
+        os.close(born)
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -1,8 +1,8 @@
-"""The whole way on real images, in 25 minutes or so on two cores (by its parts): digits ->
-training without (gamma = 0) and with input perturbation (gamma = 0.1) -> epsilon scaling calibrated for each ->
-samples of both by DDIM in 10 steps, with and without it, from the same noise -> Frechet and kernel
-distance (pixels), precision and recall of each -> the exposure bias of both -> a page that shows it
-all.
+"""The whole way on real images, in 25 minutes or so on two cores (by its parts): digits -> training
+without (gamma = 0) and with input perturbation (gamma = 0.1) -> epsilon scaling calibrated for each
+-> samples of both by DDIM in 10 steps, with and without it, from the same noise -> Frechet and
+kernel distance (pixels), precision and recall of each -> the exposure bias of both -> a page that
+shows it all.
 
     make demo          or, in an environment with the demo extra:   python scripts/demo.py
 
